@@ -1,0 +1,33 @@
+# Each target sets up its own .venv first. Everything runs without a GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench lint clean
+
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja pybind11
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "torch==2.13.0" || $(BIN)/pip install -q "torch>=2.10"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+build: $(VENV)/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+
+demo: build
+	$(BIN)/ivl-kernels demo
+
+test: build lint
+	$(BIN)/python -m pytest -q -n 2
+
+bench: build
+	$(BIN)/ivl-kernels bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info ivl_kernels/_C*.so ivl_kernels/_C_cuda

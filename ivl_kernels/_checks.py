@@ -1,0 +1,45 @@
+"""Argument checks of the ops: each raises an exception that names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_NAMES = ("float32", "bfloat16", "float16", "float64")
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """ "float32 [2, 3] on cpu" """
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
+    """`expected` holds a size, or a name for a free dimension."""
+    check_tensor(name, tensor)
+    fits = tensor.dim() == len(expected) and all(isinstance(e, str) or s == e for s, e in zip(tensor.shape, expected))
+    if not fits:
+        wanted = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: got {describe(tensor)}, expected shape [{wanted}]")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in allowed:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: got {describe(tensor)}, expected dtype {wanted}")
+
+
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
+    """Same device, and unless `dtype=False` the same dtype, as another argument."""
+    check_tensor(name, tensor)
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got {describe(tensor)}, expected the device of {other_name} ({other.device})")
+    if dtype and tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: got {describe(tensor)}, expected the dtype of {other_name} ({other.dtype})")

@@ -1,0 +1,43 @@
+"""Every environment variable the package reads, with its default and meaning. Documentation is generated from here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    name: str
+    default: str
+    meaning: str
+
+    def get(self) -> str:
+        return os.environ.get(self.name, self.default)
+
+
+BACKEND = Variable(
+    "IVL_BACKEND",
+    "",
+    "Force one backend for every op: `native`, `cuda`, `triton` or `reference`. Empty: the best for the call.",
+)
+CPU_ISA = Variable(
+    "IVL_CPU_ISA",
+    "",
+    "Highest instruction set of the C++ kernels: `portable`, `avx2` or `avx512`. Empty: the best the processor has.",
+)
+BUILD_CPU = Variable("IVL_BUILD_CPU", "1", "At build time: `0` skips the C++ kernels (pure-Python install).")
+BUILD_CUDA = Variable(
+    "IVL_BUILD_CUDA",
+    "",
+    "At build time: `1` requires the CUDA C++ kernels, `0` skips them. Empty: built if nvcc is there.",
+)
+
+VARIABLES = (BACKEND, CPU_ISA, BUILD_CPU, BUILD_CUDA)
+
+
+def markdown_table() -> str:
+    """The variables as a Markdown table."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    rows += [f"| `{v.name}` | {f'`{v.default}`' if v.default else ''} | {v.meaning} |" for v in VARIABLES]
+    return "\n".join(rows)

@@ -1,0 +1,81 @@
+"""The one torch.library handle, and how an op declares its schema, fake and backends.
+
+An op is registered once, for every device, with one Python function that picks the backend and calls it. Its schema
+ends in `str backend`, so a forced backend is part of a compiled graph. Gradients come from an `autograd.Function`
+around the op (in the op's own `op.py`): the raw `torch.ops.ivl.*` have none, so the public functions are the entry.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import _dispatch
+from ._dispatch import Implementation
+
+NAMESPACE = "ivl"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+# Every op that has been defined, by name: `doctor` and the tests go through it.
+OPS: dict[str, Op] = {}
+
+
+class Op:
+    """One operator `torch.ops.ivl.<name>` with its backends.
+
+    Args:
+        schema: torch schema without the namespace; its last argument must be `str backend`.
+        package: `__package__` of the op, where "module:function" of the implementations is looked up. The functions
+            take the schema's arguments without `backend`.
+        implementations: best first; the last one is the reference.
+        fake: shapes and dtypes of the result from fake tensors, with the schema's arguments.
+        key: name of the tensor argument whose device and dtype decide the backend.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        package: str,
+        implementations: Sequence[Implementation],
+        fake: Callable[..., Any],
+        key: str,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.schema = schema
+        self.implementations = tuple(implementations)
+        self._package = package
+        self._functions: dict[str, Callable[..., Any]] = {}
+        _library.define(schema)
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        arguments = [argument.name for argument in self._overload._schema.arguments]
+        assert arguments[-1] == "backend", schema
+        self._key = arguments.index(key)
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+    def _run(self, *args: Any) -> Any:
+        *values, forced = args
+        tensor = values[self._key]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
+        return self.function(choice.implementation)(*values)
+
+    def function(self, implementation: Implementation) -> Callable[..., Any]:
+        """The Python function behind an implementation; imports its module on first use."""
+        path = implementation.function
+        if path not in self._functions:
+            module, name = path.split(":")
+            self._functions[path] = getattr(importlib.import_module(f"{self._package}.{module}"), name)
+        return self._functions[path]
+
+    def explain(self, device_type: str, dtype: str) -> _dispatch.Choice:
+        """Which backend would serve tensors of this device type and dtype, shapes aside."""
+        return _dispatch.choose(self.name, self.implementations, device_type, dtype, warn=False)

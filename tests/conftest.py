@@ -1,0 +1,29 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+from gpu import simulated_gpu
+
+hypothesis.settings.register_profile(
+    "ivl", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("ivl")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(request):
+    """The name of a backend; for `triton` and `cuda` the simulator stands in for the GPU during the test."""
+    if request.param in ("triton", "cuda"):
+        with simulated_gpu():
+            yield request.param
+    else:
+        yield request.param

@@ -1,0 +1,46 @@
+"""A GPU made of the PTX simulator: inside `simulated_gpu()`, Triton and CUDA C++ kernels run on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+
+import ptxsim
+import pytest
+from ptxsim.frontend import compile_cuda
+
+from ivl_kernels import _dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA_SOURCES = sorted(f.stem for f in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+@functools.cache
+def cuda_ptx(source: str, arch: str = "sm_80") -> str:
+    """PTX of csrc/cuda/<source>.cu, compiled by nvcc with the flags of the build."""
+    text = (ROOT / "csrc" / "cuda" / f"{source}.cu").read_text()
+    return compile_cuda(text, arch, ("-std=c++17", "-O3", f"-I{ROOT / 'csrc' / 'include'}"))
+
+
+@contextlib.contextmanager
+def simulated_gpu(*, preferred: bool = False, target: int = 80, **sim):
+    """Yields the list of simulator reports, one a launch. A shared-memory race raises.
+
+    preferred: backends for CPU tensors are chosen as on a GPU, not only when one is forced.
+    """
+    options = {"check_races": "error", **sim}
+    with ptxsim.patched_triton(target=target, sim=options) as log:
+
+        def launch(source, kernel, grid, block, args, shared_bytes):
+            text = cuda_ptx(source, f"sm_{target}")
+            report = ptxsim.run(text, kernel, tuple(grid), block, list(args), shared_bytes, **options)
+            log.append(report)
+
+        with _dispatch.stand_in("simulator", launch, preferred=preferred):
+            yield log
+
+
+def backends(*names: str):
+    """Run a test on each backend: parametrizes the fixture `backend`, which enters what the backend needs."""
+    return pytest.mark.parametrize("backend", names, indirect=True)

@@ -1,0 +1,99 @@
+"""Visual rows into placeholder positions, against `masked_scatter`."""
+
+import pytest
+import torch
+from gpu import backends
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivl_kernels.ops import place_rows
+from ivl_kernels.testing import poisoned
+
+BACKENDS = backends("native", "cuda", "reference")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TOKEN = 7
+
+
+def make(batch, length, width, dtype=torch.float32, seed=0, share=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.where(torch.rand(batch, length, generator=generator) < share, TOKEN, 3)
+    embeds = torch.randn(batch, length, width, generator=generator).to(dtype)
+    rows = torch.randn(int((ids == TOKEN).sum()), width, generator=generator).to(dtype)
+    return embeds, ids, rows
+
+
+def plain(embeds, ids, rows):
+    return embeds.masked_scatter((ids == TOKEN).unsqueeze(-1), rows)
+
+
+@BACKENDS
+@given(
+    batch=st.integers(0, 3), length=st.integers(0, 40), width=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
+    share=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 99), inplace=st.booleans(),
+)  # fmt: skip
+def test_equals_masked_scatter(backend, batch, length, width, dtype, share, seed, inplace):
+    embeds, ids, rows = make(batch, length, width, dtype, seed, share)
+    expected, before = plain(embeds, ids, rows), embeds.clone()
+    with poisoned():
+        got = place_rows(embeds, ids, rows, TOKEN, inplace=inplace, backend=backend)
+    assert torch.equal(got, expected)
+    assert (got is embeds) == inplace
+    assert inplace or torch.equal(embeds, before)
+
+
+@BACKENDS
+def test_strided(backend):
+    embeds, ids, rows = make(3, 10, 8)
+    wide = torch.zeros(3, 20, 16)
+    for view in (wide[:, ::2, :8], wide[:, 5:15, ::2], wide[:, :10, 8:]):
+        view.copy_(embeds)
+        assert torch.equal(place_rows(view, ids, rows, TOKEN, inplace=True, backend=backend), plain(embeds, ids, rows))
+
+
+@BACKENDS
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients(backend, inplace):
+    embeds, ids, rows = make(2, 9, 5, torch.float64)
+    embeds.requires_grad_()
+    rows.requires_grad_()
+
+    def run(embeds, rows):
+        return place_rows(embeds * 1, ids, rows, TOKEN, inplace=inplace, backend=backend)
+
+    assert run(embeds, rows).grad_fn is not None
+    assert torch.autograd.gradcheck(run, (embeds, rows))
+
+
+@BACKENDS
+def test_opcheck(backend):
+    embeds, ids, rows = make(2, 9, 5)
+    positions = (ids.view(-1) == TOKEN).nonzero().squeeze(1)
+    torch.library.opcheck(torch.ops.ivl.place_rows_.default, (embeds, positions, rows, backend))
+    torch.library.opcheck(torch.ops.ivl.take_rows.default, (embeds, positions, backend))
+
+
+def test_wrong_count_writes_nothing():
+    embeds, ids, rows = make(2, 9, 5)
+    before = embeds.clone()
+    for wrong in (rows[:-1], torch.cat([rows, rows])):
+        with pytest.raises(ValueError, match=rf"rows: got {len(wrong)} visual rows for {len(rows)} placeholder"):
+            place_rows(embeds, ids, wrong, TOKEN, inplace=True)
+    assert torch.equal(embeds, before)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(embeds=torch.zeros(2, 5)), ValueError, "embeds: got float32"),
+        (dict(embeds=torch.zeros(2, 9, 5, dtype=torch.int64)), TypeError, "embeds: .*expected dtype"),
+        (dict(input_ids=torch.zeros(2, 8, dtype=torch.int64)), ValueError, "input_ids: .*expected shape"),
+        (dict(input_ids=torch.zeros(2, 9, dtype=torch.int32)), TypeError, "input_ids: .*expected dtype int64"),
+        (dict(rows=torch.zeros(3, 5, dtype=torch.bfloat16)), TypeError, "rows: .*expected the dtype of embeds"),
+        (dict(rows=torch.zeros(3, 4)), ValueError, r"rows: .*expected \[\.\.\., 5\]"),
+        (dict(rows=[1, 2]), TypeError, "rows: got list, expected a torch.Tensor"),
+    ],
+)
+def test_wrong_input(change, error, message):
+    embeds, ids, rows = make(2, 9, 5)
+    with pytest.raises(error, match=message):
+        place_rows(**{**dict(embeds=embeds, input_ids=ids, rows=rows, token_id=TOKEN), **change})
