@@ -75,7 +75,8 @@ class Build(build_ext):
 
         out = self.package_dir() / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(self.build_temp).resolve()
+        # Not setuptools' build_temp: an editable install makes a new one each time and would compile everything again.
+        work = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
         work.mkdir(parents=True, exist_ok=True)
         flags = [
             "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math",
@@ -91,9 +92,11 @@ class Build(build_ext):
             f"flags = {' '.join(flags)}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  description = c++ $in",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
+            "  description = link $out",
             f"  command = $cxx -shared $in -o $out -L{torch}/lib -Wl,--as-needed -ltorch_cpu",
         ]
         for source in sources():
