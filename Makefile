@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	touch $@
 
 build: $(VENV)/.installed
-	$(BIN)/python setup.py -q build_ext --inplace
+	IVL_BUILD_CPU=1 $(BIN)/python setup.py -q build_ext --inplace
 
 demo: build
 	$(BIN)/ivl-kernels demo

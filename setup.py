@@ -3,7 +3,7 @@
 Both are optional: without a C++ compiler or torch's headers the install is pure Python (Triton and reference
 backends), without nvcc there are no CUDA C++ kernels. Either way the build says so.
 
-IVL_BUILD_CUDA=0|1 forces the CUDA kernels off or on (then a missing nvcc is an error); IVL_BUILD_CPU=0 skips the C++.
+IVL_BUILD_CPU=0|1 and IVL_BUILD_CUDA=0|1 force a part off or on; forced on, what is missing is an error.
 """
 
 import glob
@@ -61,14 +61,17 @@ class Build(build_ext):
         return ROOT / "ivl_kernels" if self.inplace else Path(self.build_lib).resolve() / "ivl_kernels"
 
     def build_cpu(self):
+        forced = os.environ.get("IVL_BUILD_CPU")
         torch = torch_root()
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         for problem, missing in (
-            ("IVL_BUILD_CPU=0", os.environ.get("IVL_BUILD_CPU") == "0"),
+            ("IVL_BUILD_CPU=0", forced == "0"),
             ("torch's headers were not found", torch is None),
             ("no C++ compiler was found", compiler is None),
         ):
             if missing:
+                if forced == "1":
+                    raise SystemExit(f"IVL_BUILD_CPU=1 but {problem}")
                 say(f"WITHOUT the C++ kernels ({problem}): pure Python install, Triton and reference backends only")
                 return
         import pybind11
@@ -108,7 +111,13 @@ class Build(build_ext):
 
         ninja_bin = Path(ninja.BIN_DIR) / "ninja"
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
-        subprocess.check_call([str(ninja_bin), "-C", str(work), "-j", jobs])
+        try:
+            subprocess.check_call([str(ninja_bin), "-C", str(work), "-j", jobs])
+        except subprocess.CalledProcessError:
+            if forced == "1":
+                raise
+            say("WITHOUT the C++ kernels: the compiler failed (see above); IVL_BUILD_CPU=1 makes this an error")
+            return
         say(f"C++ kernels: {out.name}")
 
     def build_cuda(self):

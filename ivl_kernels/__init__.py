@@ -6,7 +6,7 @@ Names are loaded on first use: importing the package imports neither triton nor 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -22,21 +22,6 @@ _LAZY = {
 _SUBMODULES = ("ops", "nn", "integrations", "doctor", "testing")
 
 __all__ = [*_LAZY, *_SUBMODULES, "__version__"]
-
-if TYPE_CHECKING:
-    from . import doctor as doctor
-    from . import integrations as integrations
-    from . import nn as nn
-    from . import ops as ops
-    from . import testing as testing
-    from .integrations import PatchHandle as PatchHandle
-    from .integrations import PatchReport as PatchReport
-    from .integrations import VerifyReport as VerifyReport
-    from .integrations import enable_remote_code as enable_remote_code
-    from .integrations import patch as patch
-    from .integrations import patched as patched
-    from .integrations import verify as verify
-
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
