@@ -23,6 +23,7 @@ _SUBMODULES = ("ops", "nn", "integrations", "doctor", "testing")
 
 __all__ = [*_LAZY, *_SUBMODULES, "__version__"]
 
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

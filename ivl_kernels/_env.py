@@ -27,7 +27,7 @@ CPU_ISA = Variable(
     "Highest instruction set of the C++ kernels: `portable`, `avx2` or `avx512`. Empty: the best the processor has.",
 )
 BUILD_CPU = Variable(
-    "IVL_BUILD_CPU", "", "At build time: `1` requires the C++ kernels, `0` skips them. Empty: built if a compiler is there."
+    "IVL_BUILD_CPU", "", "At build time: `1` requires the C++ kernels, `0` skips them. Empty: built if possible."
 )
 BUILD_CUDA = Variable(
     "IVL_BUILD_CUDA",
