@@ -1,0 +1,62 @@
+"""Mixture-of-experts feed-forward: every token through its k experts, and the weighted sum."""
+
+from __future__ import annotations
+
+import torch
+
+from . import op
+
+__all__ = ["moe_experts"]
+
+
+def moe_experts(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    layout: str = "concatenated",
+    backend: str = "",
+) -> torch.Tensor:
+    """Sum over each token's experts of weight * down(activation(gate_up(token))), in the checkpoint's own layout.
+
+    With g, u the gate and up parts of hidden @ gate_up + gate_up_bias, the activation is
+
+    * "silu" (Qwen3-MoE): g * sigmoid(g) * u
+    * "gpt_oss": g' * sigmoid(alpha * g') * (u' + 1) with g' = min(g, limit), u' = clamp(u, -limit, limit)
+
+    Args:
+        hidden: [S, H] tokens; float32, bfloat16, float16 or float64.
+        ids: [S, k] int64 or int32 expert ids. An id outside 0 to E - 1 (expert parallelism uses E) contributes zero.
+        weights: [S, k] routing weights, any floating dtype.
+        gate_up: [E, 2I, H] with the gate rows first ("concatenated"), or [E, H, 2I] with columns g0, u0, g1, u1, ...
+            ("interleaved", GPT-OSS); the dtype of `hidden`.
+        down: [E, H, I] ("concatenated") or [E, I, H] ("interleaved"); the dtype of `hidden`.
+        gate_up_bias: [E, 2I] in the order of gate_up's rows or columns, or None.
+        down_bias: [E, H] or None.
+        activation: "silu" or "gpt_oss".
+        alpha, limit: of the "gpt_oss" activation.
+        layout: "concatenated" or "interleaved".
+        backend: force a backend; empty picks the best.
+
+    Returns:
+        [S, H], dtype of `hidden`. Sums are in float32 (float64 for float64 inputs), each token's in the order of its
+        choices.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option does not fit.
+
+    Gradients flow to `hidden`, `weights`, `gate_up`, `down` and the biases; only those needed are computed. What the
+    forward keeps for them is one [S * k, 2I] tensor; without gradients it keeps nothing. Deterministic.
+    The reference backend reads the expert counts from the device, the others do not.
+    Source: transformers `Qwen3MoeExperts` and `GptOssExperts`.
+    """
+    return op.moe_experts(
+        hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout, backend
+    )

@@ -1,0 +1,186 @@
+"""Schemas, fakes, backends, gradients and argument checks of the mixture-of-experts feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..._checks import FLOATS, check_dtype, check_same, check_shape
+from ..._dispatch import Implementation
+from ..._library import Op
+from ..moe_routing import op as routing
+
+ACTIVATIONS = ("silu", "gpt_oss")
+LAYOUTS = ("concatenated", "interleaved")
+
+
+def _fake_forward(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    keep: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = gate_up.shape[2 if layout == "interleaved" else 1]
+    return hidden.new_empty(hidden.shape), hidden.new_empty(permutation.shape[0] if keep else 0, width)
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    pre: torch.Tensor,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
+    inputs = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
+    return tuple(
+        value.new_empty(value.shape) if needed and value is not None else hidden.new_empty(0)
+        for value, needed in zip(inputs, needs)
+    )
+
+
+_TENSORS = (
+    "Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor gate_up, Tensor down, "
+    "Tensor? gate_up_bias, Tensor? down_bias, "
+)
+_OPTIONS = "str activation, float alpha, float limit, str layout, "
+
+_experts = Op(
+    f"moe_experts({_TENSORS}{_OPTIONS}bool keep, str backend) -> (Tensor out, Tensor pre)",
+    package=__package__,
+    key="hidden",
+    implementations=(Implementation("reference", "reference:moe_experts"),),
+    fake=_fake_forward,
+)
+
+_experts_backward = Op(
+    f"moe_experts_backward(Tensor grad, {_TENSORS}Tensor pre, {_OPTIONS}bool[6] needs, str backend)"
+    " -> (Tensor hidden, Tensor weights, Tensor gate_up, Tensor down, Tensor gate_up_bias, Tensor down_bias)",
+    package=__package__,
+    key="hidden",
+    implementations=(Implementation("reference", "reference:moe_experts_backward"),),
+    fake=_fake_backward,
+)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+        permutation: torch.Tensor,
+        inverse: torch.Tensor,
+        offsets: torch.Tensor,
+        activation: str,
+        alpha: float,
+        limit: float,
+        layout: str,
+        backend: str,
+    ) -> torch.Tensor:
+        tensors = (hidden, weights, permutation, inverse, offsets, gate_up, down, gate_up_bias, down_bias)
+        out, pre = _experts(*tensors, activation, alpha, limit, layout, True, backend)
+        ctx.save_for_backward(*tensors, pre)
+        ctx.options, ctx.backend = (activation, alpha, limit, layout), backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:6])
+        results = _experts_backward(grads[0], *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+        return *(result if needed else None for result, needed in zip(results, needs)), *(None,) * 8
+
+
+def _check_weights(
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    layout: str,
+) -> int:
+    """The number of experts."""
+    width = hidden.shape[1]
+    if layout == "interleaved":
+        check_shape("gate_up", gate_up, ("E", width, "2I"))
+    else:
+        check_shape("gate_up", gate_up, ("E", "2I", width))
+    experts, double = gate_up.shape[0], gate_up.shape[2 if layout == "interleaved" else 1]
+    if double % 2:
+        raise ValueError(f"gate_up: got {list(gate_up.shape)}, expected an even number of gate and up rows")
+    inner = double // 2
+    check_shape("down", down, (experts, inner, width) if layout == "interleaved" else (experts, width, inner))
+    named = [("gate_up", gate_up), ("down", down)]
+    if gate_up_bias is not None:
+        check_shape("gate_up_bias", gate_up_bias, (experts, double))
+        named.append(("gate_up_bias", gate_up_bias))
+    if down_bias is not None:
+        check_shape("down_bias", down_bias, (experts, width))
+        named.append(("down_bias", down_bias))
+    for name, tensor in named:
+        check_same(name, tensor, "hidden", hidden)
+    return experts
+
+
+def moe_experts(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    backend: str,
+) -> torch.Tensor:
+    check_shape("hidden", hidden, ("S", "H"))
+    check_dtype("hidden", hidden, FLOATS)
+    check_shape("ids", ids, (hidden.shape[0], "k"))
+    check_same("ids", ids, "hidden", hidden, dtype=False)
+    check_shape("weights", weights, ids.shape)
+    check_dtype("weights", weights, FLOATS)
+    check_same("weights", weights, "hidden", hidden, dtype=False)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, layout)
+    permutation, inverse, _, offsets, _ = routing.moe_dispatch(ids, experts, 0, backend)
+    options = (activation, float(alpha), float(limit), layout)
+    differentiable = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return _Experts.apply(*differentiable, permutation, inverse, offsets, *options, backend)
+    tensors = (hidden, weights, permutation, inverse, offsets, gate_up, down, gate_up_bias, down_bias)
+    return _experts(*tensors, *options, False, backend)[0]

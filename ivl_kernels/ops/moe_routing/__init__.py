@@ -1,0 +1,88 @@
+"""Mixture-of-experts routing: router logits to expert ids and weights, and the slots sorted by expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import op
+
+__all__ = ["Dispatch", "moe_dispatch", "moe_routing"]
+
+
+class Dispatch(NamedTuple):
+    """The S * k slots (token t, choice j is slot t * k + j) sorted by expert.
+
+    Attributes:
+        permutation: [S * k] int32, the slot at each sorted row. Rows of one expert follow each other in the order of
+            their slots; slots without an expert come last.
+        inverse: [S * k] int32, the sorted row of each slot.
+        counts: [E] int32, rows of each expert.
+        offsets: [E + 1] int32, expert e has the sorted rows offsets[e] to offsets[e + 1].
+        tiles: [S * k // tile + E, 2] int32, (expert, first sorted row) of every tile of `tile` rows, in order; the
+            unused tail has expert E. [0, 2] without `tile`.
+    """
+
+    permutation: torch.Tensor
+    inverse: torch.Tensor
+    counts: torch.Tensor
+    offsets: torch.Tensor
+    tiles: torch.Tensor
+
+
+def moe_routing(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax_then_topk",
+    renormalize: bool = False,
+    bias: torch.Tensor | None = None,
+    backend: str = "",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick k experts for every token, and their weights.
+
+    * "softmax_then_topk" (Qwen3-MoE): softmax in float32 over all experts, the k largest, with `renormalize` divided
+      by their sum, rounded to the dtype of `logits`.
+    * "topk_then_softmax" (GPT-OSS): the k largest logits, softmax over those.
+
+    Args:
+        logits: [S, E] router logits; float32, bfloat16, float16 or float64 (float64 is computed in float64).
+        top_k: k, 1 to E.
+        scoring: which of the two conventions.
+        renormalize: only for "softmax_then_topk" (`norm_topk_prob`).
+        bias: [E], added to the logits first (and the sum rounded to their dtype), the dtype of `logits`.
+        backend: force a backend; empty picks the best.
+
+    Returns:
+        ids [S, k] int64 and weights [S, k] in the dtype of `logits`, largest first. Of equal scores the lower expert id
+        comes first (`torch.topk` leaves that open).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option does not fit.
+
+    Gradients flow from the weights to `logits` and `bias`. Deterministic. Does not read from the device.
+    Source: transformers `Qwen3MoeTopKRouter` and `GptOssTopKRouter`.
+    """
+    return op.moe_routing(logits, top_k, scoring, renormalize, bias, backend)
+
+
+def moe_dispatch(ids: torch.Tensor, num_experts: int, *, tile: int = 0, backend: str = "") -> Dispatch:
+    """Sort the (token, choice) slots by expert, stably.
+
+    Args:
+        ids: [S, k] int64 or int32 expert ids. Any id outside 0 to E - 1 means "no expert here"; E is what
+            expert-parallel transformers uses for it.
+        num_experts: E.
+        tile: also list the tiles of this many rows that a grouped matrix product runs over.
+        backend: force a backend; empty picks the best.
+
+    Returns:
+        A `Dispatch`, all on the device of `ids`, with sizes that depend on shapes only.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or option does not fit.
+
+    Deterministic. Does not read from the device.
+    """
+    return Dispatch(*op.moe_dispatch(ids, num_experts, tile, backend))

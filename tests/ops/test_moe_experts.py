@@ -1,0 +1,241 @@
+"""Experts against transformers' loop over experts, in both checkpoint layouts."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from gpu import backends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivl_kernels.ops import moe_experts
+from ivl_kernels.testing import assert_accurate, poisoned
+
+BACKENDS = backends("reference")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Case:
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    activation: str
+    layout: str
+
+    @property
+    def tensors(self):
+        return (self.hidden, self.weights, self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+
+    def to(self, dtype):
+        hidden, weights, *rest = (t if t is None else t.detach().to(dtype) for t in self.tensors)
+        return Case(hidden, self.ids, weights, *rest, self.activation, self.layout)
+
+    def leaves(self):
+        hidden, weights, *rest = (t if t is None else t.detach().clone().requires_grad_() for t in self.tensors)
+        return Case(hidden, self.ids, weights, *rest, self.activation, self.layout)
+
+    def run(self, backend=""):
+        return moe_experts(
+            self.hidden, self.ids, self.weights, self.gate_up, self.down, gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias, activation=self.activation, layout=self.layout, backend=backend,
+        )  # fmt: skip
+
+
+def make(
+    tokens=11, width=24, inner=16, experts=5, top_k=2, gpt_oss=False, bias=None, dtype=torch.float32, skew="even",
+    outside=0.0, seed=0,
+):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    if skew == "one":
+        ids = torch.full((tokens, top_k), experts // 2)
+    else:
+        power = 4.0 if skew == "zipf" else 0.0
+        scores = torch.rand(tokens, experts, generator=g) - power * torch.arange(experts) / experts
+        ids = scores.topk(min(top_k, experts), dim=1).indices
+    ids = torch.where(torch.rand(ids.shape, generator=g) < outside, experts, ids)
+    scale_up, scale_down = width**-0.5, inner**-0.5
+    if gpt_oss:
+        gate_up = normal(experts, width, 2 * inner) * scale_up * 4
+        down = normal(experts, inner, width) * scale_down
+    else:
+        gate_up = normal(experts, 2 * inner, width) * scale_up
+        down = normal(experts, width, inner) * scale_down
+    with_bias = gpt_oss if bias is None else bias
+    return Case(
+        normal(tokens, width), ids, torch.rand(ids.shape, generator=g).to(dtype), gate_up, down,
+        normal(experts, 2 * inner) if with_bias else None, normal(experts, width) if with_bias else None,
+        "gpt_oss" if gpt_oss else "silu", "interleaved" if gpt_oss else "concatenated",
+    )  # fmt: skip
+
+
+def eager(case):
+    """The loops of Qwen3MoeExperts and GptOssExperts."""
+    out = torch.zeros_like(case.hidden)
+    for e in case.ids.unique().tolist():
+        if not 0 <= e < len(case.gate_up):
+            continue
+        token, slot = torch.where(case.ids == e)
+        gate_up, down = case.gate_up[e], case.down[e]
+        if case.layout == "concatenated":
+            gate_up, down = gate_up.T, down.T
+        value = case.hidden[token] @ gate_up
+        if case.gate_up_bias is not None:
+            value = value + case.gate_up_bias[e]
+        if case.layout == "concatenated":
+            gate, up = value.chunk(2, dim=-1)
+        else:
+            gate, up = value[:, ::2], value[:, 1::2]
+        if case.activation == "silu":
+            value = torch.nn.functional.silu(gate) * up
+        else:
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            value = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+        value = value @ down
+        if case.down_bias is not None:
+            value = value + case.down_bias[e]
+        out = out.index_add(0, token, (value * case.weights[token, slot, None]).to(out.dtype))
+    return out
+
+
+@BACKENDS
+@pytest.mark.parametrize("gpt_oss", [False, True])
+@given(
+    tokens=st.integers(0, 70), width=st.integers(1, 90), inner=st.integers(1, 70), experts=st.integers(1, 9),
+    top_k=st.integers(1, 4), bias=st.booleans(), dtype=st.sampled_from(DTYPES),
+    skew=st.sampled_from(["even", "one", "zipf"]), outside=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_accurate(backend, gpt_oss, tokens, width, inner, experts, top_k, bias, dtype, skew, outside, seed):
+    case = make(tokens, width, inner, experts, top_k, gpt_oss, bias, dtype, skew, outside, seed)
+    with poisoned():
+        got = case.run(backend)
+    assert_accurate(got, case.to(torch.float64).run("reference"), eager(case))
+
+
+def gradients(case, run, grad):
+    """Gradients of every differentiable tensor of the case, by name."""
+    case = case.leaves()
+    names = ("hidden", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
+    leaves = {name: t for name, t in zip(names, case.tensors) if t is not None}
+    return dict(zip(leaves, torch.autograd.grad(run(case), list(leaves.values()), grad, materialize_grads=True)))
+
+
+@BACKENDS
+@pytest.mark.parametrize("gpt_oss", [False, True])
+@given(
+    tokens=st.integers(0, 40), width=st.integers(1, 50), inner=st.integers(1, 40), experts=st.integers(1, 6),
+    top_k=st.integers(1, 3), bias=st.booleans(), dtype=st.sampled_from(DTYPES),
+    skew=st.sampled_from(["even", "one", "zipf"]), outside=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=15)
+def test_gradients(backend, gpt_oss, tokens, width, inner, experts, top_k, bias, dtype, skew, outside, seed):
+    case = make(tokens, width, inner, experts, top_k, gpt_oss, bias, dtype, skew, outside, seed)
+    grad = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with poisoned():
+        got = gradients(case, lambda c: c.run(backend), grad)
+    truth = gradients(case.to(torch.float64), lambda c: c.run("reference"), grad.double())
+    plain = gradients(case, lambda c: eager(c) + 0 * c.hidden, grad)
+    for name, value in got.items():
+        assert_accurate(value, truth[name], plain[name], name)
+
+
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_gradcheck(gpt_oss):
+    case = make(5, 6, 4, 3, 2, gpt_oss, True, torch.float64, outside=0.2).leaves()
+
+    def run(*tensors):
+        hidden, weights, *rest = tensors
+        return Case(hidden, case.ids, weights, *rest, case.activation, case.layout).run()
+
+    assert run(*case.tensors).grad_fn is not None
+    assert torch.autograd.gradcheck(run, case.tensors)
+
+
+@BACKENDS
+@pytest.mark.parametrize("which", range(6))
+def test_only_needed_gradients(backend, which):
+    case = make(bias=True, gpt_oss=True)
+    every = list(gradients(case, lambda c: c.run(backend), torch.ones_like(case.hidden)).values())
+    leaf = case.tensors[which].requires_grad_()
+    (got,) = torch.autograd.grad(case.run(backend), leaf, torch.ones_like(case.hidden))
+    assert torch.equal(got, every[which])
+
+
+@BACKENDS
+def test_every_slot_outside_gives_zero(backend):
+    case = make(gpt_oss=True)
+    case.ids.fill_(5)
+    assert torch.equal(case.run(backend), torch.zeros_like(case.hidden))
+
+
+@BACKENDS
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_strided_inputs(backend, gpt_oss):
+    case = make(gpt_oss=gpt_oss)
+    expected = case.run(backend)
+
+    def spread(t):
+        return torch.zeros(*t.shape[:-1], t.shape[-1] * 2, dtype=t.dtype)[..., ::2].copy_(t)
+
+    case.ids, case.hidden, case.weights = spread(case.ids), spread(case.hidden), spread(case.weights)
+    case.gate_up, case.down = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.gate_up, case.down))
+    torch.testing.assert_close(case.run(backend), expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_opcheck(backend, gpt_oss):
+    case = make(gpt_oss=gpt_oss)
+    dispatch = torch.ops.ivl.moe_dispatch(case.ids, 5, 0, "reference")
+    tensors = (case.hidden, case.weights, dispatch[0], dispatch[1], dispatch[3], *case.tensors[2:])
+    options = (case.activation, 1.702, 7.0, case.layout)
+    torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, False, backend))
+    torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, True, backend))
+    _, pre = torch.ops.ivl.moe_experts(*tensors, *options, True, "reference")
+    needs = [True, False, True, True, gpt_oss, False]
+    torch.library.opcheck(
+        torch.ops.ivl.moe_experts_backward.default, (case.hidden, *tensors, pre, *options, needs, backend)
+    )
+
+
+@BACKENDS
+def test_compiles(backend):
+    case = make(gpt_oss=True).leaves()
+    compiled = torch.compile(lambda c: c.run(backend), fullgraph=True, backend="aot_eager")
+    got, expected = compiled(case), case.run(backend)
+    assert torch.equal(got, expected)
+    leaves = case.tensors
+    for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(hidden=torch.zeros(11, 3, 24)), ValueError, r"hidden: .*expected shape \[S, H\]"),
+        (dict(hidden=torch.zeros(11, 24, dtype=torch.int64)), TypeError, "hidden: .*expected dtype"),
+        (dict(hidden=torch.zeros(11, 24).bfloat16()), TypeError, "gate_up: .*expected the dtype of hidden"),
+        (dict(ids=torch.zeros(10, 2, dtype=torch.int64)), ValueError, r"ids: .*expected shape \[11, k\]"),
+        (dict(ids=torch.zeros(11, 2)), TypeError, "ids: .*expected dtype int64, int32"),
+        (dict(weights=torch.zeros(11, 3)), ValueError, r"weights: .*expected shape \[11, 2\]"),
+        (dict(gate_up=torch.zeros(5, 32, 24)), ValueError, r"gate_up: .*expected shape \[E, 24, 2I\]"),
+        (dict(gate_up=torch.zeros(5, 24, 31)), ValueError, "gate_up: .*even"),
+        (dict(down=torch.zeros(5, 24, 16)), ValueError, r"down: .*expected shape \[5, 16, 24\]"),
+        (dict(gate_up_bias=torch.zeros(5, 16)), ValueError, r"gate_up_bias: .*expected shape \[5, 32\]"),
+        (dict(down_bias=torch.zeros(4, 24)), ValueError, r"down_bias: .*expected shape \[5, 24\]"),
+        (dict(activation="gelu"), ValueError, "activation: got 'gelu'"),
+        (dict(layout="packed"), ValueError, "layout: got 'packed'"),
+    ],
+)
+def test_wrong_input(changes, error, message):
+    arguments = vars(make(gpt_oss=True)) | changes
+    with pytest.raises(error, match=message):
+        moe_experts(**arguments)
