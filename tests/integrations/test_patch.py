@@ -151,7 +151,7 @@ def test_other_wrapper_on_top():
     ours = model.forward
     model.forward = lambda *a, **k: ours(*a, **k) * 100
     assert torch.equal(model(X), (plain + 1) * 100)
-    with pytest.warns(PatchWarning, match="another wrapper is on top"):
+    with pytest.warns(PatchWarning, match="has another wrapper on top"):
         report = handle.undo()
     assert report.rows[0].state == "left" and "test_patch" in report.rows[0].detail
     assert torch.equal(model(X), plain * 100)
