@@ -131,7 +131,7 @@ def inputs(
     def text(count: int) -> list[int]:
         return torch.randint(1, 280, (count,), generator=generator).tolist()
 
-    rows = []
+    rows: list[list[int]] = []
     for images in tiles:
         row = text(5)
         for count in images:

@@ -1,4 +1,4 @@
-"""Models for tests: tiny native InternVL (`ivl_kernels.testing.tiny`) and stand-ins of the remote-code InternVLChatModel.
+"""Models for tests: tiny native InternVL (`ivl_kernels.testing.tiny`) and stand-ins of the remote-code chat model.
 
 `chat_repo` stands in for the code of the OpenGVLab/InternVL repository, `chat_hub` for what InternVL3.5 and
 InternVL3.5-Flash checkpoints carry. Both classes are called InternVLChatModel, as upstream.
