@@ -2,6 +2,6 @@
 
 from .moe_experts import moe_experts
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
-from .token_packing import place_rows
+from .token_packing import PackedTokens, pack_tokens, place_rows
 
-__all__ = ["Dispatch", "moe_dispatch", "moe_experts", "moe_routing", "place_rows"]
+__all__ = ["Dispatch", "PackedTokens", "moe_dispatch", "moe_experts", "moe_routing", "pack_tokens", "place_rows"]

@@ -1,20 +1,56 @@
-// Row movement of token packing. Rows are moved as bytes, so one kernel serves every dtype.
+// Token packing: which tokens stay when tiles are compressed, and visual rows into placeholder positions.
+// Rows are moved as bytes, so one kernel serves every dtype.
 #pragma once
 
 #include <cstdint>
 
 namespace ivl {
 
-// Row m of `rows` ([count] rows of `row_bytes`, contiguous) <-> the row of a [*, columns] grid of rows that starts at
-// base + (p / columns) * batch_stride + (p % columns) * token_stride bytes, p = positions[m].
+// A [batch, columns] grid of rows of `row_bytes`; row p is in batch p / columns, column p % columns. Strides in bytes.
 struct RowGrid {
   char* base;
-  int64_t columns, batch_stride, token_stride;
+  int64_t columns, batch_stride, token_stride, row_bytes;
 
   char* row(int64_t p) const { return base + (p / columns) * batch_stride + (p % columns) * token_stride; }
 };
 
-void place_rows(RowGrid grid, const int64_t* positions, const char* rows, int64_t count, int64_t row_bytes);
-void take_rows(RowGrid grid, const int64_t* positions, char* rows, int64_t count, int64_t row_bytes);
+// ids [n], one for each row of the grid. The rows where ids == token are filled with rows [count, row_bytes], in order.
+// Returns how many there are; when that is not `count`, nothing is written.
+int64_t place_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, const char* rows, int64_t count);
+
+// The reverse: the rows of the grid where ids == token into rows.
+int64_t take_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, char* rows, int64_t count);
+
+// What is packed: ids [batch, columns]; mask the same or null (all true); compress [tiles]. A tile is `full` consecutive
+// placeholders of which the first `small` stay when it is compressed. Ids outside [0, vocabulary) are reported.
+struct PackInput {
+  const int64_t* ids;
+  const bool* mask;
+  const bool* compress;
+  int64_t batch, columns, tiles, token, full, small, vocabulary;
+
+  bool present(int64_t i) const { return mask == nullptr || mask[i]; }
+};
+
+// keep [batch, columns]. status [batch, 4]: placeholders, kept tokens, column where a run ends that is not a multiple of
+// `full` (or -1), column of an id out of range (or -1).
+void pack_scan(PackInput in, bool* keep, int64_t* status);
+
+// A packed buffer: row b of the batch is at [start, start + length) of every tensor.
+struct PackOutput {
+  int64_t* ids;
+  int64_t* mask;
+  int64_t* positions;
+  int64_t* kept;     // index in the input, -1 where padding
+  int64_t* labels;   // null when there are none; so weights
+  float* weights;
+  int64_t* tile_rows;  // [tiles] first row of each tile
+};
+
+enum class Padding { left = 0, right = 1, none = 2 };
+
+// width: columns of the packed buffer [batch, width], or its length when padding is none.
+void pack_write(PackInput in, const bool* keep, const int64_t* status, const int64_t* labels, const float* weights,
+                Padding padding, int64_t width, int64_t pad_id, PackOutput out);
 
 }  // namespace ivl

@@ -9,58 +9,107 @@ import torch
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
+from .packed import PADDINGS, PackedTokens, Pieces
 
 _place_rows = Op(
-    "place_rows_(Tensor(a!) embeds, Tensor positions, Tensor rows, str backend) -> ()",
+    "place_rows_(Tensor(a!) embeds, Tensor input_ids, Tensor rows, int token_id, str backend) -> ()",
     package=__package__,
     key="embeds",
     implementations=(
         Implementation("native", "native:place_rows_", ("cpu",), FLOAT_NAMES),
         Implementation("cuda", "cuda:place_rows_", ("cuda",), FLOAT_NAMES),
+        Implementation("triton", "triton:place_rows_", ("cuda", "hip"), FLOAT_NAMES),
         Implementation("reference", "reference:place_rows_"),
     ),
-    fake=lambda embeds, positions, rows, backend: None,
+    fake=lambda embeds, input_ids, rows, token_id, backend: None,
 )
 
 _take_rows = Op(
-    "take_rows(Tensor embeds, Tensor positions, str backend) -> Tensor",
+    "take_rows(Tensor embeds, Tensor input_ids, SymInt count, int token_id, str backend) -> Tensor",
     package=__package__,
     key="embeds",
     implementations=(
         Implementation("native", "native:take_rows", ("cpu",), FLOAT_NAMES),
         Implementation("cuda", "cuda:take_rows", ("cuda",), FLOAT_NAMES),
+        Implementation("triton", "triton:take_rows", ("cuda", "hip"), FLOAT_NAMES),
         Implementation("reference", "reference:take_rows"),
     ),
-    fake=lambda embeds, positions, backend: embeds.new_empty(positions.shape[0], embeds.shape[2]),
+    fake=lambda embeds, input_ids, count, token_id, backend: embeds.new_empty(count, embeds.shape[2]),
+)
+
+
+def _fake_pack(
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    compress: torch.Tensor,
+    labels: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    token_id: int,
+    full: int,
+    small: int,
+    vocabulary: int,
+    padding: str,
+    capacity: bool,
+    pad_id: int,
+    backend: str,
+) -> Pieces:
+    batch, columns = input_ids.shape
+    none = padding == "none"
+    width = (batch * columns if none else columns) if capacity else torch.library.get_ctx().new_dynamic_size()
+    shape = (1, width) if none else (batch, width)
+    integers = input_ids.new_empty(4 if labels is None else 5, *shape)
+    new_weights = input_ids.new_empty(0 if weights is None else shape, dtype=torch.float32)
+    keep = torch.empty_like(input_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
+    status, tile_rows = input_ids.new_empty(batch, 4), input_ids.new_empty(compress.shape[0])
+    return integers, new_weights, keep, status, tile_rows
+
+
+_pack_tokens = Op(
+    "pack_tokens(Tensor input_ids, Tensor? mask, Tensor compress, Tensor? labels, Tensor? loss_weights, int token_id, "
+    "int tokens_per_tile, int compressed_tokens, int vocabulary, str padding, bool capacity, int pad_id, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    package=__package__,
+    key="input_ids",
+    implementations=(
+        Implementation("native", "native:pack_tokens", ("cpu",)),
+        Implementation("cuda", "cuda:pack_tokens", ("cuda",)),
+        Implementation("reference", "reference:pack_tokens"),
+    ),
+    fake=_fake_pack,
 )
 
 
 class _PlaceRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, embeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, inplace: bool, backend: str
+        ctx: Any,
+        embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        rows: torch.Tensor,
+        token_id: int,
+        inplace: bool,
+        backend: str,
     ) -> torch.Tensor:
-        ctx.save_for_backward(positions)
-        ctx.backend = backend
+        ctx.save_for_backward(input_ids)
+        ctx.count, ctx.token_id, ctx.backend = rows.shape[0], token_id, backend
         if inplace:
             ctx.mark_dirty(embeds)
             out = embeds
         else:
             out = embeds.clone()
-        _place_rows(out, positions, rows, backend)
+        _place_rows(out, input_ids, rows, token_id, backend)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        (positions,) = ctx.saved_tensors
+        (input_ids,) = ctx.saved_tensors
         grad_embeds = grad_rows = None
         if ctx.needs_input_grad[2]:
-            grad_rows = _take_rows(grad, positions, ctx.backend)
+            grad_rows = _take_rows(grad, input_ids, ctx.count, ctx.token_id, ctx.backend)
         if ctx.needs_input_grad[0]:
-            grad_embeds = grad.clone()
-            _place_rows(grad_embeds, positions, grad.new_zeros(positions.shape[0], grad.shape[2]), ctx.backend)
-        return grad_embeds, None, grad_rows, None, None
+            grad_embeds = grad.masked_fill((input_ids == ctx.token_id).unsqueeze(-1), 0)
+        return grad_embeds, None, grad_rows, None, None, None
 
 
 def place_rows(
@@ -75,11 +124,82 @@ def place_rows(
     width = embeds.shape[2]
     if rows.dim() < 2 or rows.shape[-1] != width:
         raise ValueError(f"rows: got shape {list(rows.shape)}, expected [..., {width}] as embeds")
-    rows = rows.reshape(-1, width)
-    positions = (input_ids.reshape(-1) == token_id).nonzero().squeeze(1)
-    if positions.shape[0] != rows.shape[0]:
+    return _PlaceRows.apply(embeds, input_ids, rows.reshape(-1, width), token_id, inplace, backend)
+
+
+def pack_tokens(
+    input_ids: torch.Tensor,
+    compress: torch.Tensor,
+    token_id: int,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    padding: str,
+    capacity: bool,
+    pad_id: int,
+    vocabulary: int | None,
+    tokens_per_tile: int,
+    compressed_tokens: int,
+    backend: str,
+) -> PackedTokens:
+    check_shape("input_ids", input_ids, ("B", "N"))
+    check_dtype("input_ids", input_ids, (torch.int64,))
+    check_shape("compress", compress, ("T",))
+    check_dtype("compress", compress, (torch.bool,))
+    check_same("compress", compress, "input_ids", input_ids, dtype=False)
+    for name, tensor, dtype in (
+        ("attention_mask", attention_mask, None),
+        ("labels", labels, torch.int64),
+        ("loss_weights", loss_weights, torch.float32),
+    ):
+        if tensor is not None:
+            check_shape(name, tensor, input_ids.shape)
+            check_same(name, tensor, "input_ids", input_ids, dtype=False)
+            if dtype is not None:
+                check_dtype(name, tensor, (dtype,))
+    if padding not in PADDINGS:
+        raise ValueError(f"padding: got {padding!r}, expected one of {', '.join(PADDINGS)}")
+    if not 0 < compressed_tokens <= tokens_per_tile:
         raise ValueError(
-            f"rows: got {rows.shape[0]} visual rows for {positions.shape[0]} placeholder tokens (id {token_id}) in "
-            "input_ids; the counts must be equal"
+            f"compressed_tokens: got {compressed_tokens}, expected 1 to {tokens_per_tile} (tokens_per_tile)"
         )
-    return _PlaceRows.apply(embeds, positions, rows, inplace, backend)
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+        mask = mask.contiguous()
+    vocabulary = 2**62 if vocabulary is None else vocabulary
+    integers, new_weights, keep, status, tile_rows = _pack_tokens(
+        input_ids.contiguous(),
+        mask,
+        compress.contiguous(),
+        None if labels is None else labels.contiguous(),
+        None if loss_weights is None else loss_weights.contiguous(),
+        token_id,
+        tokens_per_tile,
+        compressed_tokens,
+        vocabulary,
+        padding,
+        capacity,
+        pad_id,
+        backend,
+    )
+    ids, new_mask, positions, kept, *new_labels = integers.unbind(0)
+    lengths = status[:, 1]
+    cu_seqlens = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=ids.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    return PackedTokens(
+        ids=ids,
+        attention_mask=new_mask,
+        position_ids=positions,
+        kept=kept,
+        keep=keep,
+        lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        tile_rows=tile_rows,
+        labels=new_labels[0] if new_labels else None,
+        loss_weights=None if loss_weights is None else new_weights,
+        max_length=input_ids.shape[1] if padding == "none" else ids.shape[1],
+        tokens_per_tile=tokens_per_tile,
+        compressed_tokens=compressed_tokens,
+        _inputs=(status, input_ids, mask, compress.shape[0], token_id, tokens_per_tile, vocabulary),
+    )

@@ -1,0 +1,102 @@
+"""What packing returns, and the checks that its backends share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+PADDINGS = ("left", "right", "none")
+
+# The result of the raw op: integers [4 or 5, B, N'] (ids, mask, position ids, kept, labels), loss weights (empty when
+# there are none), keep, status [B, 4] (see `check_status`), tile rows.
+Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class PackedTokens:
+    """A batch after packing: B rows of at most N tokens became [B, N'], or [1, N'] when nothing is padded.
+
+    Attributes:
+        ids: [B, N'] int64 token ids.
+        attention_mask: [B, N'] int64, 1 at tokens and 0 at padding.
+        position_ids: [B, N'] int64, 0, 1, ... in each row; 0 at padding.
+        kept: [B, N'] int64, where a token came from: row * N + column of the input; -1 at padding.
+        keep: [B, N] bool, which tokens of the input stayed.
+        lengths: [B] int64 tokens in each row.
+        cu_seqlens: [B + 1] int32, starts of the rows when they are laid end to end.
+        tile_rows: [T] int64, the first row of each tile in the packed embeddings seen as [B * N', H].
+        labels: [B, N'] int64 (-100 at padding), or None.
+        loss_weights: [B, N'] float32 (0 at padding), or None.
+        max_length: a number that no row exceeds: N' when rows are padded, else N.
+        tokens_per_tile, compressed_tokens: rows of a full and of a compressed tile.
+    """
+
+    ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    kept: torch.Tensor
+    keep: torch.Tensor
+    lengths: torch.Tensor
+    cu_seqlens: torch.Tensor
+    tile_rows: torch.Tensor
+    labels: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
+    max_length: int = 0
+    tokens_per_tile: int = 256
+    compressed_tokens: int = 64
+    _inputs: tuple = field(default=(), repr=False)
+
+    def check(self) -> None:
+        """Raise the ValueError that a capacity-mode call on a GPU could not (it reads nothing back). One host read."""
+        status, *rest = self._inputs
+        check_status(status.tolist(), *rest)
+
+
+def check_counts(found: int, rows: int, token_id: int) -> None:
+    if found != rows:
+        raise ValueError(
+            f"rows: got {rows} visual rows for {found} placeholder tokens (id {token_id}) in input_ids; the counts must "
+            "be equal"
+        )
+
+
+def check_status(
+    status: list[list[int]],
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    tiles: int,
+    token_id: int,
+    full: int,
+    vocabulary: int,
+) -> None:
+    """Raise for what the scan found; `status` holds (placeholders, tokens kept, end of a bad run, bad id) a row."""
+    for row, (_, _, run_end, bad_id) in enumerate(status):
+        if bad_id >= 0:
+            raise ValueError(
+                f"input_ids: row {row} has id {int(input_ids[row, bad_id])} at column {bad_id}, expected 0 to "
+                f"{vocabulary - 1}"
+            )
+        if run_end >= 0:
+            visual = input_ids[row, : run_end + 1] == token_id
+            if mask is not None:
+                visual = visual & mask[row, : run_end + 1]
+            length = visual.tolist()[::-1].index(False) if not bool(visual.all()) else run_end + 1
+            raise ValueError(
+                f"input_ids: row {row} has a run of {length} placeholder tokens (id {token_id}) in columns "
+                f"{run_end + 1 - length} to {run_end}, expected a multiple of {full}"
+            )
+    counts = [placeholders // full for placeholders, *_ in status]
+    if sum(counts) != tiles:
+        raise ValueError(
+            f"compress: got {tiles} decisions for {sum(counts)} tiles of {full} placeholder tokens (tiles of each row: "
+            f"{counts}); the counts must be equal"
+        )
+
+
+def packed_width(status: list[list[int]] | None, input_ids: torch.Tensor, padding: str, capacity: bool) -> int:
+    batch, columns = input_ids.shape
+    if capacity or status is None:
+        return batch * columns if padding == "none" else columns
+    lengths = [row[1] for row in status]
+    return sum(lengths) if padding == "none" else max(lengths, default=0)

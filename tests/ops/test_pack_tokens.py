@@ -1,0 +1,266 @@
+"""Packing against a slow Python rendition, and against the released batch-1 compaction."""
+
+import pytest
+import torch
+from gpu import backends, simulated_gpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivl_kernels import _dispatch
+from ivl_kernels.ops import pack_tokens
+from ivl_kernels.testing import poisoned
+
+BACKENDS = backends("native", "cuda", "reference")
+TOKEN, PAD = 7, 11
+
+
+def slow(ids, compress, mask, labels, weights, padding, full, small, capacity):
+    """Token by token, as one would do it by hand."""
+    batch, columns = ids.shape
+    tile, rows, tile_at = 0, [], []
+    for b in range(batch):
+        row, inside = [], 0
+        for n in range(columns):
+            if not mask[b, n]:
+                continue
+            if ids[b, n] == TOKEN:
+                if inside == 0:
+                    tile_at.append((b, len(row)))
+                if inside < small or not compress[tile]:
+                    row.append(n)
+                inside += 1
+                if inside == full:
+                    inside, tile = 0, tile + 1
+            else:
+                row.append(n)
+        rows.append(row)
+    lengths = [len(row) for row in rows]
+    width = columns if capacity else max(lengths, default=0)
+    starts = [sum(lengths[:b]) for b in range(batch)]
+    if padding != "none":
+        starts = [b * width + (width - lengths[b] if padding == "left" else 0) for b in range(batch)]
+    size = batch * width if padding != "none" else batch * columns if capacity else sum(lengths)
+    flat = [(PAD, 0, 0, -1, -100, 0.0)] * size
+    for b, row in enumerate(rows):
+        for i, n in enumerate(row):
+            values = (int(ids[b, n]), 1, i, b * columns + n, int(labels[b, n]), float(weights[b, n]))
+            flat[starts[b] + i] = values
+    shape = (1, size) if padding == "none" else (batch, width)
+    columns_of = [torch.tensor([v[k] for v in flat], dtype=torch.int64 if k < 5 else torch.float32) for k in range(6)]
+    names = ("ids", "attention_mask", "position_ids", "kept", "labels", "loss_weights")
+    result = {name: column.view(shape) for name, column in zip(names, columns_of)}
+    keep = [[n in row for n in range(columns)] for row in rows]
+    result["keep"] = torch.tensor(keep, dtype=torch.bool).view(batch, columns)
+    result["lengths"] = torch.tensor(lengths, dtype=torch.int64)
+    result["cu_seqlens"] = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    result["tile_rows"] = torch.tensor([starts[b] + at for b, at in tile_at], dtype=torch.int64)
+    return result
+
+
+@st.composite
+def batches(draw, most=40):
+    """Rows of text and runs of tiles, padded on one side, with labels and weights."""
+    full = draw(st.sampled_from([1, 4, 16]))
+    small = draw(st.integers(1, full))
+    rows, tiles = [], 0
+    for _ in range(draw(st.integers(1, 4))):
+        row = []
+        for _ in range(draw(st.integers(0, 3))):
+            row += draw(st.lists(st.integers(0, 6), max_size=most // 4))
+            count = draw(st.integers(0, 3))
+            tiles += count
+            # A text token between images, or none: then the two images are one run.
+            row += [TOKEN] * (full * count) + [3] * draw(st.integers(0, 1))
+        rows.append(row)
+    columns = max(map(len, rows)) + draw(st.integers(0, 2))
+    left = draw(st.booleans())
+    pad_with = draw(st.sampled_from([PAD, TOKEN]))  # masked placeholders are not placeholders
+    ids = torch.full((len(rows), columns), pad_with)
+    mask = torch.zeros(len(rows), columns, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        at = columns - len(row) if left else 0
+        ids[b, at : at + len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[b, at : at + len(row)] = 1
+    compress = torch.tensor(draw(st.lists(st.booleans(), min_size=tiles, max_size=tiles)), dtype=torch.bool)
+    labels = torch.randint(0, 100, ids.shape)
+    return ids, mask, compress, labels, torch.rand(ids.shape), full, small
+
+
+def check(backend, batch, padding, capacity):
+    ids, mask, compress, labels, weights, full, small = batch
+    expected = slow(ids, compress, mask, labels, weights, padding, full, small, capacity)
+    with poisoned():
+        got = pack_tokens(
+            ids, compress, TOKEN, attention_mask=mask, labels=labels, loss_weights=weights, padding=padding,
+            capacity=capacity, pad_id=PAD, tokens_per_tile=full, compressed_tokens=small, backend=backend,
+        )  # fmt: skip
+    for name, value in expected.items():
+        mine = getattr(got, name)
+        assert mine.dtype == value.dtype, name
+        assert torch.equal(mine, value), (name, mine, value)
+    got.check()
+
+
+@backends("native", "reference")
+@given(batch=batches(), padding=st.sampled_from(["left", "right", "none"]), capacity=st.booleans())
+@settings(max_examples=60)
+def test_equals_slow(backend, batch, padding, capacity):
+    check(backend, batch, padding, capacity)
+
+
+@given(batch=batches(), padding=st.sampled_from(["left", "right", "none"]), capacity=st.booleans())
+@settings(max_examples=10)
+def test_equals_slow_on_simulated_gpu(batch, padding, capacity):
+    with simulated_gpu():
+        check("cuda", batch, padding, capacity)
+
+
+def example(tiles=(1, 0, 3), text=5, full=256):
+    """Left-padded rows with one image each; `tiles` of each row."""
+    rows = [[3] * text + [TOKEN] * (full * t) + [4] * text for t in tiles]
+    columns = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (columns - len(row)) + row for row in rows])
+    return ids, (ids != PAD).long()
+
+
+@BACKENDS
+def test_released_sizes(backend):
+    ids, mask = example()
+    compress = torch.tensor([True, False, True, False])
+    packed = pack_tokens(ids, compress, TOKEN, attention_mask=mask, pad_id=PAD, backend=backend)
+    assert packed.lengths.tolist() == [74, 10, 10 + 256 + 64 + 256]
+    assert packed.cu_seqlens.tolist() == [0, 74, 84, 670]
+    assert packed.ids.shape == (3, 586) and packed.max_length == 586
+    assert packed.tile_rows.tolist() == [586 - 74 + 5, 1172 + 5, 1172 + 5 + 256, 1172 + 5 + 256 + 64]
+    assert (packed.ids.view(-1)[packed.tile_rows] == TOKEN).all()
+    assert torch.equal(packed.ids[0, -74:], torch.tensor([3] * 5 + [TOKEN] * 64 + [4] * 5))
+    assert packed.labels is None and packed.loss_weights is None
+
+
+@BACKENDS
+def test_masks_of_any_dtype_and_none(backend):
+    ids, mask = example((2, 2))
+    compress = torch.tensor([True, False, True, False])
+    expected = pack_tokens(ids, compress, TOKEN, backend="reference")
+    for kind in (None, mask, mask.bool(), mask.float(), mask.to(torch.int32), mask.bool().t().contiguous().t()):
+        assert torch.equal(pack_tokens(ids, compress, TOKEN, attention_mask=kind, backend=backend).ids, expected.ids)
+
+
+@BACKENDS
+@pytest.mark.parametrize("padding", ["left", "none"])
+def test_empty(backend, padding):
+    none = torch.zeros(0, dtype=torch.bool)
+    for shape in ((0, 5), (2, 0)):
+        packed = pack_tokens(torch.zeros(shape, dtype=torch.int64), none, TOKEN, padding=padding, backend=backend)
+        assert packed.ids.numel() == 0 and packed.lengths.tolist() == [0] * shape[0]
+    masked = torch.zeros(2, 3, dtype=torch.int64)
+    packed = pack_tokens(masked, none, TOKEN, attention_mask=masked, padding=padding, backend=backend)
+    assert packed.ids.numel() == 0 and packed.lengths.tolist() == [0, 0]
+
+
+def wrong_cases():
+    ids, mask = example()
+    broken = ids.clone()
+    broken[2, 20] = 3
+    negative = ids.clone()
+    negative[1, -1] = -100
+    yield (
+        broken,
+        4,
+        "input_ids: row 2 has a run of 15 placeholder tokens .id 7. in columns 5 to 19, expected a multiple",
+    )
+    yield negative, 4, "input_ids: row 1 has id -100 at column 777, expected 0 to"
+    yield ids, 3, r"compress: got 3 decisions for 4 tiles .*\(tiles of each row: \[1, 0, 3\]\)"
+    yield ids, 5, "compress: got 5 decisions for 4 tiles"
+
+
+@BACKENDS
+def test_wrong_values(backend):
+    for ids, tiles, message in wrong_cases():
+        mask = (ids != PAD).long()
+        with pytest.raises(ValueError, match=message):
+            pack_tokens(ids, torch.ones(tiles, dtype=torch.bool), TOKEN, attention_mask=mask, backend=backend)
+    ids, mask = example()
+    decisions = torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="row 0 has id 11 at column .*, expected 0 to 10"):
+        pack_tokens(ids, decisions, TOKEN, vocabulary=11, backend=backend)
+    # The padding of this mask cuts the last tile short.
+    mask[0, -10:] = 0
+    with pytest.raises(ValueError, match="row 0 has a run of 251 placeholder"):
+        pack_tokens(ids, decisions, TOKEN, attention_mask=mask, backend=backend)
+
+
+def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
+    with simulated_gpu():
+        for ids, tiles, message in wrong_cases():
+            args = (ids, torch.ones(tiles, dtype=torch.bool), TOKEN)
+            with monkeypatch.context() as patch:
+                for read in ("tolist", "item", "__bool__", "__int__"):
+                    patch.setattr(torch.Tensor, read, lambda *_: pytest.fail("a host read"))
+                packed = pack_tokens(*args, attention_mask=ids != PAD, capacity=True, backend="cuda")
+            with pytest.raises(ValueError, match=message):
+                packed.check()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(input_ids=torch.zeros(5, dtype=torch.int64)), ValueError, "input_ids: .*expected shape"),
+        (dict(input_ids=torch.zeros(3, 778)), TypeError, "input_ids: .*expected dtype int64"),
+        (dict(compress=torch.zeros(4)), TypeError, "compress: .*expected dtype bool"),
+        (dict(compress=[True]), TypeError, "compress: got list"),
+        (dict(attention_mask=torch.zeros(3, 777)), ValueError, "attention_mask: .*expected shape"),
+        (dict(labels=torch.zeros(3, 778)), TypeError, "labels: .*expected dtype int64"),
+        (dict(loss_weights=torch.zeros(3, 778).double()), TypeError, "loss_weights: .*expected dtype float32"),
+        (dict(padding="top"), ValueError, "padding: got 'top'"),
+        (dict(compressed_tokens=0), ValueError, "compressed_tokens: got 0"),
+        (dict(backend="triton"), _dispatch.BackendError, "no such backend"),
+    ],
+)
+def test_wrong_input(change, error, message):
+    ids, mask = example()
+    args = dict(input_ids=ids, compress=torch.zeros(4, dtype=torch.bool), token_id=TOKEN, attention_mask=mask)
+    with pytest.raises(error, match=message):
+        pack_tokens(**{**args, **change})
+
+
+@BACKENDS
+@pytest.mark.parametrize("capacity", [False, True])
+def test_opcheck(backend, capacity):
+    ids, mask = example((1, 2), full=8)
+    compress = torch.tensor([True, False, True])
+    extra = (torch.ones_like(ids), torch.ones(ids.shape))
+    for labels, weights in (extra, (None, None)):
+        args = (ids, mask.bool(), compress, labels, weights, TOKEN, 8, 2, 100, "left", capacity, 0, backend)
+        torch.library.opcheck(torch.ops.ivl.pack_tokens.default, args)
+
+
+@pytest.mark.parametrize("capacity", [False, True])
+def test_compile(capacity):
+    def run(ids, mask, compress):
+        packed = pack_tokens(ids, compress, TOKEN, attention_mask=mask, capacity=capacity)
+        return packed.ids * 2, packed.tile_rows, packed.cu_seqlens
+
+    ids, mask = example()
+    args = (ids, mask, torch.tensor([True, False, True, False]))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for got, expected in zip(compiled(*args), run(*args)):
+            assert torch.equal(got, expected)
+
+
+def test_counters():
+    """Each id is read by the count, by the scan (with its neighbour) and by the write; nothing else is large."""
+    ids, mask = example((4, 4, 4))
+    compress = torch.arange(12) % 2 == 0
+    with simulated_gpu() as log:
+        packed = pack_tokens(ids, compress, TOKEN, attention_mask=mask.bool(), backend="cuda")
+    count, scan, write = log
+    n = ids.numel()
+    assert count.global_load_bytes == 8 * n + int((ids == TOKEN).sum())
+    assert scan.unique_load_bytes <= 9 * n + 100
+    assert scan.global_store_bytes <= 5 * n + 32 * 3 + 8 * 12
+    assert write.global_store_bytes == 4 * 8 * packed.ids.numel() + 8 * 12
+    # A warp stores 32 bools to one sector: that is all the bytes it has.
+    assert write.store_efficiency > 0.9 and scan.store_efficiency > 0.75
+    assert all(report.shared_races == 0 for report in log)
