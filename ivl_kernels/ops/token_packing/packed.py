@@ -56,8 +56,8 @@ class PackedTokens:
 def check_counts(found: int, rows: int, token_id: int) -> None:
     if found != rows:
         raise ValueError(
-            f"rows: got {rows} visual rows for {found} placeholder tokens (id {token_id}) in input_ids; the counts must "
-            "be equal"
+            f"rows: got {rows} visual rows for {found} placeholder tokens (id {token_id}) in input_ids; the counts "
+            "must be equal"
         )
 
 
