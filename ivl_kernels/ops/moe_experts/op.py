@@ -16,12 +16,19 @@ ACTIVATIONS = ("silu", "gpt_oss")
 LAYOUTS = ("concatenated", "interleaved")
 
 
+def tile_rows(slots: int, experts: int) -> int:
+    """Rows of a tile of the GPU kernels: about twice the mean of an expert, so that most read their weights once."""
+    mean = slots / experts
+    return 16 if mean <= 8 else 32 if mean <= 24 else 64 if mean <= 192 else 128
+
+
 def _fake_forward(
     hidden: torch.Tensor,
     weights: torch.Tensor,
     permutation: torch.Tensor,
     inverse: torch.Tensor,
     offsets: torch.Tensor,
+    tiles: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
@@ -44,6 +51,7 @@ def _fake_backward(
     permutation: torch.Tensor,
     inverse: torch.Tensor,
     offsets: torch.Tensor,
+    tiles: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
@@ -64,8 +72,8 @@ def _fake_backward(
 
 
 _TENSORS = (
-    "Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor gate_up, Tensor down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor tiles, Tensor gate_up, "
+    "Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
 )
 _OPTIONS = "str activation, float alpha, float limit, str layout, "
 
@@ -100,13 +108,14 @@ class _Experts(torch.autograd.Function):
         permutation: torch.Tensor,
         inverse: torch.Tensor,
         offsets: torch.Tensor,
+        tiles: torch.Tensor,
         activation: str,
         alpha: float,
         limit: float,
         layout: str,
         backend: str,
     ) -> torch.Tensor:
-        tensors = (hidden, weights, permutation, inverse, offsets, gate_up, down, gate_up_bias, down_bias)
+        tensors = (hidden, weights, permutation, inverse, offsets, tiles, gate_up, down, gate_up_bias, down_bias)
         out, pre = _experts(*tensors, activation, alpha, limit, layout, True, backend)
         ctx.save_for_backward(*tensors, pre)
         ctx.options, ctx.backend = (activation, alpha, limit, layout), backend
@@ -117,7 +126,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
         results = _experts_backward(grads[0], *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
-        return *(result if needed else None for result, needed in zip(results, needs)), *(None,) * 8
+        return *(result if needed else None for result, needed in zip(results, needs)), *(None,) * 9
 
 
 def _check_weights(
@@ -177,10 +186,11 @@ def moe_experts(
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, layout)
-    permutation, inverse, _, offsets, _ = routing.moe_dispatch(ids, experts, 0, backend)
+    tile = tile_rows(ids.numel(), experts)
+    permutation, inverse, _, offsets, tiles = routing.moe_dispatch(ids, experts, tile, backend)
     options = (activation, float(alpha), float(limit), layout)
     differentiable = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return _Experts.apply(*differentiable, permutation, inverse, offsets, *options, backend)
-    tensors = (hidden, weights, permutation, inverse, offsets, gate_up, down, gate_up_bias, down_bias)
+        return _Experts.apply(*differentiable, permutation, inverse, offsets, tiles, *options, backend)
+    tensors = (hidden, weights, permutation, inverse, offsets, tiles, gate_up, down, gate_up_bias, down_bias)
     return _experts(*tensors, *options, False, backend)[0]
