@@ -87,17 +87,17 @@ struct Span {
 };
 
 Span span_of(const int64_t* status, int64_t b, int64_t batch, Padding padding, int64_t width) {
-  const int64_t length = status[4 * b + 1];
+  const int64_t length = status[kStatus * b + 1];
   if (padding == Padding::left) return {b * width, (b + 1) * width, (b + 1) * width - length};
   if (padding == Padding::right) return {b * width, (b + 1) * width, b * width};
   int64_t start = 0;
-  for (int64_t r = 0; r < b; ++r) start += status[4 * r + 1];
+  for (int64_t r = 0; r < b; ++r) start += status[kStatus * r + 1];
   return {start, b + 1 == batch ? width : start + length, start};
 }
 
 int64_t tiles_before(const int64_t* status, int64_t b, int64_t full) {
   int64_t tokens = 0;
-  for (int64_t r = 0; r < b; ++r) tokens += status[4 * r];
+  for (int64_t r = 0; r < b; ++r) tokens += status[kStatus * r];
   return tokens / full;
 }
 
@@ -128,11 +128,11 @@ void pack_scan(PackInput in, bool* keep, int64_t* status) {
   for (int64_t b = 0; b < in.batch; ++b) {
     int64_t count = 0;
     for (int64_t i = b * in.columns; i < (b + 1) * in.columns; ++i) count += in.ids[i] == in.token && in.present(i);
-    status[4 * b] = count;
+    status[kStatus * b] = count;
   }
   parallel_for(in.batch, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in.columns)), [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b) {
-      int64_t tile = tiles_before(status, b, in.full), seen = 0, inside = 0, length = 0, bad_run = -1, bad_id = -1;
+      int64_t tile = tiles_before(status, b, in.full), seen = 0, inside = 0, length = 0, attended = 0, bad_run = -1, bad_id = -1;
       for (int64_t n = 0; n < in.columns; ++n) {
         const int64_t i = b * in.columns + n, id = in.ids[i];
         const bool present = in.present(i), visual = present && id == in.token;
@@ -146,11 +146,13 @@ void pack_scan(PackInput in, bool* keep, int64_t* status) {
         if (present && bad_id < 0 && (id < 0 || id >= in.vocabulary)) bad_id = n;
         keep[i] = stays;
         length += stays;
+        attended += present;
       }
       if (inside != 0 && bad_run < 0) bad_run = in.columns - 1;
-      status[4 * b + 1] = length;
-      status[4 * b + 2] = bad_run;
-      status[4 * b + 3] = bad_id;
+      status[kStatus * b + 1] = length;
+      status[kStatus * b + 2] = bad_run;
+      status[kStatus * b + 3] = bad_id;
+      status[kStatus * b + 4] = attended;
     }
   });
 }

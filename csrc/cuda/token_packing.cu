@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int kWarps = 16;  // of the scanning kernels
+constexpr int kStatus = 5;  // numbers about a batch row
 
 // How many threads before this one have the flag set; `total`: how many of the block. All threads must call it.
 __device__ int block_rank(bool flag, int* warp_counts, int& total) {
@@ -104,8 +105,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 }
 
 // One block a batch row; counts: placeholders of each row. keep and place [batch, columns]: whether a token stays, and its
-// place in the packed row (-1: dropped). status [batch, 4]: placeholders, tokens kept, last column of a run that is not a
-// multiple of `full` (or -1), column of an id outside [0, vocabulary) (or -1). tile_source [tiles]: first token of a tile.
+// place in the packed row (-1: dropped). status [batch, 5]: placeholders, tokens kept, last column of a run that is not a
+// multiple of `full` (or -1), column of an id outside [0, vocabulary) (or -1), tokens present. tile_source [tiles]: first token of a tile.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     pack_scan(const int64_t* ids, const bool* mask, const bool* compress, const int64_t* counts, bool* keep, int32_t* place,
               int64_t* status, int64_t* tile_source, int64_t columns, int64_t tiles, int64_t token, int64_t full,
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
   __shared__ unsigned long long bad_run, bad_id;
   const int64_t row = blockIdx.x, start = row * columns, first_tile = sum_before(counts, row) / full;
   if (threadIdx.x == 0) bad_run = bad_id = ~0ull;
-  int64_t seen = 0, length = 0;
+  int64_t seen = 0, length = 0, attended = 0;
   for (int64_t first = 0; first < columns; first += blockDim.x) {
     const int64_t n = first + threadIdx.x;
     const bool inside = n < columns;
@@ -138,13 +139,16 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
       place[start + n] = stays ? static_cast<int32_t>(at) : -1;
     }
     length += count;
+    block_rank(present, warp_counts, count);
+    attended += count;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    status[4 * row] = counts[row];
-    status[4 * row + 1] = length;
-    status[4 * row + 2] = static_cast<int64_t>(bad_run);
-    status[4 * row + 3] = static_cast<int64_t>(bad_id);
+    status[kStatus * row] = counts[row];
+    status[kStatus * row + 1] = length;
+    status[kStatus * row + 2] = static_cast<int64_t>(bad_run);
+    status[kStatus * row + 3] = static_cast<int64_t>(bad_id);
+    status[kStatus * row + 4] = attended;
   }
 }
 
@@ -155,8 +159,8 @@ extern "C" __global__ void pack_write(const int64_t* ids, const int64_t* labels,
                                       int64_t* positions, int64_t* kept, int64_t* new_labels, float* new_weights,
                                       int64_t* tile_rows, int64_t batch, int64_t columns, int64_t width, int64_t tiles,
                                       int64_t padding, int64_t pad_id) {
-  const int64_t row = blockIdx.y, n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, length = status[4 * row + 1];
-  const int64_t before = padding == 2 ? sum_before(status + 1, row, 4) : row * width;
+  const int64_t row = blockIdx.y, n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, length = status[kStatus * row + 1];
+  const int64_t before = padding == 2 ? sum_before(status + 1, row, kStatus) : row * width;
   const int64_t start = padding == 0 ? before + width - length : before;
   if (n < columns && place[row * columns + n] >= 0) {
     const int64_t i = row * columns + n, p = place[i], o = start + p;
@@ -172,7 +176,7 @@ extern "C" __global__ void pack_write(const int64_t* ids, const int64_t* labels,
   if (padding == 0 && n < width - length) pad = before + n;
   if (padding == 1 && n >= length && n < width) pad = before + n;
   if (padding == 2) {
-    const int64_t total = sum_before(status + 1, batch, 4), rest = total + row * columns + n;
+    const int64_t total = sum_before(status + 1, batch, kStatus), rest = total + row * columns + n;
     if (n < columns && rest < width) pad = rest;
   }
   if (pad >= 0) {

@@ -32,8 +32,9 @@ struct PackInput {
   bool present(int64_t i) const { return mask == nullptr || mask[i]; }
 };
 
-// keep [batch, columns]. status [batch, 4]: placeholders, kept tokens, column where a run ends that is not a multiple of
-// `full` (or -1), column of an id out of range (or -1).
+// keep [batch, columns]. status [batch, 5]: placeholders, kept tokens, column where a run ends that is not a multiple of
+// `full` (or -1), column of an id out of range (or -1), tokens present.
+constexpr int64_t kStatus = 5;
 void pack_scan(PackInput in, bool* keep, int64_t* status);
 
 // A packed buffer: row b of the batch is at [start, start + length) of every tensor.

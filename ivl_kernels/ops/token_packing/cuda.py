@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import _cuda
-from .packed import PADDINGS, Pieces, check_counts, check_status, packed_width
+from .packed import PADDINGS, STATUS, Pieces, check_counts, check_status, packed_width, report_of
 
 WARPS = 4  # rows moved by a block
 SCAN_THREADS = 512
@@ -67,7 +67,7 @@ def pack_tokens(
 ) -> Pieces:
     batch, columns = input_ids.shape
     tiles = compress.shape[0]
-    counts, status = input_ids.new_empty(batch), input_ids.new_empty(batch, 4)
+    counts, status = input_ids.new_empty(batch), input_ids.new_empty(batch, STATUS)
     keep = torch.empty_like(input_ids, dtype=torch.bool)
     place = torch.empty_like(input_ids, dtype=torch.int32)
     tile_source = input_ids.new_full((tiles,), -1)
@@ -91,4 +91,4 @@ def pack_tokens(
         write_args = [input_ids, labels, weights, place, status, tile_source, *planes, new_weights, tile_rows]
         options = [batch, columns, width, tiles, PADDINGS.index(padding), pad_id]
         _cuda.launch("token_packing", "pack_write", (blocks, batch), WRITE_THREADS, [*write_args, *options])
-    return integers, new_weights, keep, status, tile_rows
+    return integers, new_weights, keep, status, tile_rows, report_of(rows, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import _native
-from .packed import PADDINGS, Pieces, check_counts, check_status, packed_width
+from .packed import PADDINGS, STATUS, Pieces, check_counts, check_status, packed_width, report_of
 
 
 def place_rows_(embeds: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor, token_id: int) -> None:
@@ -43,7 +43,7 @@ def pack_tokens(
     tiles = compress.shape[0]
     what = (input_ids, mask, compress)
     keep = torch.empty_like(input_ids, dtype=torch.bool)
-    status = input_ids.new_empty(batch, 4)
+    status = input_ids.new_empty(batch, STATUS)
     _native.op("pack_scan")(*what, token_id, full, small, vocabulary, keep, status)
     rows = status.tolist()
     check_status(rows, input_ids, mask, tiles, token_id, full, vocabulary)
@@ -56,4 +56,4 @@ def pack_tokens(
     _native.op("pack_write")(
         *what, labels, weights, *sizes, keep, status, PADDINGS.index(padding), pad_id, integers, new_weights, tile_rows
     )
-    return integers, new_weights, keep, status, tile_rows
+    return integers, new_weights, keep, status, tile_rows, report_of(rows, batch)

@@ -9,7 +9,7 @@ import torch
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
-from .packed import PADDINGS, PackedTokens, Pieces
+from .packed import PADDINGS, STATUS, PackedTokens, Pieces
 
 _place_rows = Op(
     "place_rows_(Tensor(a!) embeds, Tensor input_ids, Tensor rows, int token_id, str backend) -> ()",
@@ -60,14 +60,15 @@ def _fake_pack(
     integers = input_ids.new_empty(4 if labels is None else 5, *shape)
     new_weights = input_ids.new_empty(0 if weights is None else shape, dtype=torch.float32)
     keep = torch.empty_like(input_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
-    status, tile_rows = input_ids.new_empty(batch, 4), input_ids.new_empty(compress.shape[0])
-    return integers, new_weights, keep, status, tile_rows
+    status, tile_rows = input_ids.new_empty(batch, STATUS), input_ids.new_empty(compress.shape[0])
+    report = torch.empty(batch, STATUS, dtype=torch.int64, device="cpu")
+    return integers, new_weights, keep, status, tile_rows, report
 
 
 _pack_tokens = Op(
     "pack_tokens(Tensor input_ids, Tensor? mask, Tensor compress, Tensor? labels, Tensor? loss_weights, int token_id, "
     "int tokens_per_tile, int compressed_tokens, int vocabulary, str padding, bool capacity, int pad_id, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     package=__package__,
     key="input_ids",
     implementations=(
@@ -168,7 +169,7 @@ def pack_tokens(
         mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
         mask = mask.contiguous()
     vocabulary = 2**62 if vocabulary is None else vocabulary
-    integers, new_weights, keep, status, tile_rows = _pack_tokens(
+    integers, new_weights, keep, status, tile_rows, report = _pack_tokens(
         input_ids.contiguous(),
         mask,
         compress.contiguous(),
@@ -201,5 +202,6 @@ def pack_tokens(
         max_length=input_ids.shape[1] if padding == "none" else ids.shape[1],
         tokens_per_tile=tokens_per_tile,
         compressed_tokens=compressed_tokens,
+        _report=report,
         _inputs=(status, input_ids, mask, compress.shape[0], token_id, tokens_per_tile, vocabulary),
     )

@@ -9,8 +9,9 @@ import torch
 PADDINGS = ("left", "right", "none")
 
 # The result of the raw op: integers [4 or 5, B, N'] (ids, mask, position ids, kept, labels), loss weights (empty when
-# there are none), keep, status [B, 4] (see `check_status`), tile rows.
-Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# there are none), keep, status [B, 5] (see `check_status`), tile rows, and status as read by the host (-1 if it was not).
+Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+STATUS = 5
 
 
 @dataclass
@@ -46,6 +47,23 @@ class PackedTokens:
     tokens_per_tile: int = 256
     compressed_tokens: int = 64
     _inputs: tuple = field(default=(), repr=False)
+    _report: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def compressed_tiles(self) -> int:
+        """How many tiles were compressed; costs no read of the device, but is not known in capacity mode on a GPU."""
+        _, kept, _, _, present = self._host().sum(0).tolist()
+        return (present - kept) // max(1, self.tokens_per_tile - self.compressed_tokens)
+
+    @property
+    def masked_tokens(self) -> int:
+        """How many tokens of the input were masked; known when `compressed_tiles` is."""
+        return self.keep.numel() - int(self._host()[:, 4].sum())
+
+    def _host(self) -> torch.Tensor:
+        if self._report is None or bool((self._report[:, :2] < 0).any()):
+            raise RuntimeError("in capacity mode on a GPU the host does not know what was packed")
+        return self._report
 
     def check(self) -> None:
         """Raise the ValueError that a capacity-mode call on a GPU could not (it reads nothing back). One host read."""
@@ -70,8 +88,12 @@ def check_status(
     full: int,
     vocabulary: int,
 ) -> None:
-    """Raise for what the scan found; `status` holds (placeholders, tokens kept, end of a bad run, bad id) a row."""
-    for row, (_, _, run_end, bad_id) in enumerate(status):
+    """Raise for what the scan found.
+
+    `status` holds for each row: placeholders, tokens kept, last column of a bad run or -1, column of a bad id or -1,
+    tokens present.
+    """
+    for row, (_, _, run_end, bad_id, _) in enumerate(status):
         if bad_id >= 0:
             raise ValueError(
                 f"input_ids: row {row} has id {int(input_ids[row, bad_id])} at column {bad_id}, expected 0 to "
@@ -100,3 +122,8 @@ def packed_width(status: list[list[int]] | None, input_ids: torch.Tensor, paddin
         return batch * columns if padding == "none" else columns
     lengths = [row[1] for row in status]
     return sum(lengths) if padding == "none" else max(lengths, default=0)
+
+
+def report_of(rows: list[list[int]] | None, batch: int) -> torch.Tensor:
+    values = [[-1] * STATUS] * batch if rows is None else rows
+    return torch.tensor(values, dtype=torch.int64, device="cpu").view(batch, STATUS)

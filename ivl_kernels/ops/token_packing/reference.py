@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .packed import Pieces, check_counts, check_status, packed_width
+from .packed import Pieces, check_counts, check_status, packed_width, report_of
 
 
 def place_rows_(embeds: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor, token_id: int) -> None:
@@ -52,7 +52,7 @@ def pack_tokens(
     first = [torch.where(bad, column, columns).amin(1) if columns else total for bad in (bad_run, bad_id)]
     first = [torch.where(f < columns, f, -1) if columns else f - 1 for f in first]
     lengths = keep.sum(1)
-    status = torch.stack([total, lengths, *first], 1)
+    status = torch.stack([total, lengths, *first, present.sum(1)], 1)
     rows = None
     if not (capacity and device.type == "cuda"):
         rows = status.tolist()
@@ -85,4 +85,4 @@ def pack_tokens(
     starts = visual & ((count - 1) % full == 0) & (tile < tiles)
     tile_rows = torch.zeros(tiles + 1, dtype=torch.int64, device=device)
     tile_rows.scatter_(0, torch.where(starts, tile, tiles).flatten(), target)
-    return torch.stack(integers), new_weights, keep, status, tile_rows[:tiles].clone()
+    return torch.stack(integers), new_weights, keep, status, tile_rows[:tiles].clone(), report_of(rows, batch)
