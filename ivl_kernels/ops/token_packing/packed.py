@@ -9,7 +9,7 @@ import torch
 PADDINGS = ("left", "right", "none")
 
 # The result of the raw op: integers [4 or 5, B, N'] (ids, mask, position ids, kept, labels), loss weights (empty when
-# there are none), keep, status [B, 5] (see `check_status`), tile rows, and status as the host read it (-1 if it did not).
+# there are none), keep, status [B, 5] (see `check_status`), tile rows, status as the host read it (-1: it did not).
 Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 STATUS = 5
 
