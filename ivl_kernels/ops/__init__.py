@@ -2,6 +2,17 @@
 
 from .moe_experts import moe_experts
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
+from .tile_router import select_tiles, tile_router
 from .token_packing import PackedTokens, pack_tokens, place_rows
 
-__all__ = ["Dispatch", "PackedTokens", "moe_dispatch", "moe_experts", "moe_routing", "pack_tokens", "place_rows"]
+__all__ = [
+    "Dispatch",
+    "PackedTokens",
+    "moe_dispatch",
+    "moe_experts",
+    "moe_routing",
+    "pack_tokens",
+    "place_rows",
+    "select_tiles",
+    "tile_router",
+]
