@@ -11,6 +11,7 @@ from ..._checks import FLOATS, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
 from ..moe_routing import op as routing
+from ..moe_routing.op import GPU_DTYPES
 
 ACTIVATIONS = ("silu", "gpt_oss")
 LAYOUTS = ("concatenated", "interleaved")
@@ -81,7 +82,10 @@ _experts = Op(
     f"moe_experts({_TENSORS}{_OPTIONS}bool keep, str backend) -> (Tensor out, Tensor pre)",
     package=__package__,
     key="hidden",
-    implementations=(Implementation("reference", "reference:moe_experts"),),
+    implementations=(
+        Implementation("triton", "triton:moe_experts", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("reference", "reference:moe_experts"),
+    ),
     fake=_fake_forward,
 )
 
@@ -90,7 +94,10 @@ _experts_backward = Op(
     " -> (Tensor hidden, Tensor weights, Tensor gate_up, Tensor down, Tensor gate_up_bias, Tensor down_bias)",
     package=__package__,
     key="hidden",
-    implementations=(Implementation("reference", "reference:moe_experts_backward"),),
+    implementations=(
+        Implementation("triton", "triton:moe_experts_backward", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("reference", "reference:moe_experts_backward"),
+    ),
     fake=_fake_backward,
 )
 

@@ -11,6 +11,23 @@ from ..._dispatch import Implementation
 from ..._library import Op
 
 SCORINGS = ("softmax_then_topk", "topk_then_softmax")
+GPU_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _too_large(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *rest: Any) -> str | None:
+    if logits.shape[1] > 512 or top_k > 32:
+        return f"a warp holds 512 experts and 32 choices, not {logits.shape[1]} and {top_k}"
+    return None
+
+
+def _too_large_backward(
+    grad: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, *rest: Any
+) -> str | None:
+    return _too_large(logits, bias, ids.shape[1])
+
+
+def _too_many(ids: torch.Tensor, num_experts: int, tile: int) -> str | None:
+    return f"a block counts 1024 experts, not {num_experts}" if num_experts > 1024 else None
 
 
 def _fake_dispatch(ids: torch.Tensor, num_experts: int, tile: int, backend: str) -> tuple[torch.Tensor, ...]:
@@ -24,7 +41,11 @@ _routing = Op(
     " -> (Tensor ids, Tensor weights)",
     package=__package__,
     key="logits",
-    implementations=(Implementation("reference", "reference:moe_routing"),),
+    implementations=(
+        Implementation("cuda", "cuda:moe_routing", ("cuda",), GPU_DTYPES, _too_large),
+        Implementation("triton", "triton:moe_routing", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("reference", "reference:moe_routing"),
+    ),
     fake=lambda logits, bias, top_k, scoring, renormalize, backend: (
         logits.new_empty(logits.shape[0], top_k, dtype=torch.int64),
         logits.new_empty(logits.shape[0], top_k),
@@ -36,7 +57,11 @@ _routing_backward = Op(
     " str backend) -> Tensor",
     package=__package__,
     key="logits",
-    implementations=(Implementation("reference", "reference:moe_routing_backward"),),
+    implementations=(
+        Implementation("cuda", "cuda:moe_routing_backward", ("cuda",), GPU_DTYPES, _too_large_backward),
+        Implementation("triton", "triton:moe_routing_backward", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("reference", "reference:moe_routing_backward"),
+    ),
     fake=lambda grad, logits, bias, ids, scoring, renormalize, backend: logits.new_empty(logits.shape),
 )
 
@@ -45,7 +70,11 @@ _dispatch = Op(
     " -> (Tensor permutation, Tensor inverse, Tensor counts, Tensor offsets, Tensor tiles)",
     package=__package__,
     key="ids",
-    implementations=(Implementation("reference", "reference:moe_dispatch"),),
+    implementations=(
+        Implementation("cuda", "cuda:moe_dispatch", ("cuda",), unless=_too_many),
+        Implementation("triton", "triton:moe_dispatch", ("cuda", "hip")),
+        Implementation("reference", "reference:moe_dispatch"),
+    ),
     fake=_fake_dispatch,
 )
 

@@ -1,0 +1,636 @@
+"""MoE experts on GPUs.
+
+Forward, four launches: dispatch (in `moe_routing`), gate_up GEMM with the activation in its epilogue, down GEMM,
+weighted gather-sum. Backward, four launches: down GEMM transposed with the activation's backward in its epilogue,
+both weight gradients, gate_up GEMM transposed, gather-sum.
+
+Rows are assignments (token, choice) in expert order; they are never copied: `permutation` is followed in the operand
+loads. A tile is up to BM rows of one expert, listed by the dispatch. The grid is the largest number of tiles that the
+shapes allow, so nothing is read back to the host; the programs of tiles that do not exist leave at once. A tile that
+is at most half full is computed at half height.
+
+In the accumulator gate and up are interleaved (gate in even columns), whatever the layout of the weights: a pair then
+sits in one thread, and one GEMM serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._dispatch import device_kind, interpreting
+from .op import tile_rows
+
+
+@triton.jit
+def _gated(gate, up, GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    if GPT_OSS:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
+    else:
+        return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _gated_backward(gate, up, grad, GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """The activation, and the gradients of gate and up."""
+    if GPT_OSS:
+        g = tl.minimum(gate, LIMIT)
+        u = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        s = tl.sigmoid(ALPHA * g)
+        grad_gate = tl.where(gate <= LIMIT, grad * u * s * (1.0 + ALPHA * g * (1.0 - s)), 0.0)
+        grad_up = tl.where((up >= -LIMIT) & (up <= LIMIT), grad * g * s, 0.0)
+        return u * g * s, grad_gate, grad_up
+    else:
+        s = tl.sigmoid(gate)
+        return gate * s * up, grad * up * s * (1.0 + gate * (1.0 - s)), grad * gate * s
+
+
+@triton.jit
+def _tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, GROUP: tl.constexpr):
+    """This program's expert (E: nothing to do), first row, end row and column tile.
+
+    GROUP row tiles share the column tiles before the next GROUP starts: neighbours in time read the same weights.
+    """
+    pid = tl.program_id(0)
+    group = pid // (GROUP * NUM_N)
+    inside = pid % (GROUP * NUM_N)
+    size = tl.minimum(num_tiles - group * GROUP, GROUP)
+    t = group * GROUP + inside % size
+    expert = tl.load(tiles + 2 * t)
+    first = tl.load(tiles + 2 * t + 1)
+    end = tl.load(offsets + tl.minimum(expert + 1, E))
+    return expert, first, end, inside // size
+
+
+@triton.jit
+def _mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b; transposed when SWAP, which puts the weights on the tensor core's tall side (64 rows on Hopper)."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if SWAP:
+        return tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(
+    a_rows, a_mask, w_columns, w_mask, k, STEP_K: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, N: tl.constexpr,
+    BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BM, N] = a [BM, K] times w [K, N] in float32, from pointers to the first of each K."""
+    SWAP: tl.constexpr = TALL and BM < 64
+    a = a_rows[:, None] + k[None, :]
+    w = w_columns[None, :] + k[:, None] * STEP_K
+    acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
+    for start in range(0, K, BK):
+        if K % BK == 0:
+            left = tl.load(a, mask=a_mask[:, None], other=0.0)
+            right = tl.load(w, mask=w_mask[None, :], other=0.0)
+        else:
+            live = k < K - start
+            left = tl.load(a, mask=a_mask[:, None] & live[None, :], other=0.0)
+            right = tl.load(w, mask=w_mask[None, :] & live[:, None], other=0.0)
+        acc = _mma(left, right, acc, SWAP, PRECISION, UPCAST)
+        a += BK
+        w += BK * STEP_K
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def _gate_up_tile(
+    x, w, bias, act, pre, permutation, expert, first, end, n,
+    H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, BM)
+    live = row < end
+    token = tl.load(permutation + row, mask=live, other=0) // TOP_K
+    k = tl.arange(0, BK)
+    i = n * BN + tl.arange(0, BN)
+    j = tl.arange(0, 2 * BN)
+    both = (n * BN + j // 2) < I
+    weights = w + expert.to(tl.int64) * (2 * I * H)
+    column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
+    STEP_J: tl.constexpr = H if CONCATENATED else 1
+    STEP_K: tl.constexpr = 1 if CONCATENATED else 2 * I
+    acc = _product(
+        x + token.to(tl.int64) * H, live, weights + column * STEP_J, both, k, STEP_K, H,
+        BM, 2 * BN, BK, TALL, PRECISION, UPCAST,
+    )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + expert * (2 * I) + column, mask=both, other=0.0).to(tl.float32)[None, :]
+    gate, up = tl.split(tl.reshape(acc, [BM, BN, 2]))
+    mask = live[:, None] & (i < I)[None, :]
+    if pre is not None:
+        rows = pre + row.to(tl.int64)[:, None] * (2 * I)
+        if CONCATENATED:
+            tl.store(rows + i[None, :], gate.to(pre.dtype.element_ty), mask=mask)
+            tl.store(rows + I + i[None, :], up.to(pre.dtype.element_ty), mask=mask)
+        else:
+            tl.store(rows + column[None, :], acc.to(pre.dtype.element_ty), mask=live[:, None] & both[None, :])
+    value = _gated(gate, up, GPT_OSS, ALPHA, LIMIT)
+    tl.store(act + row.to(tl.int64)[:, None] * I + i[None, :], value.to(act.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def moe_gate_up_kernel(
+    x,  # [S, H]
+    w,  # [E, 2I, H] or [E, H, 2I]
+    bias,  # [E, 2I] or None
+    act,  # [rows, I], written
+    pre,  # [rows, 2I], written, or None
+    permutation, offsets, tiles, num_tiles,
+    E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
+    GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
+    if expert == E:
+        return
+    if BM >= 32 and end - first <= BM // 2:
+        _gate_up_tile(
+            x, w, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT,
+            BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        end = tl.minimum(end, first + BM)
+        _gate_up_tile(
+            x, w, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT,
+            BM, BN, BK, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rows_tile(
+    a, w, bias, out, expert, first, end, n,
+    K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, BM)
+    live = row < end
+    k = tl.arange(0, BK)
+    column = n * BN + tl.arange(0, BN)
+    inside = column < N
+    weights = w + expert.to(tl.int64) * (K * N)
+    acc = _product(
+        a + row.to(tl.int64) * K, live, weights + column * STEP_N, inside, k, STEP_K, K,
+        BM, BN, BK, TALL, PRECISION, UPCAST,
+    )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + expert * N + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = out + row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def moe_rows_kernel(
+    a,  # [rows, K]
+    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N
+    bias,  # [E, N] or None
+    out,  # [rows, N], written
+    offsets, tiles, num_tiles,
+    E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), GROUP)
+    if expert == E:
+        return
+    if BM >= 32 and end - first <= BM // 2:
+        _rows_tile(
+            a, w, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+            BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        end = tl.minimum(end, first + BM)
+        _rows_tile(
+            a, w, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+            BM, BN, BK, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S"])
+def moe_combine_kernel(
+    y,  # [rows, H]
+    weights,  # [S, TOP_K], or None: 1
+    inverse, offsets,
+    out,  # [S, H], written
+    S, E: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """out[s] = sum over j of weights[s, j] y[inverse[s, j]], in the order of j; rows past the last expert are zero."""
+    _combine_tile(y, weights, inverse, offsets, out, S, E, H, TOP_K, BT, BH)
+
+
+@triton.jit
+def _combine_tile(
+    y, weights, inverse, offsets, out, S, E: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, BT: tl.constexpr,
+    BH: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0) * BT + tl.arange(0, BT)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    rows = tl.load(offsets + E)
+    live = s < S
+    inside = h < H
+    total = tl.zeros([BT, BH], dtype=tl.float32)
+    for j in tl.static_range(TOP_K):
+        at = s.to(tl.int64) * TOP_K + j
+        row = tl.load(inverse + at, mask=live, other=0)
+        served = live & (row < rows)
+        value = tl.load(
+            y + row.to(tl.int64)[:, None] * H + h[None, :], mask=served[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        if weights is not None:
+            value *= tl.load(weights + at, mask=served, other=0.0).to(tl.float32)[:, None]
+        total += value
+    tl.store(
+        out + s.to(tl.int64)[:, None] * H + h[None, :], total.to(out.dtype.element_ty),
+        mask=live[:, None] & inside[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _down_backward_tile(
+    grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+    H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, BM)
+    live = row < end
+    flat = tl.load(permutation + row, mask=live, other=0)
+    token = flat // TOP_K
+    k = tl.arange(0, BK)
+    i = n * BN + tl.arange(0, BN)
+    inside = i < I
+    STEP_I: tl.constexpr = 1 if CONCATENATED else H
+    STEP_H: tl.constexpr = I if CONCATENATED else 1
+    acc = _product(
+        grad + token.to(tl.int64) * H, live, w + expert.to(tl.int64) * (H * I) + i * STEP_I, inside,
+        k, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
+    )  # fmt: skip
+    mask = live[:, None] & inside[None, :]
+    j = n * (2 * BN) + tl.arange(0, 2 * BN)
+    both = live[:, None] & (j < 2 * I)[None, :]
+    at = row.to(tl.int64)[:, None] * (2 * I)
+    if CONCATENATED:
+        gate = tl.load(pre + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pre + at + I + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        pair = tl.load(pre + at + j[None, :], mask=both, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(pair, [BM, BN, 2]))
+    weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
+    value, grad_gate, grad_up = _gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
+    share = tl.sum(acc * value, 1)
+    if bias is not None and n == 0:
+        rows_in = grad + token.to(tl.int64)[:, None] * H
+        for start in range(0, H, BK):
+            h = start + k
+            from_out = tl.load(rows_in + h[None, :], mask=live[:, None] & (h < H)[None, :], other=0.0)
+            column = tl.load(bias + expert * H + h, mask=h < H, other=0.0)
+            share += tl.sum(from_out.to(tl.float32) * column.to(tl.float32)[None, :], 1)
+    tl.store(partial + n.to(tl.int64) * rows + flat, share, mask=live)
+    kind = grad_pre.dtype.element_ty
+    if CONCATENATED:
+        tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
+        tl.store(grad_pre + at + I + i[None, :], grad_up.to(kind), mask=mask)
+    else:
+        pair = tl.reshape(tl.join(grad_gate, grad_up), [BM, 2 * BN])
+        tl.store(grad_pre + at + j[None, :], pair.to(kind), mask=both)
+    if weighted is not None:
+        at = weighted + row.to(tl.int64)[:, None] * I + i[None, :]
+        tl.store(at, (value * weight[:, None]).to(kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "num_tiles"])
+def moe_down_backward_kernel(
+    grad,  # [S, H]
+    w,  # [E, H, I] or [E, I, H]
+    bias,  # [E, H] or None
+    weights,  # [S, TOP_K]
+    pre,  # [rows, 2I]
+    weighted,  # [rows, I], written: weight times activation; or None
+    grad_pre,  # [rows, 2I], written
+    partial,  # [column tiles, rows], written: each tile's share of the gradient of the weights
+    permutation, offsets, tiles, rows, num_tiles,
+    E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
+    GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
+    if expert == E:
+        return
+    if BM >= 32 and end - first <= BM // 2:
+        _down_backward_tile(
+            grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        end = tl.minimum(end, first + BM)
+        _down_backward_tile(
+            grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM, BN, BK, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _outer_tile(
+    p, g, out, bias, weights, permutation, expert, first, end, n,
+    P: tl.constexpr, G: tl.constexpr, TOP_K: tl.constexpr, STEP_P: tl.constexpr,
+    STEP_G: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out[p, g] = sum over an expert's rows of p[row, p] g[token(row), g].
+
+    bias: with `weights`, the sum of weight times g; without, the sum of p.
+    """
+    NUM_G: tl.constexpr = (G + BG - 1) // BG
+    i = n // NUM_G * BP + tl.arange(0, BP)
+    h = n % NUM_G * BG + tl.arange(0, BG)
+    r = tl.arange(0, BR)
+    acc = tl.zeros([BP, BG], dtype=tl.float32)
+    extra = tl.zeros([BG if weights is not None else BP], dtype=tl.float32)
+    for start in range(first, end, BR):
+        row = start + r
+        live = row < end
+        flat = tl.load(permutation + row, mask=live, other=0)
+        left = tl.load(p + row.to(tl.int64)[None, :] * P + i[:, None], mask=live[None, :] & (i < P)[:, None], other=0.0)
+        token = (flat // TOP_K).to(tl.int64)
+        right = tl.load(g + token[:, None] * G + h[None, :], mask=live[:, None] & (h < G)[None, :], other=0.0)
+        acc = _mma(left, right, acc, False, PRECISION, UPCAST)
+        if bias is not None:
+            if weights is not None:
+                weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
+                extra += tl.sum(right.to(tl.float32) * weight[:, None], 0)
+            else:
+                extra += tl.sum(left.to(tl.float32), 1)
+    if out is not None:
+        at = out + expert.to(tl.int64) * (P * G) + i[:, None] * STEP_P + h[None, :] * STEP_G
+        tl.store(at, acc.to(out.dtype.element_ty), mask=(i < P)[:, None] & (h < G)[None, :])
+    if bias is not None:
+        if weights is not None:
+            if n // NUM_G == 0:
+                tl.store(bias + expert * G + h, extra.to(bias.dtype.element_ty), mask=h < G)
+        else:
+            if n % NUM_G == 0:
+                tl.store(bias + expert * P + i, extra.to(bias.dtype.element_ty), mask=i < P)
+
+
+@triton.jit
+def moe_weight_grad_kernel(
+    grad_pre, x, grad_gate_up, grad_gate_up_bias, weighted, grad, grad_down, grad_down_bias, weights, permutation,
+    offsets, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, NUM_UP: tl.constexpr,
+    BR: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Tiles of both weight gradients of one expert (second grid dimension); experts without rows get zeros."""
+    expert = tl.program_id(1)
+    first = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    n = tl.program_id(0)
+    if n < NUM_UP:
+        _outer_tile(
+            grad_pre, x, grad_gate_up, grad_gate_up_bias, None, permutation, expert, first, end, n, 2 * I, H, TOP_K,
+            H if CONCATENATED else 1, 1 if CONCATENATED else 2 * I, BR, BP, BG, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        _outer_tile(
+            weighted, grad, grad_down, grad_down_bias, weights, permutation, expert, first, end, n - NUM_UP, I, H,
+            TOP_K, 1 if CONCATENATED else H, I if CONCATENATED else 1, BR, BP, BG, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S"])
+def moe_combine_backward_kernel(
+    y,  # [rows, H]: gradient of each row's token; or None
+    inverse, offsets,
+    out,  # [S, H], written
+    partial,  # [NUM_PARTIAL, S * TOP_K]
+    grad_weights,  # [S, TOP_K], written, or None
+    S, E: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, NUM_PARTIAL: tl.constexpr, BT: tl.constexpr,
+    BH: tl.constexpr,
+):  # fmt: skip
+    if y is not None:
+        _combine_tile(y, None, inverse, offsets, out, S, E, H, TOP_K, BT, BH)
+    if grad_weights is not None and tl.program_id(1) == 0:
+        s = tl.program_id(0) * BT + tl.arange(0, BT)
+        rows = tl.load(offsets + E)
+        for j in tl.static_range(TOP_K):
+            at = s.to(tl.int64) * TOP_K + j
+            served = (s < S) & (tl.load(inverse + at, mask=s < S, other=0) < rows)
+            total = tl.zeros([BT], dtype=tl.float32)
+            for n in range(NUM_PARTIAL):
+                total += tl.load(partial + n * (S.to(tl.int64) * TOP_K) + at, mask=served, other=0.0)
+            tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=s < S)
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """80 for compute capability 8.0 (also when something stands in for the GPU); 0 for AMD."""
+    if device_kind(tensor.device.type) == "hip":
+        return 0
+    if tensor.device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+# Shared memory of a block that the pipelines may use, in bytes.
+SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
+SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
+
+
+def _pipeline(rows: int, columns: int, itemsize: int, target: int) -> tuple[int, int]:
+    """Depth of the K step and number of stages that fit into shared memory."""
+    depth = 128 // itemsize
+    limit = SHARED.get(target, SHARED_SMALL)
+    while True:
+        stages = limit // ((rows + columns) * depth * itemsize)
+        if stages >= 2 or depth == 16:
+            return depth, 2 if target == 0 else max(1, min(4, stages))
+        depth //= 2
+
+
+def gemm_config(rows: int, tiles: int, columns: int, itemsize: int, target: int, *, pairs: bool = False) -> dict:
+    """Tile sizes of a grouped GEMM.
+
+    Args:
+        rows: rows of a tile.
+        tiles: tiles with work, about.
+        columns: columns of the result; gate and up count as one column when `pairs`.
+        itemsize: bytes of an element.
+        target: `capability`.
+    """
+    wide = 2 if pairs else 1
+    width = 256 if target and itemsize < 4 else 128
+    while width > 32 and width // 2 >= columns * wide:
+        width //= 2
+    # Decode: a column tile for every multiprocessor rather than reuse of the rows.
+    while rows == 16 and width > 32 and tiles * -(-columns * wide // width) < 256:
+        width //= 2
+    warps = 8 if rows * width >= 64 * 256 else 4
+    depth, stages = _pipeline(rows, width, itemsize, target)
+    return dict(BM=rows, BN=width // wide, BK=depth, GROUP=8, num_warps=warps, num_stages=stages)
+
+
+def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> dict:
+    mean = slots / experts
+    side = 128 if itemsize < 4 else 64
+    depth = 16 if mean <= 16 else 32 if mean <= 64 or itemsize == 4 else 64
+    limit = SHARED.get(target, SHARED_SMALL)
+    stages = 2 if target == 0 else max(2, min(3, limit // (2 * side * depth * itemsize)))
+    return dict(BR=depth, BP=side, BG=side, num_warps=8 if side == 128 else 4, num_stages=stages)
+
+
+def flags(itemsize: int, target: int) -> dict:
+    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, which keeps its accuracy."""
+    upcast = interpreting()
+    precision = "tf32x3" if itemsize == 4 and target and not upcast else "ieee"
+    return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
+
+
+def _combine_config(columns: int) -> dict:
+    width = min(triton.next_power_of_2(columns), 1024)
+    return dict(BT=1024 // width, BH=width, num_warps=4, enable_fp_fusion=True)
+
+
+def _plan(slots: int, experts: int) -> tuple[int, int, int]:
+    """Rows of a tile, the most tiles that can have work, and about how many do."""
+    rows = tile_rows(slots, experts)
+    some = min(experts, slots)
+    return rows, (slots + (rows - 1) * some) // rows, max(some, slots // rows)
+
+
+def moe_experts(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    tiles: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    concatenated = layout == "concatenated"
+    E, H, I = gate_up.shape[0], hidden.shape[1], down.shape[2 if concatenated else 1]
+    S, K = weights.shape
+    out, pre = hidden.new_empty(S, H), hidden.new_empty(S * K if keep else 0, 2 * I)
+    if S * K == 0:
+        return out.zero_(), pre
+    hidden, weights, gate_up, down = hidden.contiguous(), weights.contiguous(), gate_up.contiguous(), down.contiguous()
+    target, size = capability(hidden), hidden.element_size()
+    rows, num_tiles, busy = _plan(S * K, E)
+    common = flags(size, target) | dict(E=E, TALL=target >= 90)
+    act = hidden.new_empty(S * K, I)
+    config = gemm_config(rows, busy, I, size, target, pairs=True)
+    moe_gate_up_kernel[(num_tiles * triton.cdiv(I, config["BN"]),)](
+        hidden, gate_up, gate_up_bias, act, pre if keep else None, permutation, offsets, tiles, num_tiles, H=H, I=I,
+        TOP_K=K, CONCATENATED=concatenated, GPT_OSS=activation == "gpt_oss", ALPHA=alpha, LIMIT=limit, **config,
+        **common,
+    )  # fmt: skip
+    y = hidden.new_empty(S * K, H)
+    config = gemm_config(rows, busy, H, size, target)
+    moe_rows_kernel[(num_tiles * triton.cdiv(H, config["BN"]),)](
+        act, down, down_bias, y, offsets, tiles, num_tiles, K=I, N=H, STEP_K=1 if concatenated else H,
+        STEP_N=I if concatenated else 1, **config, **common,
+    )  # fmt: skip
+    config = _combine_config(H)
+    moe_combine_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
+        y, weights, inverse, offsets, out, S, E=E, H=H, TOP_K=K, **config
+    )
+    return out, pre
+
+
+def moe_experts_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    tiles: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    pre: torch.Tensor,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    concatenated = layout == "concatenated"
+    E, H, I = gate_up.shape[0], hidden.shape[1], down.shape[2 if concatenated else 1]
+    S, K = weights.shape
+    inputs = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
+    results = tuple(
+        torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        if needed and value is not None
+        else hidden.new_empty(0)
+        for value, needed in zip(inputs, needs)
+    )
+    if S * K == 0:
+        for result in results:
+            result.zero_()
+        return results
+    grad_hidden, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = results
+    grad, hidden, weights = grad.contiguous(), hidden.contiguous(), weights.contiguous()
+    gate_up, down = gate_up.contiguous(), down.contiguous()
+    target, size = capability(hidden), hidden.element_size()
+    rows, num_tiles, busy = _plan(S * K, E)
+    common = flags(size, target)
+    gemm = common | dict(E=E, TALL=target >= 90)
+    need_up, need_down = needs[2] or needs[4], needs[3] or needs[5]
+
+    config = gemm_config(rows, busy, I, size, target)
+    column_tiles = triton.cdiv(I, config["BN"])
+    grad_pre = torch.empty_like(pre)
+    weighted = pre.new_empty(S * K, I) if need_down else None
+    partial = weights.new_empty(column_tiles, S * K, dtype=torch.float32)
+    moe_down_backward_kernel[(num_tiles * column_tiles,)](
+        grad, down, down_bias, weights, pre, weighted, grad_pre, partial, permutation, offsets, tiles, S * K, num_tiles,
+        H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=activation == "gpt_oss", ALPHA=alpha, LIMIT=limit,
+        **config, **gemm,
+    )  # fmt: skip
+    if need_up or need_down:
+        config = weight_grad_config(S * K, E, size, target)
+        up = triton.cdiv(2 * I, config["BP"]) * triton.cdiv(H, config["BG"]) if need_up else 0
+        both = up + (triton.cdiv(I, config["BP"]) * triton.cdiv(H, config["BG"]) if need_down else 0)
+        moe_weight_grad_kernel[(both, E)](
+            grad_pre, hidden, grad_gate_up if needs[2] else None, grad_gate_up_bias if needs[4] else None,
+            weighted, grad, grad_down if needs[3] else None, grad_down_bias if needs[5] else None,
+            weights, permutation, offsets,
+            H=H, I=I, TOP_K=K, CONCATENATED=concatenated, NUM_UP=up, **config, **common,
+        )  # fmt: skip
+    if needs[0] or needs[1]:
+        expanded = None
+        if needs[0]:
+            expanded = hidden.new_empty(S * K, H)
+            config = gemm_config(rows, busy, H, size, target)
+            moe_rows_kernel[(num_tiles * triton.cdiv(H, config["BN"]),)](
+                grad_pre, gate_up, None, expanded, offsets, tiles, num_tiles, K=2 * I, N=H,
+                STEP_K=H if concatenated else 1, STEP_N=1 if concatenated else 2 * I, **config, **gemm,
+            )  # fmt: skip
+        config = _combine_config(H)
+        moe_combine_backward_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
+            expanded, inverse, offsets, grad_hidden, partial, grad_weights if needs[1] else None, S, E=E, H=H, TOP_K=K,
+            NUM_PARTIAL=column_tiles, **config,
+        )  # fmt: skip
+    return results
