@@ -24,7 +24,7 @@ from .. import _library
 
 # The adapters, in the order in which they are applied: a later one wraps an earlier one. Each name is a module of
 # this package with an `ADAPTER`.
-ADAPTERS: tuple[str, ...] = ()
+ADAPTERS: tuple[str, ...] = ("native", "chat")
 
 ATTACHMENT = "_ivl"
 
@@ -137,7 +137,7 @@ def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _class_method(name: str) -> Callable[..., Any]:
     # Looked up at the call, so that a class patched by somebody else keeps that patch.
-    return lambda self, *args, **kwargs: getattr(type(self), name)(self, *args, **kwargs)
+    return lambda self, *args, **kwargs: getattr(class_of(self), name)(self, *args, **kwargs)
 
 
 def _drop_self(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -530,6 +530,45 @@ def patched(model: nn.Module, *, strict: bool = False, backend: str = "", **feat
 
 # --- what adapters share --------------------------------------------------------------------------------------------
 
+PROJECTOR = Feature(True, "pixel shuffle and projector in one op, at every ratio the model has")
+PACKING = Feature(True, "visual rows written over the placeholder tokens by an op, with a count check")
+
+
+class StandIn:
+    """A module as its own upstream method sees it for one call, with some attributes replaced.
+
+    `inner(StandIn(self, name=replacement), ...)` runs upstream's own body, whichever version, on a few parts of ours.
+    """
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _ivl_module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_ivl_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ivl_module, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ivl_module(*args, **kwargs)
+
+
+def class_of(module: Any) -> Any:
+    while type(module) is StandIn:
+        module = module._ivl_module
+    return type(module)
+
+
+def replaced_before(module: nn.Module, name: str) -> str:
+    """Why upstream's own method `name` cannot be reached on this instance, or ""."""
+    current = module.__dict__.get(name)
+    function = getattr(current, "__func__", None)
+    if current is None or "_ivl_dispatcher" in getattr(function, "__dict__", {}):
+        return ""
+    if function is not None and function is getattr(type(module), name, None):
+        return ""
+    return f"{name} of this instance was replaced before by {_describe(current)}"
+
 
 def named_instances(model: nn.Module, *class_names: str) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every module whose class, or a base of it, has one of these names, in whatever package."""
@@ -542,6 +581,12 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def _only_moves_inputs(module: nn.Module) -> bool:
+    """An accelerate hook that keeps the weights where they are (models spread over devices)."""
+    hook = getattr(module, "_hf_hook", None)
+    return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
+
+
 def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """Why reading the parameters of `module` would not be the same as calling it; "" when it would.
 
@@ -549,7 +594,7 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    if "forward" in module.__dict__:
+    if replaced_before(module, "forward") and not _only_moves_inputs(module):
         return f"{name}.forward was replaced by {_describe(module.__dict__['forward'])}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"

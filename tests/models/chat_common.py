@@ -20,6 +20,26 @@ LANGUAGE_MODELS = {
 }
 
 
+def embed(self, pixel_values, input_ids, image_flags):
+    """Step one of `forward`: embeddings with the visual rows in place, and whether the loss is zeroed."""
+    image_flags = image_flags.squeeze(-1)
+    embeds = self.language_model.get_input_embeddings()(input_ids).clone()
+    vit = self.extract_feature(pixel_values)
+    vit = vit[image_flags == 1]
+    batch, length, width = embeds.shape
+    embeds = embeds.reshape(batch * length, width)
+    ids = input_ids.reshape(batch * length)
+    selected = ids == self.img_context_token_id
+    zero_loss = False
+    try:
+        embeds[selected] = embeds[selected] * 0.0 + vit.reshape(-1, width)
+    except Exception as error:
+        vit = vit.reshape(-1, width)
+        print(f"warning: {error}, embeds[selected].shape={embeds[selected].shape}, vit.shape={vit.shape}")
+        zero_loss = self._spare_rows(embeds, selected, vit)
+    return embeds.reshape(batch, length, width), zero_loss
+
+
 class ChatBase(PreTrainedModel):
     config_class = InternVLChatConfig
     main_input_name = "pixel_values"
@@ -86,25 +106,6 @@ class ChatBase(PreTrainedModel):
     def _spare_rows(self, embeds, selected, rows):
         """What forward does after the counts did not match; returns whether the loss is to be zeroed."""
         raise NotImplementedError
-
-    def _embed(self, pixel_values, input_ids, image_flags):
-        """Step one of `forward`: embeddings with the visual rows in place, and whether the loss is zeroed."""
-        image_flags = image_flags.squeeze(-1)
-        embeds = self.language_model.get_input_embeddings()(input_ids).clone()
-        vit = self.extract_feature(pixel_values)
-        vit = vit[image_flags == 1]
-        batch, length, width = embeds.shape
-        embeds = embeds.reshape(batch * length, width)
-        ids = input_ids.reshape(batch * length)
-        selected = ids == self.img_context_token_id
-        zero_loss = False
-        try:
-            embeds[selected] = embeds[selected] * 0.0 + vit.reshape(-1, width)
-        except Exception as error:
-            vit = vit.reshape(-1, width)
-            print(f"warning: {error}, embeds[selected].shape={embeds[selected].shape}, vit.shape={vit.shape}")
-            zero_loss = self._spare_rows(embeds, selected, vit)
-        return embeds.reshape(batch, length, width), zero_loss
 
     def _finish(self, embeds, zero_loss, labels, loss_weight, loss_reduction_all_gather, return_dict, **arguments):
         return_dict = return_dict if return_dict is not None else self.config.use_return_dict

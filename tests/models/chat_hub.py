@@ -7,7 +7,7 @@ from torch import nn
 
 from ivl_kernels.testing.shipped import ShippedGating, ShippedPooling, shipped_decision
 
-from .chat_common import ChatBase
+from .chat_common import ChatBase, embed
 
 FULL, COMPRESSED = 256, 64
 
@@ -55,7 +55,7 @@ class InternVLChatModel(ChatBase):
         output_hidden_states=None,
         return_dict=None,
     ):
-        embeds, zero_loss = self._embed(pixel_values, input_ids, image_flags)
+        embeds, zero_loss = embed(self, pixel_values, input_ids, image_flags)
         return self._finish(
             embeds,
             zero_loss,

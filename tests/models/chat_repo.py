@@ -2,7 +2,7 @@
 
 import torch
 
-from .chat_common import ChatBase
+from .chat_common import ChatBase, embed
 
 
 class InternVLChatModel(ChatBase):
@@ -37,7 +37,7 @@ class InternVLChatModel(ChatBase):
         loss_weight=None,
         loss_reduction_all_gather=False,
     ):
-        embeds, zero_loss = self._embed(pixel_values, input_ids, image_flags)
+        embeds, zero_loss = embed(self, pixel_values, input_ids, image_flags)
         if statistics is not None:
             samples, padding_tokens, padding_images = statistics.tolist()
             self.num_samples += samples
