@@ -1,5 +1,6 @@
 """Drop-in modules: the parameter names and state dict of what they replace."""
 
+from .flash import FlashVision, ImageRouting, Routing, ViCO
 from .router import TileRouter
 
-__all__ = ["TileRouter"]
+__all__ = ["FlashVision", "ImageRouting", "Routing", "TileRouter", "ViCO"]

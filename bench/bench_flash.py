@@ -1,0 +1,82 @@
+"""Everything between the vision transformer and the language model, against the shipped Flash path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from bench.runner import Case, Work, device
+
+from bench.bench_token_packing import TEXT, TOKEN, prompt
+from ivl_kernels.nn.flash import FlashParts, Projector, flash_inputs
+from ivl_kernels.nn.router import TileRouter
+from ivl_kernels.testing import MODELS, ModelShape
+from ivl_kernels.testing.shipped import ShippedFlash
+
+VOCABULARY = TOKEN + 1
+
+
+def parts_of_shipped(stage: ShippedFlash) -> FlashParts:
+    """The same weights, as a patched model hands them to our path."""
+    mlp1, mlp2 = stage.mlp1, stage.mlp2
+    return FlashParts(
+        vision=lambda pixels: pixels,
+        embedding=stage.embedding,
+        full=Projector(mlp1, mlp1[0], (mlp1[1], mlp1[3]), 2),
+        small=Projector(mlp2, mlp2[0], (mlp2[1], mlp2[4], mlp2[7]), 4),
+        router=TileRouter.from_modules(stage.router.pooling_before_gating, stage.router.gating),
+        relative_threshold=stage.thresholds[0],
+        absolute_threshold=stage.thresholds[1],
+        token_id=TOKEN,
+        tokens=256,
+        order="v2",
+        language=lambda **_: None,
+    )
+
+
+@torch.no_grad()
+def make(shape: ModelShape, tiles: int) -> Work:
+    torch.manual_seed(0)
+    # Random weights give scores near one half: the median decides, so half the tiles are compressed.
+    stage = ShippedFlash(shape.vision, shape.hidden, VOCABULARY, (0.5, 0.0), TOKEN).eval().to(device())
+    parts = parts_of_shipped(stage)
+    vit = torch.randn(tiles, 1025, shape.vision, device=device())
+    ids = prompt(tiles)
+    mask = torch.ones_like(ids)
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        return flash_inputs(parts, ids, vit, attention_mask=mask).embeds
+
+    @torch.no_grad()
+    def eager() -> torch.Tensor:
+        return stage(vit, ids, mask)[0]
+
+    @torch.no_grad()
+    def truth() -> torch.Tensor:
+        stage.double()
+        wide = stage(vit.double(), ids, mask)[0]
+        stage.float()
+        return wide
+
+    return Work({"ours": ours, "eager": eager}, truth=truth)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for model in ("InternVL3.5-1B",) if quick else ("InternVL3.5-1B", "InternVL3.5-8B"):
+        shape = MODELS[model]
+        for tiles in (5,) if quick else (5, 13):
+            small = tiles // 2
+            full_flops, small_flops = (
+                2 * tokens * sum(a * b for a, b in zip(widths, widths[1:]))
+                for tokens, widths in ((256, shape.projector(2)), (64, shape.projector(4)))
+            )
+            yield Case(
+                "flash",
+                f"{model} tiles={tiles} half compressed",
+                {"model": model, "tiles": tiles, "text": TEXT},
+                lambda shape=shape, tiles=tiles: make(shape, tiles),
+                bytes=tiles * 1025 * shape.vision * 4,
+                flops=(tiles - small) * full_flops + small * small_flops,
+                seconds=20 if shape.hidden > 2000 else 8,
+            )

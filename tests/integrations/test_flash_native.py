@@ -1,0 +1,317 @@
+"""Flash on transformers-native models: loading, generation, continuation, forward; against a rendition by hand."""
+
+import json
+
+import pytest
+import torch
+from models import inputs, native_model, randomize
+from safetensors.torch import save_file
+from transformers import DynamicCache, InternVLForConditionalGeneration
+
+import ivl_kernels
+from ivl_kernels.nn import FlashVision
+from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
+
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
+NEW = 5
+GREEDY = dict(max_new_tokens=NEW, do_sample=False)
+THRESHOLDS = (0.3, 0.1)
+
+
+def flash_model(family="qwen3", **changes):
+    model = native_model(family, **changes)
+    randomize(flash := FlashVision(32, 48, *THRESHOLDS), seed=3)
+    flash.attach(model)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def by_hand(model, batch, b=0, first=0, tiles=None, compress=None):
+    """(ids [1, N'], embeds [1, N', H]) of one row: both projectors for every tile, then one of them picked."""
+    present = batch["attention_mask"][b].bool()
+    ids = batch["input_ids"][b, present]
+    embeds = model.get_input_embeddings()(ids)
+    tiles = len(batch["pixel_values"]) if tiles is None else tiles
+    if tiles:
+        vit = model.model.vision_tower(pixel_values=batch["pixel_values"][first : first + tiles]).last_hidden_state
+        router = ShippedRouter(32).eval()
+        router.load_state_dict({k: v for k, v in model.flash.state_dict().items() if not k.startswith("mlp2")})
+        if compress is None:
+            compress = shipped_decision(router(vit), *THRESHOLDS)
+        grid = vit[:, 1:].reshape(tiles, 8, 8, 32)
+        small = model.flash.mlp2(model.model.pixel_shuffle(grid, 0.25).reshape(tiles, 4, -1))
+        full = model.model.multi_modal_projector(model.model.pixel_shuffle(grid, 0.5).reshape(tiles, 16, -1))
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        where = (ids == 290).nonzero().squeeze(1)
+        for t in range(tiles):
+            keep[where[16 * t + 4 : 16 * t + 16]] = not compress[t]
+        ids, embeds = ids[keep], embeds[keep]
+        embeds[ids == 290] = torch.cat([small[t] if compress[t] else full[t] for t in range(tiles)])
+    return ids[None], embeds[None]
+
+
+@torch.no_grad()
+def expected_tokens(model, batch, b=0, first=0, tiles=None, compress=None, **options):
+    ids, embeds = by_hand(model, batch, b, first, tiles, compress)
+    mask = torch.ones_like(ids)
+    torch.manual_seed(0)
+    out = model.generate(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, **{**GREEDY, **options})
+    return out[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_each_row_as_if_alone(family, padding):
+    model = flash_model(family)
+    tiles = ((2,), (), (1, 3), (1,))
+    batch = inputs(tiles, padding=padding)
+    firsts = [0, 2, 2, 6]
+    expected = [expected_tokens(model, batch, b, firsts[b], sum(tiles[b])) for b in range(4)]
+    plain = model.generate(**batch, **GREEDY) if padding == "left" else None
+    handle = ivl_kernels.patch(model, flash=True, strict=True)
+    out = model.generate(**batch, **GREEDY)
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(out[:, :length], batch["input_ids"])
+    assert torch.equal(out[:, length:], torch.cat(expected))
+    assert torch.equal(model.generate(**batch, **GREEDY), out)  # twice
+    routing = handle.last_routing().images
+    assert [len(i.compressed) for i in routing] == [2, 1, 3, 1] and any(map(any, (i.compressed for i in routing)))
+    assert routing[0].scores and routing[3].compressed == [False]
+    handle.undo()
+    if plain is not None:
+        assert torch.equal(model.generate(**batch, **GREEDY), plain) and not torch.equal(plain, out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_beams=3),
+        dict(num_beams=4, num_return_sequences=2),
+        dict(do_sample=True, temperature=1.5, top_k=20),
+        dict(do_sample=True, num_return_sequences=3),
+        dict(repetition_penalty=1.8),
+        dict(no_repeat_ngram_size=2),
+    ],
+)
+def test_generation_modes(options):
+    model, batch = flash_model(), inputs(((3, 1),))
+    expected = expected_tokens(model, batch, **options)
+    ivl_kernels.patch(model)
+    torch.manual_seed(0)
+    out = model.generate(**batch, **{**GREEDY, **options})
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(out[:, length:], expected)
+    assert torch.equal(out[:, :length], batch["input_ids"].expand(len(out), -1))
+
+
+def test_mask_positions_and_cache_agree_at_each_step():
+    model, batch = flash_model(), inputs(((3,), (1,)))
+    handle = ivl_kernels.patch(model)
+    seen = []
+
+    def record(module, args, kwargs):
+        past = kwargs["past_key_values"].get_seq_length()
+        seen.append((past, kwargs["attention_mask"], kwargs["position_ids"]))
+
+    model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    model.generate(**batch, **GREEDY)
+    dropped = [12 * sum(image.compressed) for image in handle.last_routing().images]
+    lengths = batch["attention_mask"].sum(1) - torch.tensor(dropped)
+    for step, (past, mask, positions) in enumerate(seen):
+        now = int(lengths.max()) + step
+        assert past == (now - 1 if step else 0)
+        assert mask.shape == (2, now) and torch.equal(mask.sum(1), lengths + step)
+        assert torch.equal(positions[:, -1], lengths + step - 1)
+    assert len(seen) == NEW
+
+
+def test_lengths_streamer_and_dict():
+    model, batch = flash_model(), inputs(((3,),))
+    ivl_kernels.patch(model)
+    length = batch["input_ids"].shape[1]
+    out = model.generate(**batch, **GREEDY)
+    assert torch.equal(model.generate(**batch, max_length=length + NEW, do_sample=False), out)
+    positional = {k: v for k, v in batch.items() if k != "input_ids"}
+    assert torch.equal(model.generate(batch["input_ids"], **positional, **GREEDY), out)
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(**batch, max_length=length)
+    model.generation_config.eos_token_id = int(out[0, length + 1])
+    short = model.generate(**batch, **GREEDY)
+    assert short.shape[1] == length + 2
+    longer = model.generate(**batch, **GREEDY, min_length=length + 4)
+    assert longer.shape[1] >= length + 4
+
+    class Streamer:
+        def __init__(self):
+            self.values, self.ended = [], 0
+
+        def put(self, value):
+            self.values.append(value)
+
+        def end(self):
+            self.ended += 1
+
+    model.generation_config.eos_token_id = None
+    streamer = Streamer()
+    model.generate(**batch, **GREEDY, streamer=streamer)
+    assert torch.equal(streamer.values[0], batch["input_ids"]) and streamer.ended == 1
+    assert torch.equal(torch.cat([v.view(-1) for v in streamer.values]), out[0])
+    result = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(result.sequences, out) and len(result.scores) == NEW
+    for wrong in (dict(position_ids=torch.zeros_like(batch["input_ids"])), dict(inputs=batch["input_ids"])):
+        with pytest.raises(ValueError):
+            model.generate(**batch, **GREEDY, **wrong)
+
+
+def test_continue_a_chat():
+    """A second turn on the cache of the first, then one with another image."""
+    model, batch = flash_model(), inputs(((3,),))
+    handle = ivl_kernels.patch(model)
+    first = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+    decided = torch.tensor(handle.last_routing().images[0].compressed)
+    turn = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
+    second = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
+    fresh = model.generate(**second, pixel_values=batch["pixel_values"], **GREEDY)
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    continued = model.generate(**second, past_key_values=first.past_key_values, **GREEDY, return_dict_in_generate=True)
+    assert seen[0] == 4  # the answer's last token and the new turn: nothing else is computed again
+    assert torch.equal(continued.sequences, fresh)
+
+    other = inputs(((2,),), seed=9)
+    third = torch.cat([continued.sequences, other["input_ids"]], 1)
+    everything = {"input_ids": third, "attention_mask": torch.ones_like(third)}
+    pixels = torch.cat([batch["pixel_values"], other["pixel_values"]])
+    alone = model.generate(**other, **GREEDY)
+    decided = torch.cat([decided, torch.tensor(handle.last_routing().images[0].compressed)])
+    expected = expected_tokens(model, {**everything, "pixel_values": pixels}, tiles=5, compress=decided)
+    import copy
+
+    for values in (pixels, other["pixel_values"]):
+        cache = copy.deepcopy(continued.past_key_values)
+        out = model.generate(**everything, pixel_values=values, past_key_values=cache, **GREEDY)
+        assert torch.equal(out[:, third.shape[1] :], expected)
+    assert alone.shape[1] == other["input_ids"].shape[1] + NEW
+    with pytest.raises(ValueError, match="got 4 tiles for 5 in input_ids, of which the cache holds 3"):
+        model.generate(**everything, pixel_values=pixels[:4], past_key_values=continued.past_key_values, **GREEDY)
+
+
+def test_continuation_refused():
+    model = flash_model()
+    batch = inputs(((3,), (1,)))
+    ivl_kernels.patch(model)
+    empty = DynamicCache(config=model.config.get_text_config())
+    out = model.generate(**batch, **GREEDY, past_key_values=empty)
+    again = {"input_ids": out, "attention_mask": torch.ones_like(out), "pixel_values": batch["pixel_values"]}
+    with pytest.raises(ValueError, match="batch of one"):
+        model.generate(**again, past_key_values=empty, **GREEDY)
+    one = inputs(((3,),))
+    foreign = model(input_ids=one["input_ids"][:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="no Flash call of this patch made"):
+        model.generate(**one, past_key_values=foreign, **GREEDY)
+
+
+def released(model, folder, prefix="", shards=1, config=None):
+    """A checkpoint folder as the Flash release has it: Flash modules beside others, thresholds in the config."""
+    tensors = {prefix + k: v.clone() for k, v in model.flash.state_dict().items()}
+    tensors |= {"vision_model.x": torch.zeros(2), "language_model.model.layers.0.mlp.gate.weight": torch.ones(3)}
+    settings = {
+        "flash_relative_threshold": 0.3,
+        "flash_absolute_threshold": 0.1,
+        "ps_version": "v2",
+        "flash_mode": True,
+    }
+    (folder / "config.json").write_text(json.dumps(settings if config is None else config))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    names, located = list(tensors), {}
+    for i in range(shards):
+        part = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({n: tensors[n] for n in names[i::shards]}, folder / part)
+        located |= {n: part for n in names[i::shards]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": located}))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "flash.", "model.flash."])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_load(tmp_path, prefix, shards):
+    model = flash_model()
+    released(model, tmp_path, prefix, shards)
+    loaded = FlashVision.from_pretrained(tmp_path)
+    for name, value in model.flash.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert (loaded.relative_threshold, loaded.absolute_threshold) == (0.3, 0.1)
+    assert FlashVision.from_pretrained(tmp_path, dtype=torch.bfloat16).mlp2[1].weight.dtype == torch.bfloat16
+
+
+def test_load_refuses_to_guess(tmp_path):
+    model = flash_model()
+    released(model, tmp_path, config={})
+    with pytest.raises(ValueError, match="relative_threshold: .*no flash_relative_threshold"):
+        FlashVision.from_pretrained(tmp_path)
+    assert (
+        FlashVision.from_pretrained(tmp_path, relative_threshold=0.5, absolute_threshold=0.2).absolute_threshold == 0.2
+    )
+    released(model, tmp_path, config={"flash_relative_threshold": 1, "flash_absolute_threshold": 1, "ps_version": "v1"})
+    with pytest.raises(ValueError, match="ps_version"):
+        FlashVision.from_pretrained(tmp_path)
+    del model.flash.gating.block2
+    released(model, tmp_path)
+    with pytest.raises(ValueError, match="gating.block2.0.weight is missing"):
+        FlashVision.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor"):
+        FlashVision.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="InternVLForConditionalGeneration"):
+        FlashVision(32, 48, 0, 0).attach(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="mlp2 would take 512 and give 48"):
+        FlashVision(16, 48, 0, 0).attach(native_model())
+
+
+def test_save_and_reload(tmp_path):
+    model, batch = flash_model(), inputs(((3,), (2,)))
+    handle = ivl_kernels.patch(model)
+    expected = model.generate(**batch, **GREEDY)
+    model.save_pretrained(tmp_path)
+    handle.undo()
+    fresh = InternVLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    FlashVision.from_pretrained(tmp_path).attach(fresh)
+    assert fresh.config.flash_relative_threshold == 0.3
+    ivl_kernels.patch(fresh)
+    assert torch.equal(fresh.generate(**batch, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("layout", [True, "unpadded"])
+def test_forward_when_asked(layout):
+    model, tiles = flash_model(), ((3,), (1, 2))
+    batch = inputs(tiles)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    plain = model(**batch, labels=labels)
+    with torch.no_grad():
+        rows = [by_hand(model, batch, b, 3 * b, 3) for b in range(2)]
+        alone = [model(inputs_embeds=embeds).logits[0] for _, embeds in rows]
+    with ivl_kernels.patched(model):
+        torch.testing.assert_close(model(**batch, labels=labels).logits, plain.logits, rtol=1e-4, atol=1e-4)
+    ivl_kernels.patch(model, flash_forward=layout)
+    out = model(**batch, labels=labels)
+    if layout is True:
+        got = [out.logits[b, : len(alone[b])] for b in range(2)]
+    else:
+        got = out.logits[0].split([len(logits) for logits in alone])
+    for mine, theirs in zip(got, alone):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    own = [torch.nn.functional.cross_entropy(x[:-1], ids[0, 1:], reduction="sum") for x, (ids, _) in zip(alone, rows)]
+    count = sum(ids.shape[1] - 1 for ids, _ in rows)
+    torch.testing.assert_close(out.loss, sum(own) / count, rtol=1e-4, atol=1e-5)
+    out.loss.backward()
+    assert model.flash.mlp2[1].weight.grad is not None
+    assert model.model.multi_modal_projector.linear_1.weight.grad is not None
+
+
+def test_without_flash_attached():
+    model = native_model()
+    row = next(r for r in ivl_kernels.patch(model).report().rows if r.feature == "flash")
+    assert row.state == "not found"
