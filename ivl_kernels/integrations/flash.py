@@ -271,7 +271,7 @@ def _native_generate(backend: str) -> Callable[..., Any]:
     def generate(
         inner: Callable[..., Any], self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        ids: Any = inputs if inputs is not None else kwargs.get("input_ids")
         pixels, cache = kwargs.get("pixel_values"), kwargs.get("past_key_values")
         on = getattr(self.config, "flash_mode", False) and ids is not None
         cached = getattr(cache, "_ivl_compress", None) if cache is not None and _length(cache) else None

@@ -56,13 +56,13 @@ class Routing:
         def images() -> list[ImageRouting]:
             owners = image_of_tile(input_ids, mask, token_id, tokens).tolist()
             made: list[ImageRouting] = []
-            values = [None] * len(owners) if scores is None else scores.tolist()
+            values: list[float] = [] if scores is None else scores.tolist()
             for tile, (owner, small) in enumerate(zip(owners, compress.tolist())):
                 if tile == 0 or owner != owners[tile - 1]:
                     many = owners.count(owner) > 1
                     made.append(ImageRouting(None if many else (1, 1), many, [], []))
                 made[-1].compressed.append(small)
-                if values[tile] is not None:
+                if values:
                     made[-1].scores.append(values[tile])
             return made
 
@@ -594,7 +594,12 @@ class ViCO:
     ) -> ViCOOutput:
         """One pass; `compress` [T] bool overrides the sampled (stage 1) or the routed (stage 2) decisions."""
         parts = parts_of(self.model, self.backend)
-        carried = {"attention_mask": attention_mask, "labels": labels, "loss_weights": loss_weights, "padding": "right"}
+        carried: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "loss_weights": loss_weights,
+            "padding": "right",
+        }
         logits = None
         with torch.set_grad_enabled(self.stage == 1 and torch.is_grad_enabled()):
             vit = parts.vision(pixel_values)
