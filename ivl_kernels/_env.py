@@ -24,7 +24,8 @@ BACKEND = Variable(
 CPU_ISA = Variable(
     "IVL_CPU_ISA",
     "",
-    "Highest instruction set of the C++ kernels: `portable`, `avx2` or `avx512`. Empty: the best the processor has.",
+    "Highest instruction set of the C++ kernels: `portable`, `avx2`, `avx512` or `avx512_bf16`. "
+    "Empty: the best the processor has.",
 )
 BUILD_CPU = Variable(
     "IVL_BUILD_CPU", "", "At build time: `1` requires the C++ kernels, `0` skips them. Empty: built if possible."

@@ -20,7 +20,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", [] {
     py::dict features;
     features["best_isa"] = ivl::isa_name(ivl::best_isa());
-    features["isa"] = ivl::isa_name(ivl::isa());
+    features["isa"] = ivl::isa_name(ivl::selected_isa());
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
     features["avx2"] = bool(__builtin_cpu_supports("avx2"));
@@ -34,9 +34,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_isa",
       [](const std::string& name) {
-        for (ivl::Isa isa : {ivl::Isa::portable, ivl::Isa::avx2, ivl::Isa::avx512})
+        for (ivl::Isa isa :
+             {ivl::Isa::portable, ivl::Isa::avx2, ivl::Isa::avx512, ivl::Isa::avx512_bf16})
           if (name == ivl::isa_name(isa)) return ivl::set_isa(isa);
-        throw py::value_error("isa: got '" + name + "', expected 'portable', 'avx2' or 'avx512'");
+        throw py::value_error("isa: got '" + name + "', expected 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
       },
       py::arg("name"));
 }

@@ -1,5 +1,6 @@
 #include "ivl/isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,7 @@ Isa probe() {
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
 #else
   return Isa::portable;
@@ -26,7 +28,7 @@ Isa from_environment() {
   const Isa best = best_isa();
   const char* wanted = std::getenv("IVL_CPU_ISA");
   if (wanted == nullptr) return best;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
     if (std::strcmp(wanted, isa_name(isa)) == 0 && isa <= best) return isa;
   return best;
 }
@@ -43,7 +45,11 @@ Isa best_isa() {
   return best;
 }
 
-Isa isa() { return current().load(std::memory_order_relaxed); }
+Isa selected_isa() { return current().load(std::memory_order_relaxed); }
+
+Isa isa() { return std::min(selected_isa(), Isa::avx512); }
+
+bool dot_bf16() { return selected_isa() == Isa::avx512_bf16; }
 
 void set_isa(Isa isa) {
   if (isa > best_isa())
@@ -53,7 +59,12 @@ void set_isa(Isa isa) {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+  switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "portable";
+  }
 }
 
 }  // namespace ivl

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ivl_kernels.ops import moe_dispatch, moe_routing
 from ivl_kernels.testing import assert_accurate, poisoned
 
-BACKENDS = backends("cuda", "triton", "reference")
+BACKENDS = backends("native", "cuda", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONVENTIONS = [("softmax_then_topk", False), ("softmax_then_topk", True), ("topk_then_softmax", False)]
 

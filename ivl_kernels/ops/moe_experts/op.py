@@ -83,6 +83,7 @@ _experts = Op(
     package=__package__,
     key="hidden",
     implementations=(
+        Implementation("native", "native:moe_experts", ("cpu",), GPU_DTYPES),
         Implementation("triton", "triton:moe_experts", ("cuda", "hip"), GPU_DTYPES),
         Implementation("reference", "reference:moe_experts"),
     ),

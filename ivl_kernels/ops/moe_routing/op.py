@@ -42,6 +42,7 @@ _routing = Op(
     package=__package__,
     key="logits",
     implementations=(
+        Implementation("native", "native:moe_routing", ("cpu",), GPU_DTYPES),
         Implementation("cuda", "cuda:moe_routing", ("cuda",), GPU_DTYPES, _too_large),
         Implementation("triton", "triton:moe_routing", ("cuda", "hip"), GPU_DTYPES),
         Implementation("reference", "reference:moe_routing"),
@@ -58,6 +59,7 @@ _routing_backward = Op(
     package=__package__,
     key="logits",
     implementations=(
+        Implementation("native", "native:moe_routing_backward", ("cpu",), GPU_DTYPES),
         Implementation("cuda", "cuda:moe_routing_backward", ("cuda",), GPU_DTYPES, _too_large_backward),
         Implementation("triton", "triton:moe_routing_backward", ("cuda", "hip"), GPU_DTYPES),
         Implementation("reference", "reference:moe_routing_backward"),
@@ -71,6 +73,7 @@ _dispatch = Op(
     package=__package__,
     key="ids",
     implementations=(
+        Implementation("native", "native:moe_dispatch", ("cpu",), ("int64", "int32")),
         Implementation("cuda", "cuda:moe_dispatch", ("cuda",), unless=_too_many),
         Implementation("triton", "triton:moe_dispatch", ("cuda", "hip")),
         Implementation("reference", "reference:moe_dispatch"),

@@ -1,0 +1,39 @@
+// Mixture-of-experts feed-forward on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "ivl/types.h"
+
+namespace ivl {
+
+enum class Gating { silu, gpt_oss };
+
+// Expert e's matrices. Rows layout: gate[e] and up[e] [I, H], down[e] [H, I], rows contiguous. Interleaved: gate[e]
+// [H, 2I] with columns g0, u0, g1, ...; up is not used; down[e] [I, H].
+template <class T>
+struct ExpertWeights {
+  const T* const* gate;
+  const T* const* up;
+  const T* const* down;
+  bool interleaved;
+  const T* gate_up_bias;  // [E, 2I] or null
+  const T* down_bias;     // [E, H] or null
+};
+
+struct ExpertShape {
+  int64_t tokens, top_k, width, inner, experts;  // S, k, H, I, E
+};
+
+struct ExpertOptions {
+  Gating gating;
+  float alpha, limit;
+};
+
+// out [S, H] = sum over k of weight * expert(hidden); `permutation` [S * k] and `offsets` [E + 1] sort the slots by
+// expert. `pre` [S * k, 2I], when not null, gets what goes into the activation (zero for slots without an expert).
+template <class T>
+void experts_forward(ExpertShape shape, ExpertOptions options, const T* hidden, const float* weights,
+                     const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre);
+
+}  // namespace ivl

@@ -1,0 +1,51 @@
+"""Mixture-of-experts feed-forward on the CPU: thin calls into csrc/cpu/moe_experts.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import _native
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def moe_experts(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    tiles: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    interleaved = layout == "interleaved"
+    width = gate_up.shape[2 if interleaved else 1]
+    out = hidden.new_empty(hidden.shape)
+    pre = hidden.new_empty(permutation.shape[0] if keep else 0, width)
+    _native.op("moe_experts")(
+        hidden.contiguous(),
+        weights.float().contiguous(),
+        permutation,
+        offsets,
+        gate_up.contiguous(),
+        down.contiguous(),
+        _contiguous(gate_up_bias),
+        _contiguous(down_bias),
+        activation == "gpt_oss",
+        alpha,
+        limit,
+        interleaved,
+        out,
+        pre if keep else None,
+    )
+    return out, pre
