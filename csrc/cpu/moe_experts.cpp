@@ -35,11 +35,20 @@ void experts_forward(ExpertShape shape, ExpertOptions options, const T* hidden, 
   IVL_CALL(forward, shape, options, hidden, weights, permutation, offsets, experts, out, pre);
 }
 
-template void experts_forward(ExpertShape, ExpertOptions, const float*, const float*, const int32_t*, const int32_t*,
-                              const ExpertWeights<float>&, float*, float*);
-template void experts_forward(ExpertShape, ExpertOptions, const bfloat16*, const float*, const int32_t*, const int32_t*,
-                              const ExpertWeights<bfloat16>&, bfloat16*, bfloat16*);
-template void experts_forward(ExpertShape, ExpertOptions, const float16*, const float*, const int32_t*, const int32_t*,
-                              const ExpertWeights<float16>&, float16*, float16*);
+template <class T>
+void experts_backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* hidden, const float* weights,
+                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
+                      const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients) {
+  IVL_CALL(backward, shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, gradients);
+}
+
+#define IVL_INSTANTIATE(T)                                                                                         \
+  template void experts_forward(ExpertShape, ExpertOptions, const T*, const float*, const int32_t*, const int32_t*, \
+                                const ExpertWeights<T>&, T*, T*);                                                   \
+  template void experts_backward(ExpertShape, ExpertOptions, const T*, const T*, const float*, const int32_t*,      \
+                                 const int32_t*, const int32_t*, const ExpertWeights<T>&, const T*, ExpertGradients<T>);
+IVL_INSTANTIATE(float)
+IVL_INSTANTIATE(bfloat16)
+IVL_INSTANTIATE(float16)
 
 }  // namespace ivl

@@ -36,4 +36,21 @@ template <class T>
 void experts_forward(ExpertShape shape, ExpertOptions options, const T* hidden, const float* weights,
                      const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre);
 
+// Null pointers are gradients that are not needed. gate, up and down as in ExpertWeights.
+template <class T>
+struct ExpertGradients {
+  T* hidden;       // [S, H]
+  float* weights;  // [S * k]
+  T* const* gate;  // by expert
+  T* const* up;
+  T* const* down;
+  T* gate_up_bias;
+  T* down_bias;
+};
+
+template <class T>
+void experts_backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* hidden, const float* weights,
+                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
+                      const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients);
+
 }  // namespace ivl

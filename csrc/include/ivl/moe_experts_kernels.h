@@ -215,7 +215,7 @@ void packed_tile(const float* const* a, const float* b, int64_t depth, float* c,
   for (int r = 0; r < R; ++r) {
     row[r] = a[r];
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) sums[r][p] = accumulate ? load(c + r * kPanel + p * kLanes) : vf{};
+    for (int p = 0; p < kParts; ++p) sums[r][p] = vf{};
   }
   for (int64_t k = 0; k < depth; ++k, b += kPanel) {
     vf w[kParts];
@@ -231,7 +231,10 @@ void packed_tile(const float* const* a, const float* b, int64_t depth, float* c,
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) store(c + r * kPanel + p * kLanes, sums[r][p]);
+    for (int p = 0; p < kParts; ++p) {
+      float* to = c + r * kPanel + p * kLanes;
+      store(to, accumulate ? load(to) + sums[r][p] : sums[r][p]);
+    }
 }
 
 template <class A>
@@ -471,6 +474,27 @@ inline vf gated(vf gate, vf up, const ExpertOptions& options) {
   return gate * sigmoid(splat(options.alpha) * gate) * (up + splat(1.0f));
 }
 
+// Reads gate and up columns [at, at + n) of a row of `pre` or of a gradient of it, and writes them.
+template <class T>
+inline void load_pair(const T* row, int64_t inner, int64_t at, int64_t n, bool interleaved, vf& gate, vf& up) {
+  if (interleaved) {
+    const vf low = load_some(row + 2 * at, std::min<int64_t>(kLanes, 2 * n));
+    const vf high = 2 * n > kLanes ? load_some(row + 2 * at + kLanes, 2 * n - kLanes) : vf{};
+    gate = even(low, high), up = odd(low, high);
+  } else {
+    gate = load_some(row + at, n), up = load_some(row + inner + at, n);
+  }
+}
+template <class T>
+inline void store_pair(T* row, int64_t inner, int64_t at, int64_t n, bool interleaved, vf gate, vf up) {
+  if (interleaved) {
+    store_some(row + 2 * at, zip_low(gate, up), std::min<int64_t>(kLanes, 2 * n));
+    if (2 * n > kLanes) store_some(row + 2 * at + kLanes, zip_high(gate, up), 2 * n - kLanes);
+  } else {
+    store_some(row + at, gate, n), store_some(row + inner + at, up, n);
+  }
+}
+
 template <class F>
 void run_tasks(int64_t count, F&& task) {
   std::atomic<int64_t> next{0};
@@ -508,24 +532,11 @@ struct ForwardCall {
         const int64_t n = std::min<int64_t>(kLanes, columns - j), at = column + j;
         vf gate = load(c + j), up = load(c + kHalf + j);
         if (const T* bias = experts.gate_up_bias) {
-          bias += e * 2 * inner;
-          if (experts.interleaved) {
-            const vf low = load_some(bias + 2 * at, std::min<int64_t>(kLanes, 2 * n));
-            const vf high = 2 * n > kLanes ? load_some(bias + 2 * at + kLanes, 2 * n - kLanes) : vf{};
-            gate += even(low, high), up += odd(low, high);
-          } else {
-            gate += load_some(bias + at, n), up += load_some(bias + inner + at, n);
-          }
+          vf gate_bias, up_bias;
+          load_pair(bias + e * 2 * inner, inner, at, n, experts.interleaved, gate_bias, up_bias);
+          gate += gate_bias, up += up_bias;
         }
-        if (pre) {
-          T* to = pre + (row + r) * 2 * inner;
-          if (experts.interleaved) {
-            store_some(to + 2 * at, zip_low(gate, up), std::min<int64_t>(kLanes, 2 * n));
-            if (2 * n > kLanes) store_some(to + 2 * at + kLanes, zip_high(gate, up), 2 * n - kLanes);
-          } else {
-            store_some(to + at, gate, n), store_some(to + inner + at, up, n);
-          }
-        }
+        if (pre) store_pair(pre + (row + r) * 2 * inner, inner, at, n, experts.interleaved, gate, up);
         store_some(active + (row + r) * inner + at, gated(gate, up, options), n);
       }
     }
@@ -646,6 +657,20 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
 }
 
 template <class T>
+void widen(const T* from, int64_t size, float* to) {
+  parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) store(to + i, load(from + i));
+    for (; i < end; ++i) to[i] = to_float(from[i]);
+  });
+}
+
+// Whether the inputs stay bfloat16: every depth must be whole units, and the processor must have the instruction.
+inline bool use_units(ExpertShape shape) {
+  return dot_bf16() && shape.width % (2 * kLanes) == 0 && shape.inner % (2 * kLanes) == 0;
+}
+
+template <class T>
 void forward(ExpertShape shape, ExpertOptions options, const T* hidden, const float* weights,
              const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
   if constexpr (std::is_same_v<T, float>) {
@@ -653,17 +678,296 @@ void forward(ExpertShape shape, ExpertOptions options, const T* hidden, const fl
   } else {
 #if IVL_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, bfloat16>)
-      if (dot_bf16() && shape.width % (2 * kLanes) == 0 && shape.inner % (2 * kLanes) == 0)
+      if (use_units(shape))
         return forward_with<T, T>(shape, options, hidden, weights, permutation, offsets, experts, out, pre);
 #endif
-    const int64_t size = shape.tokens * shape.width;
-    const Scratch<float> wide(size);
-    parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
-      int64_t i = begin;
-      for (; i + kLanes <= end; i += kLanes) store(wide.get() + i, load(hidden + i));
-      for (; i < end; ++i) wide[i] = to_float(hidden[i]);
-    });
+    const Scratch<float> wide(shape.tokens * shape.width);
+    widen(hidden, shape.tokens * shape.width, wide.get());
     forward_with<T, float>(shape, options, wide.get(), weights, permutation, offsets, experts, out, pre);
+  }
+}
+
+
+// --- backward -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kSumRows = 128;
+
+// result [R, C] (row stride C) = sum over m of left[m][r] * right[m][c].
+template <class A, class T>
+void outer_product(const A* const* left, const A* const* right, int64_t count, int64_t first, int64_t rows, int64_t columns,
+                   T* result) {
+  constexpr bool units = std::is_same_v<A, bfloat16>;
+  const int64_t deep = units ? (count + 1) / 2 : count, stride = units ? 2 * deep : deep;
+  const Scratch<A> turned(rows * stride);
+  const Scratch<float> packed(deep * kPanel);
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t r = 0; r < rows; ++r) turned[r * stride + m] = left[m][first + r];
+  if (stride > count)
+    for (int64_t r = 0; r < rows; ++r) turned[r * stride + count] = A{};
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const int64_t here = std::min(kPanel, columns - column);
+    for (int64_t m = 0; m < deep; ++m) {
+      float* to = packed.get() + m * kPanel;
+      const ColumnPanel<A> panel{nullptr, 0, here, false};
+      if constexpr (units) {
+        alignas(64) float pair[2][kPanel] = {};
+        pack_row(panel, right[2 * m] + column, pair[0]);
+        if (2 * m + 1 < count) pack_row(panel, right[2 * m + 1] + column, pair[1]);
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part)
+          store(to + part * kLanes,
+                (vf)((vu)load(pair[0] + part * kLanes) >> 16 | (vu)load(pair[1] + part * kLanes)));
+      } else {
+        pack_row(panel, right[m] + column, to);
+      }
+    }
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = rows * tile / tiles, size = rows * (tile + 1) / tiles - begin;
+      const float* a[kTileRows];
+      alignas(64) float c[kTileRows * kPanel];
+      for (int64_t r = 0; r < size; ++r) a[r] = reinterpret_cast<const float*>(turned.get() + (begin + r) * stride);
+      for (int64_t m = 0; m < deep; m += kSumRows) {  // sums of sums: a long chain of additions loses digits
+        packed_rows<A>(size, a, packed.get() + m * kPanel, std::min(kSumRows, deep - m), c, m > 0);
+        for (int64_t r = 0; r < size; ++r) a[r] += kSumRows;
+      }
+      for (int64_t r = 0; r < size; ++r)
+        for (int64_t j = 0; j < here; j += kLanes) {
+          T* to = result + (begin + r) * columns + column + j;
+          const vf value = load(c + r * kPanel + j);
+          if (here - j >= kLanes) store(to, value);
+          else store_some(to, value, here - j);
+        }
+    }
+  }
+}
+
+struct GateGradient {
+  vf active, gate, up;  // d active / d gate, d active / d up
+};
+
+inline GateGradient gate_gradient(vf gate, vf up, const ExpertOptions& options) {
+  const vf one = splat(1.0f);
+  if (options.gating == Gating::silu) {
+    const vf s = sigmoid(gate), silu = gate * s;
+    return {silu * up, up * s * (one + gate * (one - s)), silu};
+  }
+  const vf limit = splat(options.limit), alpha = splat(options.alpha);
+  const vi inside_gate = gate <= limit, inside_up = (up <= limit) & (up >= -limit);
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  const vf s = sigmoid(alpha * gate), glu = gate * s;
+  const vf by_gate = (up + one) * s * (one + alpha * gate * (one - s));
+  return {glu * (up + one), inside_gate ? by_gate : vf{}, inside_up ? glu : vf{}};
+}
+
+// result [columns] = the sum of the rows, each times its scale (null: 1).
+template <class A, class T>
+void column_sums(const A* const* rows, const float* scales, int64_t count, int64_t columns, T* result) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, columns - j);
+    vf total{};
+    for (int64_t first = 0; first < count; first += kSumRows) {
+      vf part{};
+      for (int64_t r = first; r < std::min(first + kSumRows, count); ++r)
+        part = fma(splat(scales ? scales[r] : 1.0f), n == kLanes ? load(rows[r] + j) : load_some(rows[r] + j, n), part);
+      total += part;
+    }
+    store_some(result + j, total, n);
+  }
+}
+
+template <class T, class A>
+void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, const A* hidden, const float* weights,
+                   const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
+                   const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
+  const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
+  const bool interleaved = experts.interleaved, need_down = to.down != nullptr;
+  const Scratch<const A*> grads(used), inputs(used), actives(used), changes(used);
+  const Scratch<int32_t> tokens(used);
+  const Scratch<float> scales(used);
+  const Scratch<A> change(used * 2 * inner), active(need_down ? used * inner : 0);  // change: the gradient of pre
+  for (int64_t row = 0; row < used; ++row) {
+    const int32_t slot = permutation[row];
+    tokens[row] = static_cast<int32_t>(slot / shape.top_k);
+    scales[row] = weights[slot];
+    inputs[row] = hidden + tokens[row] * width;
+    grads[row] = grad + tokens[row] * width;
+    actives[row] = active.get() + row * inner;
+    changes[row] = change.get() + row * 2 * inner;
+  }
+
+  // Through the down projection: gradients of the activations, of pre, and a part of the routing weights' per panel.
+  const int64_t inner_panels = (inner + kPanel - 1) / kPanel;
+  const Scratch<float> dots(to.weights ? used * inner_panels : 0);
+  constexpr int64_t kTaskRows = 2048;
+  std::vector<UpTask> tasks;
+  for (int64_t e = 0; e < shape.experts; ++e)
+    for (int64_t row = offsets[e]; row < offsets[e + 1]; row += kTaskRows) {
+      const int64_t rows = std::min<int64_t>(kTaskRows, offsets[e + 1] - row);
+      const Groups groups(inner_panels, group_panels(!interleaved, rows));
+      for (int64_t g = 0; g < groups.count; ++g)
+        tasks.push_back({e, row, rows, groups.begin(g), groups.begin(g + 1) - groups.begin(g)});
+    }
+  run_tasks(tasks.size(), [&](int64_t i) {
+    const UpTask t = tasks[i];
+    const auto finish = [&](int64_t first, int64_t count, int64_t p, const float* c) {
+      const int64_t column = (t.panel + p) * kPanel, columns = std::min(kPanel, inner - column);
+      for (int64_t r = t.row + first; r < t.row + first + count; ++r, c += kPanel) {
+        const vf scale = splat(scales[r]);
+        vf dot{};
+        for (int64_t j = 0; j < columns; j += kLanes) {
+          const int64_t n = std::min<int64_t>(kLanes, columns - j), at = column + j;
+          vf gate, up;
+          load_pair(pre + r * 2 * inner, inner, at, n, interleaved, gate, up);
+          const GateGradient d = gate_gradient(gate, up, options);
+          const vf from = load(c + j), scaled = scale * from;
+          dot = fma(from, d.active, dot);
+          store_pair(change.get() + r * 2 * inner, inner, at, n, interleaved, scaled * d.gate, scaled * d.up);
+          if (need_down) store_some(active.get() + r * inner + at, scale * d.active, n);
+        }
+        if (to.weights) dots[r * inner_panels + t.panel + p] = sum(dot);
+      }
+    };
+    if (interleaved) {
+      const auto source = [&](int64_t p) {
+        const int64_t column = (t.panel + p) * kPanel, n = std::min(kPanel, inner - column);
+        const T* first = experts.down[t.expert] + column * width;
+        return RowPanel<T>{first, first + kHalf * width, width, std::min(kHalf, n), std::max<int64_t>(0, n - kHalf)};
+      };
+      multiply(grads.get() + t.row, t.rows, width, t.panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+    } else {
+      const auto source = [&](int64_t p) {
+        const int64_t column = (t.panel + p) * kPanel;
+        return ColumnPanel<T>{experts.down[t.expert] + column, inner, std::min(kPanel, inner - column), false};
+      };
+      multiply(grads.get() + t.row, t.rows, width, t.panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+    }
+  });
+
+  if (to.weights) {
+    parallel_for(shape.tokens * shape.top_k, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        const int64_t row = inverse[slot];
+        float total = 0;
+        if (row < used) {
+          for (int64_t p = 0; p < inner_panels; ++p) total += dots[row * inner_panels + p];
+          if (experts.down_bias) {
+            const int64_t e = std::upper_bound(offsets, offsets + shape.experts, row) - offsets - 1;
+            for (int64_t h = 0; h < width; ++h) total += to_float(grads[row][h]) * to_float(experts.down_bias[e * width + h]);
+          }
+        }
+        to.weights[slot] = total;
+      }
+    });
+  }
+
+  if (to.hidden) {  // through gate_up, summed over each token's experts
+    const int64_t average = used / std::max<int64_t>(1, shape.experts);
+    const Groups groups((width + kPanel - 1) / kPanel, group_panels(!interleaved, average));
+    run_tasks(groups.count, [&](int64_t g) {
+      const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel, columns = panels * kPanel;
+      const Scratch<float> sums(shape.tokens * columns);
+      std::memset(sums.get(), 0, shape.tokens * columns * sizeof(float));
+      for (int64_t e = 0; e < shape.experts; ++e) {
+        const int64_t row = offsets[e], rows = offsets[e + 1] - row;
+        if (rows == 0) continue;
+        const auto finish = [&](int64_t first, int64_t count, int64_t p, const float* c) {
+          for (int64_t r = row + first; r < row + first + count; ++r, c += kPanel) {
+            float* sum = sums.get() + (tokens[r] * panels + p) * kPanel;
+#pragma GCC unroll 4
+            for (int part = 0; part < kParts; ++part)
+              store(sum + part * kLanes, load(sum + part * kLanes) + load(c + part * kLanes));
+          }
+        };
+        if (interleaved) {
+          const auto source = [&](int64_t p) {
+            const int64_t column = (panel + p) * kPanel, n = std::min(kPanel, width - column);
+            const T* first = experts.gate[e] + column * 2 * inner;
+            return RowPanel<T>{first, first + kHalf * 2 * inner, 2 * inner, std::min(kHalf, n),
+                               std::max<int64_t>(0, n - kHalf)};
+          };
+          multiply(changes.get() + row, rows, 2 * inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+          continue;
+        }
+        const Scratch<const A*> up_changes(rows);
+        for (int64_t r = 0; r < rows; ++r) up_changes[r] = changes[row + r] + inner;
+        for (bool up : {false, true}) {
+          const auto source = [&](int64_t p) {
+            const int64_t column = (panel + p) * kPanel;
+            return ColumnPanel<T>{(up ? experts.up[e] : experts.gate[e]) + column, width,
+                                  std::min(kPanel, width - column), false};
+          };
+          const A* const* from = up ? up_changes.get() : changes.get() + row;
+          multiply(from, rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+        }
+      }
+      for (int64_t t = 0; t < shape.tokens; ++t)
+        for (int64_t j = 0; j < columns; j += kLanes) {
+          const int64_t column = panel * kPanel + j, n = std::min<int64_t>(kLanes, width - column);
+          if (n > 0) store_some(to.hidden + t * width + column, load(sums.get() + t * columns + j), n);
+        }
+    });
+  }
+
+  // Gradients of the matrices and biases: outer products over an expert's rows, in blocks of rows of the result.
+  struct OuterTask {
+    int64_t expert, kind, first, rows;
+  };
+  std::vector<OuterTask> outer;
+  constexpr int64_t kBlock = 96;
+  const int64_t up_rows = interleaved ? width : inner, down_rows = interleaved ? inner : width;
+  for (int64_t e = 0; e < shape.experts; ++e) {
+    if (to.gate)
+      for (int64_t kind = 0; kind < (interleaved ? 1 : 2); ++kind)
+        for (int64_t r = 0; r < up_rows; r += kBlock) outer.push_back({e, kind, r, std::min(kBlock, up_rows - r)});
+    if (to.down)
+      for (int64_t r = 0; r < down_rows; r += kBlock) outer.push_back({e, 2, r, std::min(kBlock, down_rows - r)});
+    if (to.gate_up_bias || to.down_bias) outer.push_back({e, 3, 0, 0});
+  }
+  run_tasks(outer.size(), [&](int64_t i) {
+    const OuterTask t = outer[i];
+    const int64_t row = offsets[t.expert], rows = offsets[t.expert + 1] - row;
+    if (t.kind == 3) {
+      if (T* bias = to.gate_up_bias) column_sums(changes.get() + row, nullptr, rows, 2 * inner, bias + t.expert * 2 * inner);
+      if (T* bias = to.down_bias) column_sums(grads.get() + row, scales.get() + row, rows, width, bias + t.expert * width);
+    } else if (t.kind == 2) {
+      const int64_t columns = interleaved ? width : inner;
+      T* result = to.down[t.expert] + t.first * columns;
+      const A *const *left = actives.get() + row, *const *right = grads.get() + row;
+      if (!interleaved) std::swap(left, right);
+      if (rows) outer_product(left, right, rows, t.first, t.rows, columns, result);
+      else std::memset(static_cast<void*>(result), 0, t.rows * columns * sizeof(T));
+    } else {
+      const int64_t columns = interleaved ? 2 * inner : width;
+      T* result = (t.kind == 1 ? to.up : to.gate)[t.expert] + t.first * columns;
+      const A *const *left = changes.get() + row, *const *right = inputs.get() + row;
+      if (interleaved) std::swap(left, right);
+      const int64_t first = t.first + (t.kind == 1 ? inner : 0);
+      if (rows) outer_product(left, right, rows, first, t.rows, columns, result);
+      else std::memset(static_cast<void*>(result), 0, t.rows * columns * sizeof(T));
+    }
+  });
+}
+
+template <class T>
+void backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* hidden, const float* weights,
+              const int32_t* permutation, const int32_t* inverse, const int32_t* offsets, const ExpertWeights<T>& experts,
+              const T* pre, const ExpertGradients<T>& to) {
+  if constexpr (std::is_same_v<T, float>) {
+    return backward_with<T, float>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, to);
+  } else {
+#if IVL_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, bfloat16>)
+      if (use_units(shape))
+        return backward_with<T, T>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, to);
+#endif
+    const int64_t size = shape.tokens * shape.width;
+    const Scratch<float> wide_grad(size), wide_hidden(size);
+    widen(grad, size, wide_grad.get());
+    widen(hidden, size, wide_hidden.get());
+    backward_with<T, float>(shape, options, wide_grad.get(), wide_hidden.get(), weights, permutation, inverse, offsets,
+                            experts, pre, to);
   }
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ... import _native
@@ -49,3 +51,52 @@ def moe_experts(
         pre if keep else None,
     )
     return out, pre
+
+
+def moe_experts_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    tiles: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    pre: torch.Tensor,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    tensors = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
+    results = [
+        tensor.new_empty(tensor.shape, dtype=torch.float32 if tensor is weights else None)
+        if needed and tensor is not None
+        else None
+        for tensor, needed in zip(tensors, needs)
+    ]
+    _native.op("moe_experts_backward")(
+        grad.contiguous(),
+        hidden.contiguous(),
+        weights.float().contiguous(),
+        permutation,
+        inverse,
+        offsets,
+        gate_up.contiguous(),
+        down.contiguous(),
+        _contiguous(gate_up_bias),
+        _contiguous(down_bias),
+        pre,
+        activation == "gpt_oss",
+        alpha,
+        limit,
+        layout == "interleaved",
+        *results,
+    )
+    if results[1] is not None:
+        results[1] = results[1].to(weights.dtype)
+    return tuple(hidden.new_empty(0) if result is None else result for result in results)

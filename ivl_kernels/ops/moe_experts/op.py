@@ -96,6 +96,7 @@ _experts_backward = Op(
     package=__package__,
     key="hidden",
     implementations=(
+        Implementation("native", "native:moe_experts_backward", ("cpu",), GPU_DTYPES),
         Implementation("triton", "triton:moe_experts_backward", ("cuda", "hip"), GPU_DTYPES),
         Implementation("reference", "reference:moe_experts_backward"),
     ),
