@@ -1,0 +1,360 @@
+#include "ivl/vec_kernels.h"
+
+#include "ivl/gemm_kernels.h"
+
+namespace ivl::IVL_NAMESPACE {
+namespace {
+
+constexpr int64_t kScratch = int64_t{32} << 20;  // bytes of operands worked on at a time
+
+// The normal distribution function P(X <= x) and, when wanted, its density. With t = 1 / (1 + c |x|) the tail
+// is exp(-x^2 / 2) t P(t); the coefficients are a Chebyshev fit over |x| <= 13, relative error 1.2e-8.
+inline vf normal(vf x, vf& gauss) {
+  constexpr float kFit[] = {0.09874896758511983f,  0.0984367637398324f,   0.09501550232248147f, 0.07076660191517882f,
+                            0.08664280726701196f,  0.01866556388020921f,  0.015473559367170167f, 0.06908906480809172f,
+                            -0.07038876359879534f, 0.017549934593967354f};
+  const vi negative = x < vf{};
+  const vf size = negative ? -x : x;
+  const vf t = splat(1.0f) / fma(size, splat(0.2474873734152916f), splat(1.0f));
+  vf p = splat(kFit[9]);
+#pragma GCC unroll 9
+  for (int i = 8; i >= 0; --i) p = fma(p, t, splat(kFit[i]));
+  gauss = exp_negative(splat(-0.5f) * x * x);
+  const vf tail = p * t * gauss;
+  return negative ? tail : splat(1.0f) - tail;
+}
+
+inline vf gelu(vf x) {
+  vf gauss;
+  const vf y = x * normal(x, gauss);
+  const vi low = x < splat(-14.0f);  // and no NaN from -inf * 0
+  return low ? vf{} : y;
+}
+
+inline vf gelu_slope(vf x) {
+  vf gauss;
+  const vf area = normal(x, gauss);
+  const vi far = (x < splat(-14.0f)) | (x > splat(14.0f));
+  return far ? area : fma(x * gauss, splat(0.39894228f), area);
+}
+
+inline double gelu(double x) { return 0.5 * x * (1 + std::erf(x * 0.70710678118654752440)); }
+inline double gelu_slope(double x) {
+  return 0.5 * (1 + std::erf(x * 0.70710678118654752440)) + x * std::exp(-0.5 * x * x) * 0.39894228040143267794;
+}
+
+// Calls f(column, count) for whole vectors, then once for the rest.
+template <class F>
+inline void by_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<bool, true>{}, int64_t{kLanes});
+  if (i < n) f(i, std::integral_constant<bool, false>{}, n - i);
+}
+template <class T, class Full>
+inline vf load(const T* p, Full full, int64_t n) {
+  if constexpr (Full::value) return load(p);
+  return load_some(p, n);
+}
+template <class T, class Full>
+inline void store(T* p, vf v, Full full, int64_t n) {
+  if constexpr (Full::value) return store(p, v);
+  store_some(p, v, n);
+}
+
+struct Statistics {
+  float mean, scale;  // scale = 1 / sqrt(variance + eps)
+};
+
+// Gathers shuffled row `row` into `buffer` as float and returns its statistics (two passes, the second in cache).
+template <class T>
+Statistics gather(const ShuffledTokens<const T>& tokens, int64_t row, double eps, float* buffer) {
+  const int64_t pieces = tokens.merge * tokens.merge, columns = tokens.columns();
+  vf sums[4] = {};
+  for (int64_t q = 0; q < pieces; ++q) {
+    const T* from = tokens.piece(row, q);
+    float* to = buffer + q * tokens.channels;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= tokens.channels; i += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const vf v = load(from + i + j * kLanes);
+        store(to + i + j * kLanes, v);
+        sums[j] += v;
+      }
+    }
+    by_vector(tokens.channels - i, [&](int64_t j, auto full, int64_t n) {
+      const vf v = load(from + i + j, full, n);
+      store(to + i + j, v, full, n);
+      sums[0] += v;
+    });
+  }
+  const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / columns;
+  vf squares[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= columns; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf d = load(buffer + i + j * kLanes) - splat(mean);
+      squares[j] = fma(d, d, squares[j]);
+    }
+  }
+  float rest = 0;
+  for (; i < columns; ++i) rest += (buffer[i] - mean) * (buffer[i] - mean);
+  const float variance = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / columns;
+  return {mean, 1.0f / std::sqrt(variance + static_cast<float>(eps))};
+}
+
+inline void gather64(const ShuffledTokens<const double>& tokens, int64_t row, double eps, double* buffer, double& mean,
+                     double& scale) {
+  const int64_t columns = tokens.columns();
+  for (int64_t q = 0; q < tokens.merge * tokens.merge; ++q)
+    std::memcpy(buffer + q * tokens.channels, tokens.piece(row, q), tokens.channels * sizeof(double));
+  double total = 0, squares = 0;
+  for (int64_t i = 0; i < columns; ++i) total += buffer[i];
+  mean = total / columns;
+  for (int64_t i = 0; i < columns; ++i) squares += (buffer[i] - mean) * (buffer[i] - mean);
+  scale = 1 / std::sqrt(squares / columns + eps);
+}
+
+// to[0, n) = (from - mean) * scale * weight + bias
+template <class T, class To>
+inline void normalize(const float* from, Statistics s, const T* weight, const T* bias, int64_t n, To* to) {
+  by_vector(n, [&](int64_t i, auto full, int64_t rest) {
+    const vf centred = (load(from + i, full, rest) - splat(s.mean)) * splat(s.scale);
+    store(to + i, fma(centred, load(weight + i, full, rest), load(bias + i, full, rest)), full, rest);
+  });
+}
+
+template <class T>
+void shuffle_norm(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, const T* bias,
+                  double eps, T* out) {
+  const int64_t columns = tokens.columns();
+  parallel_for(count, 4, [&](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<T, double>) {
+      std::vector<double> buffer(columns);
+      for (int64_t m = begin; m < end; ++m) {
+        double mean, scale;
+        gather64(tokens, first + m, eps, buffer.data(), mean, scale);
+        for (int64_t i = 0; i < columns; ++i) out[m * columns + i] = (buffer[i] - mean) * scale * weight[i] + bias[i];
+      }
+    } else {
+      float* buffer = workspace(1, columns);
+      for (int64_t m = begin; m < end; ++m) {
+        const Statistics s = gather(tokens, first + m, eps, buffer);
+        normalize(buffer, s, weight, bias, columns, out + m * columns);
+      }
+    }
+  });
+}
+
+template <class T>
+void shuffle_norm_packed(ShuffledTokens<const T> tokens, int64_t first, const T* weight, const T* bias, double eps,
+                         PackedRows to) {
+  parallel_for(to.rows, 4, [&](int64_t begin, int64_t end) {
+    float* buffer = workspace(1, to.columns);
+    for (int64_t m = begin; m < end; ++m) {
+      const Statistics s = gather(tokens, first + m, eps, buffer);
+      for (int64_t k = 0; k < to.columns; k += kDepth)
+        normalize(buffer + k, s, weight + k, bias + k, std::min(kDepth, to.columns - k), to.at(m, k));
+    }
+  });
+}
+
+// Sums over rows are taken in a fixed number of slabs, so that they do not depend on the number of threads.
+constexpr int64_t kSlabs = 16;
+
+template <class S, class F>
+void sum_slabs(int64_t rows, int64_t columns, S* total, F&& slab) {
+  const int64_t slabs = std::min(kSlabs, rows);
+  std::vector<S> partial(total ? slabs * columns : 0);
+  parallel_for(slabs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s)
+      slab(rows * s / slabs, rows * (s + 1) / slabs, total ? partial.data() + s * columns : nullptr);
+  });
+  if (!total) return;
+  parallel_for(columns, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t s = 0; s < slabs; ++s)
+      for (int64_t i = begin; i < end; ++i) total[i] += partial[s * columns + i];
+  });
+}
+
+inline void norm_backward_row(const ShuffledTokens<const double>& tokens, int64_t row, const double* weight, double eps,
+                              const double* dy, const ShuffledTokens<double>& dx, double* sums) {
+  const int64_t columns = tokens.columns();
+  std::vector<double> x(columns);
+  double mean, scale, mean_g = 0, mean_gx = 0;
+  gather64(tokens, row, eps, x.data(), mean, scale);
+  for (int64_t i = 0; i < columns; ++i) {
+    x[i] = (x[i] - mean) * scale;
+    mean_g += dy[i] * weight[i] / columns;
+    mean_gx += dy[i] * weight[i] * x[i] / columns;
+    if (sums) sums[i] += dy[i] * x[i], sums[columns + i] += dy[i];
+  }
+  for (int64_t i = 0; dx.x && i < columns; ++i)
+    dx.piece(row, i / tokens.channels)[i % tokens.channels] = (dy[i] * weight[i] - mean_g - x[i] * mean_gx) * scale;
+}
+
+template <class T>
+void norm_backward_row(const ShuffledTokens<const T>& tokens, int64_t row, const T* weight, double eps, const T* dy,
+                       const ShuffledTokens<T>& dx, float* sums) {
+  const int64_t columns = tokens.columns(), channels = tokens.channels;
+  float* x = workspace(1, columns);
+  const Statistics s = gather(tokens, row, eps, x);
+  vf sum_g = {}, sum_gx = {};
+  by_vector(columns, [&](int64_t i, auto full, int64_t n) {
+    const vf y = load(dy + i, full, n), g = y * load(weight + i, full, n);
+    const vf centred = (load(x + i, full, n) - splat(s.mean)) * splat(s.scale);
+    store(x + i, centred, full, n);
+    sum_g += g;
+    sum_gx = fma(g, centred, sum_gx);
+    if (sums) {
+      store(sums + i, fma(y, centred, load(sums + i, full, n)), full, n);
+      store(sums + columns + i, load(sums + columns + i, full, n) + y, full, n);
+    }
+  });
+  if (!dx.x) return;
+  const vf mean_g = splat(sum(sum_g) / columns), mean_gx = splat(sum(sum_gx) / columns);
+  for (int64_t q = 0; q < tokens.merge * tokens.merge; ++q) {
+    T* to = dx.piece(row, q);
+    const int64_t at = q * channels;
+    by_vector(channels, [&](int64_t i, auto full, int64_t n) {
+      const vf g = load(dy + at + i, full, n) * load(weight + at + i, full, n);
+      const vf centred = load(x + at + i, full, n);
+      store(to + i, (g - mean_g - centred * mean_gx) * splat(s.scale), full, n);
+    });
+  }
+}
+
+template <class T, class S>
+void shuffle_norm_backward(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, double eps,
+                           const T* grad, ShuffledTokens<T> dx, S* sums) {
+  const int64_t columns = tokens.columns();
+  sum_slabs(count, 2 * columns, sums, [&](int64_t begin, int64_t end, S* partial) {
+    for (int64_t m = begin; m < end; ++m)
+      norm_backward_row(tokens, first + m, weight, eps, grad + m * columns, dx, partial);
+  });
+}
+
+template <class T>
+void bias_act(RowMap<T> values, int64_t first, int64_t rows, int64_t columns, const T* bias, bool gelu_too, T* pre,
+              int64_t pre_stride) {
+  parallel_for(rows, std::max<int64_t>(1, 8192 / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      T* row = values.row(first + m);
+      T* saved = pre ? pre + m * pre_stride : nullptr;
+      if constexpr (std::is_same_v<T, double>) {
+        for (int64_t i = 0; i < columns; ++i) {
+          const double z = row[i] + bias[i];
+          if (saved) saved[i] = z;
+          row[i] = gelu_too ? gelu(z) : z;
+        }
+      } else {
+        by_vector(columns, [&](int64_t i, auto full, int64_t n) {
+          const vf z = load(row + i, full, n) + load(bias + i, full, n);
+          if (saved) store(saved + i, z, full, n);
+          store(row + i, gelu_too ? gelu(z) : z, full, n);
+        });
+      }
+    }
+  });
+}
+
+template <class T, class S>
+void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, T* grad, S* dbias) {
+  sum_slabs(rows, columns, dbias, [&](int64_t begin, int64_t end, S* partial) {
+    for (int64_t m = begin; m < end; ++m) {
+      const T* z = pre + m * pre_stride;
+      T* act = activated ? activated + m * columns : nullptr;
+      T* g = grad ? grad + m * columns : nullptr;
+      if constexpr (std::is_same_v<T, double>) {
+        for (int64_t i = 0; i < columns; ++i) {
+          if (act) act[i] = gelu(z[i]);
+          if (g) g[i] *= gelu_slope(z[i]);
+          if (partial) partial[i] += g[i];
+        }
+      } else {
+        by_vector(columns, [&](int64_t i, auto full, int64_t n) {
+          const vf value = load(z + i, full, n);
+          if (act) store(act + i, gelu(value), full, n);
+          if (!g) return;
+          const vf d = load(g + i, full, n) * gelu_slope(value);
+          store(g + i, d, full, n);
+          if (partial) store(partial + i, load(partial + i, full, n) + d, full, n);
+        });
+      }
+    }
+  });
+}
+
+template <class T>
+void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight, const T* norm_bias, double eps,
+             const LinearLayer<T>* layers, int64_t layer_count, RowMap<T> out, T* pre, int64_t pre_stride) {
+  int64_t widest = tokens.columns(), widest_out = 0;
+  for (int64_t l = 0; l < layer_count; ++l) {
+    widest = std::max(widest, layers[l].inputs);
+    widest_out = std::max(widest_out, layers[l].outputs);
+  }
+  const int64_t c_stride = (widest_out + kWide - 1) / kWide * kWide + 16;
+  // Row chunks of equal size whose operands fit in kScratch.
+  const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (widest + c_stride)));
+  const int64_t chunks = (rows + most - 1) / most;
+  const int64_t chunk = ((rows + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
+  for (int64_t first = 0; first < rows; first += chunk) {
+    const int64_t here = std::min(chunk, rows - first);
+    float* c = workspace(2, here * c_stride);
+    PackedRows a{workspace(3, PackedRows::floats(here, layers[0].inputs)), here, layers[0].inputs};
+    shuffle_norm_packed(tokens, first, norm_weight, norm_bias, eps, a);
+    int64_t pre_column = 0;
+    for (int64_t l = 0; l < layer_count; ++l) {
+      const LinearLayer<T>& layer = layers[l];
+      const bool last = l + 1 == layer_count;
+      PackedRows next{nullptr, here, layer.outputs};
+      if (!last) next.data = workspace(4 - l % 2, PackedRows::floats(here, layer.outputs));  // not where `a` is
+      gemm(a, ColumnOperand<T>{layer.weight, layer.weight_stride, 1}, layer.outputs, c, c_stride,
+           [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
+             for (int64_t m = row; m < row + count; ++m, values += stride) {
+               T* saved = pre && !last ? pre + (first + m) * pre_stride + pre_column + column : nullptr;
+               T* target = last ? out.row(first + m) + column : nullptr;
+               float* packed = last ? nullptr : next.at(m, column);
+               by_vector(columns, [&](int64_t i, auto full, int64_t n) {
+                 const vf z = load(values + i) + load(layer.bias + column + i, full, n);
+                 if (last) return store(target + i, z, full, n);
+                 if (saved) store(saved + i, z, full, n);
+                 store(packed + i, gelu(z), full, n);
+               });
+             }
+           });
+      pre_column += layer.outputs;
+      a = next;
+    }
+  }
+}
+
+template <class T>
+void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
+                bool accumulate) {
+  const int64_t c_stride = (n + kWide - 1) / kWide * kWide + 16;
+  const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (k + c_stride)));
+  const int64_t chunks = (m + most - 1) / most;
+  const int64_t chunk = ((m + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
+  for (int64_t first = 0; first < m; first += chunk) {
+    const int64_t here = std::min(chunk, m - first);
+    float* c = workspace(2, here * c_stride);
+    PackedRows rows{workspace(3, PackedRows::floats(here, k)), here, k};
+    pack_rows(a.data + first * a.row_stride, a.row_stride, a.column_stride, rows);
+    gemm(rows, ColumnOperand<T>{b.data, b.column_stride, b.row_stride}, n, c, c_stride,
+         [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
+           for (int64_t i = row; i < row + count; ++i, values += stride) {
+             T* target = out + (first + i) * out_stride + column;
+             by_vector(columns, [&](int64_t j, auto full, int64_t rest) {
+               vf v = load(values + j);
+               if (accumulate) v += load(target + j, full, rest);
+               store(target + j, v, full, rest);
+             });
+           }
+         });
+  }
+}
+
+}  // namespace
+}  // namespace ivl::IVL_NAMESPACE
