@@ -6,6 +6,7 @@ namespace {
 
 constexpr int kWide = 2 * kLanes;  // columns of a tile: two vectors
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // rows of a tile, as the registers allow
+constexpr int64_t kChain = 128;    // products added up in one register: bounds the rounding error
 constexpr int kGroup = 8;          // packed column panels that stay in the second-level cache
 
 // c [R, kWide] (+)= a [R, depth] b [depth, kWide]
@@ -174,8 +175,10 @@ void gemm(PackedRows a, ColumnOperand<T> b, int64_t n, float* c, int64_t c_strid
             const int64_t rows = std::min(kPanel, last_row - row);
             for (int64_t p = group; p < group_end; ++p) {
               float* target = c + row * c_stride + p * kWide;
-              tile_rows(rows, depth, a.at(row, block), packed + (p - group) * depth * kWide, target, c_stride,
-                        block > 0);
+              const float* columns = packed + (p - group) * depth * kWide;
+              for (int64_t k = 0; k < depth; k += kChain)
+                tile_rows(rows, std::min(kChain, depth - k), a.at(row, block) + k, columns + k * kWide, target, c_stride,
+                          block + k > 0);
               if (last) finish(row, rows, p * kWide, std::min<int64_t>(kWide, n - p * kWide), target, c_stride);
             }
           }
