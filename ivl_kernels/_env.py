@@ -27,6 +27,11 @@ CPU_ISA = Variable(
     "Highest instruction set of the C++ kernels: `portable`, `avx2`, `avx512` or `avx512_bf16`. "
     "Empty: the best the processor has.",
 )
+ONEDNN_MAX_CPU_ISA = Variable(
+    "ONEDNN_MAX_CPU_ISA",
+    "",
+    "oneDNN's own: when it rules out bfloat16 instructions, our float32 products serve bfloat16 instead of oneDNN's.",
+)
 BUILD_CPU = Variable(
     "IVL_BUILD_CPU", "", "At build time: `1` requires the C++ kernels, `0` skips them. Empty: built if possible."
 )
@@ -36,7 +41,7 @@ BUILD_CUDA = Variable(
     "At build time: `1` requires the CUDA C++ kernels, `0` skips them. Empty: built if nvcc is there.",
 )
 
-VARIABLES = (BACKEND, CPU_ISA, BUILD_CPU, BUILD_CUDA)
+VARIABLES = (BACKEND, CPU_ISA, ONEDNN_MAX_CPU_ISA, BUILD_CPU, BUILD_CUDA)
 
 
 def markdown_table() -> str:

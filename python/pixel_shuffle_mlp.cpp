@@ -48,19 +48,11 @@ RowMap<T> row_map(const Tensor& values, int64_t tile_rows, const Tensor& starts)
   return {out<T>(values), values.stride(0), tile_rows, starts.numel() ? in<int64_t>(starts) : nullptr};
 }
 
-void bias_gelu(Tensor values, Tensor bias, bool gelu, int64_t first, int64_t rows, int64_t tile_rows, Tensor starts,
-               Tensor pre) {
-  dispatch_float(values.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    bias_act(row_map<T>(values, tile_rows, starts), first, rows, values.size(1), in<T>(bias), gelu, out_or_null<T>(pre),
-             pre.numel() ? pre.stride(0) : 0);
-  });
-}
-
 void gelu_grad(Tensor pre, Tensor activated, Tensor grad, Tensor dbias) {
   dispatch_float(pre.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    gelu_backward(in<T>(pre), pre.stride(0), pre.size(0), pre.size(1), out_or_null<T>(activated), out_or_null<T>(grad),
+    gelu_backward(in<T>(pre), pre.stride(0), pre.size(0), pre.size(1), out_or_null<T>(activated),
+                  activated.numel() ? activated.stride(0) : 0, out_or_null<T>(grad),
                   out_or_null<Sum<T>>(dbias));
   });
 }
@@ -106,9 +98,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
   m.def(
       "shuffle_norm_backward(Tensor x, Tensor weight, int merge, int height, int width, int skip, bool transposed, "
       "float eps, Tensor tiles, int first, Tensor grad, Tensor(a!) dx, Tensor(b!) sums) -> ()");
-  m.def(
-      "bias_gelu_(Tensor(a!) values, Tensor bias, bool gelu, int first, int rows, int tile_rows, Tensor starts, "
-      "Tensor(b!) pre) -> ()");
   m.def("gelu_backward(Tensor pre, Tensor(a!) activated, Tensor(b!) grad, Tensor(c!) dbias) -> ()");
   m.def(
       "pixel_shuffle_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] weights, Tensor[] biases, int merge, "
@@ -120,7 +109,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
   m.impl("shuffle_norm", TORCH_BOX(&norm));
   m.impl("shuffle_norm_backward", TORCH_BOX(&norm_backward));
-  m.impl("bias_gelu_", TORCH_BOX(&bias_gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_grad));
   m.impl("pixel_shuffle_mlp", TORCH_BOX(&projector));
   m.impl("matmul_into", TORCH_BOX(&matmul_into));

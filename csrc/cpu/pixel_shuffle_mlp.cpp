@@ -59,15 +59,9 @@ void shuffle_norm_backward(ShuffledTokens<const T> tokens, int64_t first, int64_
 }
 
 template <class T>
-void bias_act(RowMap<T> values, int64_t first, int64_t rows, int64_t columns, const T* bias, bool gelu, T* pre,
-              int64_t pre_stride) {
-  IVL_CALL(bias_act, values, first, rows, columns, bias, gelu, pre, pre_stride);
-}
-
-template <class T>
-void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, T* grad,
-                   Sum<T>* dbias) {
-  IVL_CALL(gelu_backward, pre, pre_stride, rows, columns, activated, grad, dbias);
+void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, int64_t activated_stride,
+                   T* grad, Sum<T>* dbias) {
+  IVL_CALL(gelu_backward, pre, pre_stride, rows, columns, activated, activated_stride, grad, dbias);
 }
 
 template <class T>
@@ -86,8 +80,7 @@ void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, in
   template void shuffle_norm(ShuffledTokens<const T>, int64_t, int64_t, const T*, const T*, double, T*);             \
   template void shuffle_norm_backward(ShuffledTokens<const T>, int64_t, int64_t, const T*, double, const T*,         \
                                       ShuffledTokens<T>, Sum<T>*);                                                   \
-  template void bias_act(RowMap<T>, int64_t, int64_t, int64_t, const T*, bool, T*, int64_t);                         \
-  template void gelu_backward(const T*, int64_t, int64_t, int64_t, T*, T*, Sum<T>*);
+  template void gelu_backward(const T*, int64_t, int64_t, int64_t, T*, int64_t, T*, Sum<T>*);
 #define IVL_INSTANTIATE_PRODUCTS(T)                                                                                  \
   template void project(ShuffledTokens<const T>, int64_t, const T*, const T*, double, const LinearLayer<T>*, int64_t, \
                         RowMap<T>, T*, int64_t);                                                                     \

@@ -2,6 +2,7 @@
 
 from .moe_experts import moe_experts
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
+from .pixel_shuffle_mlp import pixel_shuffle_mlp
 from .tile_router import select_tiles, tile_router
 from .token_packing import PackedTokens, pack_tokens, place_rows
 
@@ -12,6 +13,7 @@ __all__ = [
     "moe_experts",
     "moe_routing",
     "pack_tokens",
+    "pixel_shuffle_mlp",
     "place_rows",
     "select_tiles",
     "tile_router",

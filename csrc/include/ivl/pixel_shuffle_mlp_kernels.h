@@ -235,36 +235,13 @@ void shuffle_norm_backward(ShuffledTokens<const T> tokens, int64_t first, int64_
   });
 }
 
-template <class T>
-void bias_act(RowMap<T> values, int64_t first, int64_t rows, int64_t columns, const T* bias, bool gelu_too, T* pre,
-              int64_t pre_stride) {
-  parallel_for(rows, std::max<int64_t>(1, 8192 / columns), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      T* row = values.row(first + m);
-      T* saved = pre ? pre + m * pre_stride : nullptr;
-      if constexpr (std::is_same_v<T, double>) {
-        for (int64_t i = 0; i < columns; ++i) {
-          const double z = row[i] + bias[i];
-          if (saved) saved[i] = z;
-          row[i] = gelu_too ? gelu(z) : z;
-        }
-      } else {
-        by_vector(columns, [&](int64_t i, auto full, int64_t n) {
-          const vf z = load(row + i, full, n) + load(bias + i, full, n);
-          if (saved) store(saved + i, z, full, n);
-          store(row + i, gelu_too ? gelu(z) : z, full, n);
-        });
-      }
-    }
-  });
-}
-
 template <class T, class S>
-void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, T* grad, S* dbias) {
+void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, int64_t activated_stride,
+                   T* grad, S* dbias) {
   sum_slabs(rows, columns, dbias, [&](int64_t begin, int64_t end, S* partial) {
     for (int64_t m = begin; m < end; ++m) {
       const T* z = pre + m * pre_stride;
-      T* act = activated ? activated + m * columns : nullptr;
+      T* act = activated ? activated + m * activated_stride : nullptr;
       T* g = grad ? grad + m * columns : nullptr;
       if constexpr (std::is_same_v<T, double>) {
         for (int64_t i = 0; i < columns; ++i) {
