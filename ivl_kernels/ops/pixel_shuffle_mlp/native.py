@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from ... import _env, _native
-
-Tensor = torch.Tensor
 
 CHUNK_BYTES = 8 << 20  # of shuffled, normalised rows
 

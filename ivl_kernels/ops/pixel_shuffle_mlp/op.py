@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
-
-Tensor = torch.Tensor
 
 _PARAMETERS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] weights, Tensor[] biases"
 _GEOMETRY = "int merge, int height, int width, int skip, bool transposed, float eps, Tensor? tiles"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 def shuffle(x: Tensor, merge: int, height: int, width: int, skip: int, transposed: bool) -> Tensor:
@@ -81,7 +80,8 @@ def backward(
     scale = (y.var(1, correction=0, keepdim=True) + eps).rsqrt()
     centred = (y - y.mean(1, keepdim=True)) * scale
     dz = _wide(grad).reshape(y.shape[0], grad.shape[-1])
-    weight_grads, bias_grads = [], []
+    weight_grads: list[Tensor] = []
+    bias_grads: list[Tensor] = []
     column = pre.shape[1]
     for i in range(len(weights) - 1, -1, -1):
         bias_grads.insert(0, dz.sum(0))
