@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu import backends
+from gpu import backends, simulated_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,9 @@ from ivl_kernels.ops.tile_router import op, reference, select_tiles, tile_router
 from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
 
+ALL = backends("native", "triton", "reference")
 CPU = backends("native", "reference")
+GPU = backends("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ISAS = ["portable", "avx2", "avx512"]
 
@@ -38,10 +40,6 @@ def pool_inputs(tiles, rows, width, heads, dtype, seed=0):
     z = torch.randn(tiles, rows, width, generator=generator).to(dtype)
     u = torch.randn(tiles, heads, width, generator=generator) * 2 / width**0.5
     return z, u.to(reference.sum_dtype(dtype))
-
-
-def gpu_dtype(backend, dtype):
-    return torch.float32 if backend == "triton" and dtype == torch.float64 else dtype
 
 
 @pytest.fixture(params=ISAS)
@@ -149,6 +147,92 @@ def test_few_rows_native(isa, dtype, rows, groups, each, width, seed, bias):
     torch.testing.assert_close(back.double(), reference.few_rows_linear_transposed(y.double(), w.double()), **tolerance)
 
 
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tiles, rows, width, heads",
+    [(2, 37, 40, 4), (1, 130, 300, 16), (2, 33, 1030, 16), (1, 20, 48, 17), (1, 1, 5, 1), (0, 9, 32, 4)],
+)
+def test_pool_triton(backend, dtype, tiles, rows, width, heads):
+    z, u = pool_inputs(tiles, rows + 1, width, heads, dtype)
+    z, shared = z[:, 1:], u[:1].expand(tiles, -1, -1)
+    grad = torch.randn(u.shape)
+    # TF32 keeps 11 bits of what is not in 16 bits already.
+    roundings = 3e-5 if dtype == torch.float32 else 5e-3
+    for queries in (u, shared):
+        truth = reference.tile_pool(z.double(), queries.double())
+        exact = reference.tile_pool_backward(z.double(), queries.double(), *truth, grad.double(), True)
+        with poisoned():
+            pooled, lse = op._pool(z, queries, backend)
+            grad_z, grad_u = op._pool_backward(z, queries, pooled, lse, grad, True, backend)
+        for got, want in ((pooled, truth[0]), (lse, truth[1]), (grad_u, exact[1]), (grad_z, exact[0])):
+            atol = (roundings + torch.finfo(got.dtype).eps) * max([1.0, *want.abs().flatten().tolist()])
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rows, groups, each, width", [(3, 1, 70, 1100), (17, 3, 20, 33), (1, 4, 3, 5), (40, 1, 16, 64), (0, 2, 4, 16)]
+)
+def test_few_rows_triton(backend, dtype, rows, groups, each, width):
+    w, b = torch.randn(groups * each, width).to(dtype), torch.randn(groups * each).to(dtype)
+    x, y = torch.randn(rows, groups, width), torch.randn(rows, groups, each)
+    with poisoned():
+        forward, back = op._linear(x, w, b, backend), op._linear_transposed(y, w, backend)
+        plain = op._linear(x, w, None, backend)
+    atol = (2e-6 if dtype == torch.float32 else 1e-3) * width**0.5 * 4
+    exact = reference.few_rows_linear(x.double(), w.double(), b.double())
+    torch.testing.assert_close(forward.double(), exact, rtol=0, atol=atol)
+    torch.testing.assert_close(plain.double(), exact - b.double(), rtol=0, atol=atol)
+    exact = reference.few_rows_linear_transposed(y.double(), w.double())
+    torch.testing.assert_close(back.double(), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_router_as_accurate_as_shipped(dtype):
+    eager = shipped(64, 16, dtype)
+    z = torch.randn(2, 41, 64).to(dtype)
+    with torch.no_grad(), simulated_gpu(), poisoned():
+        got = tile_router(z, **parameters(eager), skip=1, backend="triton")
+    with torch.no_grad():
+        assert_accurate(got, copy.deepcopy(eager).double()(z.double()), eager(z))
+
+
+def test_triton_reads_each_tile_once():
+    z, u = pool_inputs(1, 65, 1024, 16, torch.bfloat16)
+    z = z[:, 1:]
+    with simulated_gpu() as log:
+        op._pool(z, u, "triton")
+    pool = log[0]
+    assert pool.kernel == "pool_kernel"
+    read = pool.tensors["z"]
+    assert read["load_bytes"] <= 1.05 * z.numel() * 2
+    assert read["load_sectors"] * 32 == read["load_bytes"]
+    assert pool.store_efficiency == 1
+    # A wider tile is read once for the scores and once more, from the cache, for the sums.
+    z, u = pool_inputs(1, 32, 3200, 16, torch.bfloat16)
+    with simulated_gpu() as log:
+        op._pool(z, u, "triton")
+    assert [r.kernel for r in log] == ["scores_kernel", "weighted_sum_kernel"]
+    for report in log:
+        assert report.tensors["z"]["load_bytes"] == z.numel() * 2
+        assert report.load_efficiency == 1 and report.store_efficiency == 1 and report.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_streams_weights_once(dtype):
+    x, w = torch.randn(13, 1, 1024), torch.randn(64, 1024).to(dtype)
+    with simulated_gpu() as log:
+        op._linear(x, w, None, "triton")
+        op._linear_transposed(torch.randn(13, 4, 16), w, "triton")
+    assert [r.kernel for r in log] == ["linear_kernel", "linear_transposed_kernel"]
+    for report in log:
+        read = report.tensors["w"]
+        assert read["load_bytes"] == w.numel() * w.element_size() == read["load_sectors"] * 32
+        assert report.store_efficiency == 1 and report.bank_conflicts == 0
+
+
 def test_pool_large_scores_and_nan():
     for backend in ("native", "reference"):
         z, u = pool_inputs(2, 300, 33, 5, torch.float32)
@@ -210,7 +294,7 @@ def flat_parameters(router):
     return fields, call
 
 
-@CPU
+@ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_as_shipped(backend, dtype):
     width, tokens = (32, 20) if backend == "triton" else (64, 40)
@@ -261,7 +345,7 @@ def test_gradcheck_of_each_op(backend):
     assert torch.autograd.gradcheck(lambda y, w: op._LinearTransposed.apply(y, w, backend), (y, w))
 
 
-@CPU
+@ALL
 def test_opcheck(backend):
     z, u = pool_inputs(2, 20, 32, 4, torch.float32)
     pooled, lse = reference.tile_pool(z, u)

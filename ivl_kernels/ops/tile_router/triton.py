@@ -1,0 +1,365 @@
+"""The tile router in Triton: kernels and launches.
+
+Every product is a `tl.dot` of float32 operands with the 16 heads (or at least 16 tiles) as one side. TF32 holds
+bfloat16 and float16 exactly, so for these only the queries, softmax weights and activations are rounded, to 11 bits;
+float32 inputs take three TF32 products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+HEADS = 16  # least size of a side of tl.dot
+CHUNK = 256  # channels a fused program holds in one register tensor
+FUSED_CHUNKS = {2: 4, 4: 1}  # by element size: what the fused kernel can hold without spilling
+L2_BYTES = 24 * 2**20  # tokens of the tiles that a two-pass pooling works on at a time, so that it reads memory once
+
+
+@triton.jit
+def _load_rows(base, rows, n_mask, row_stride, first, width, CHUNK: tl.constexpr):
+    c = first + tl.arange(0, CHUNK)
+    offsets = rows[:, None].to(tl.int64) * row_stride + c[None, :]
+    return tl.load(base + offsets, mask=n_mask[:, None] & (c[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _load_queries(base, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    h = tl.arange(0, HEADS)
+    c = first + tl.arange(0, CHUNK)
+    return tl.load(base + h[:, None] * width + c[None, :], mask=(h[:, None] < heads) & (c[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _score(scores, base, z, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    u = _load_queries(base, heads, first, width, HEADS, CHUNK)
+    return tl.dot(u, tl.trans(z.to(tl.float32)), scores, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_sums(base, sums, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    h = tl.arange(0, HEADS)
+    c = first + tl.arange(0, CHUNK)
+    tl.store(base + h[:, None] * width + c[None, :], sums, mask=(h[:, None] < heads) & (c[None, :] < width))
+
+
+@triton.jit
+def pool_kernel(
+    z, u, sums, largest, denominator, rows, width, tile_stride, row_stride, query_stride, heads, split_rows,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows [split * split_rows, ...) of one tile: every element of z is loaded once and used for scores and sums."""
+    split, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    z += t * tile_stride
+    u += t * query_stride
+    part = t * tl.num_programs(0) + split
+    first = split * split_rows
+    last = tl.minimum(first + split_rows, rows)
+    top = tl.full((HEADS,), -float("inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    sums0 = tl.zeros((HEADS, CHUNK), tl.float32)
+    if CHUNKS > 1:
+        sums1 = tl.zeros((HEADS, CHUNK), tl.float32)
+    if CHUNKS > 2:
+        sums2 = tl.zeros((HEADS, CHUNK), tl.float32)
+    if CHUNKS > 3:
+        sums3 = tl.zeros((HEADS, CHUNK), tl.float32)
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < last
+        scores = tl.zeros((HEADS, BLOCK_N), tl.float32)
+        z0 = _load_rows(z, n, inside, row_stride, 0, width, CHUNK)
+        if CHUNKS > 1:
+            z1 = _load_rows(z, n, inside, row_stride, CHUNK, width, CHUNK)
+        if CHUNKS > 2:
+            z2 = _load_rows(z, n, inside, row_stride, 2 * CHUNK, width, CHUNK)
+        if CHUNKS > 3:
+            z3 = _load_rows(z, n, inside, row_stride, 3 * CHUNK, width, CHUNK)
+        scores = _score(scores, u, z0, heads, 0, width, HEADS, CHUNK, PRECISION)
+        if CHUNKS > 1:
+            scores = _score(scores, u, z1, heads, CHUNK, width, HEADS, CHUNK, PRECISION)
+        if CHUNKS > 2:
+            scores = _score(scores, u, z2, heads, 2 * CHUNK, width, HEADS, CHUNK, PRECISION)
+        if CHUNKS > 3:
+            scores = _score(scores, u, z3, heads, 3 * CHUNK, width, HEADS, CHUNK, PRECISION)
+        scores = tl.where(inside[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp(top - new_top)
+        weight = tl.exp(scores - new_top[:, None])
+        top = new_top
+        total = total * shrink + tl.sum(weight, 1)
+        sums0 = tl.dot(weight, z0.to(tl.float32), sums0 * shrink[:, None], input_precision=PRECISION)
+        if CHUNKS > 1:
+            sums1 = tl.dot(weight, z1.to(tl.float32), sums1 * shrink[:, None], input_precision=PRECISION)
+        if CHUNKS > 2:
+            sums2 = tl.dot(weight, z2.to(tl.float32), sums2 * shrink[:, None], input_precision=PRECISION)
+        if CHUNKS > 3:
+            sums3 = tl.dot(weight, z3.to(tl.float32), sums3 * shrink[:, None], input_precision=PRECISION)
+    sums += part * heads * width
+    _store_sums(sums, sums0, heads, 0, width, HEADS, CHUNK)
+    if CHUNKS > 1:
+        _store_sums(sums, sums1, heads, CHUNK, width, HEADS, CHUNK)
+    if CHUNKS > 2:
+        _store_sums(sums, sums2, heads, 2 * CHUNK, width, HEADS, CHUNK)
+    if CHUNKS > 3:
+        _store_sums(sums, sums3, heads, 3 * CHUNK, width, HEADS, CHUNK)
+    h = tl.arange(0, HEADS)
+    tl.store(largest + part * heads + h, top, mask=h < heads)
+    tl.store(denominator + part * heads + h, total, mask=h < heads)
+
+
+@triton.jit
+def combine_kernel(
+    sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One head of one tile: the splits' sums, rescaled to their common maximum and divided."""
+    h, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    s = tl.arange(0, SPLITS)
+    place = (t * splits + s) * heads + h
+    top = tl.load(largest + place, mask=s < splits, other=-float("inf"))
+    most = tl.max(top, 0)
+    factor = tl.exp(top - most)
+    total = tl.sum(factor * tl.load(denominator + place, mask=s < splits, other=0.0), 0)
+    out = t * heads + h
+    tl.store(lse + out, most + tl.log(total))
+    for c0 in range(0, width, BLOCK):
+        c = c0 + tl.arange(0, BLOCK)
+        inside = c < width
+        result = tl.zeros((BLOCK,), tl.float32)
+        for i in range(0, splits):
+            part = (t * splits + i) * heads + h
+            share = tl.exp(tl.load(largest + part) - most)
+            result += share * tl.load(sums + part * width + c, mask=inside, other=0.0)
+        tl.store(pooled + out * width + c, result / total, mask=inside)
+
+
+@triton.jit
+def scores_kernel(
+    z, u, scores, rows, width, tile_stride, row_stride, query_stride, heads,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores [T, heads, rows] = z u, for any width."""
+    block, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    z += t * tile_stride
+    u += t * query_stride
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    total = tl.zeros((HEADS, BLOCK_N), tl.float32)
+    for c0 in range(0, width, CHUNK):
+        x = _load_rows(z, n, inside, row_stride, c0, width, CHUNK)
+        total = _score(total, u, x, heads, c0, width, HEADS, CHUNK, PRECISION)
+    h = tl.arange(0, HEADS)
+    out = scores + t * heads * rows + h[:, None] * rows + n[None, :]
+    tl.store(out, total, mask=(h[:, None] < heads) & inside[None, :])
+
+
+@triton.jit
+def weighted_sum_kernel(
+    z, weight, out, rows, width, tile_stride, row_stride, heads,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [T, heads, width] = weight [T, heads, rows] z, for any width; a program owns CHUNK channels."""
+    block, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    z += t * tile_stride
+    weight += t * heads * rows
+    h = tl.arange(0, HEADS)
+    sums = tl.zeros((HEADS, CHUNK), tl.float32)
+    for n0 in range(0, rows, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < rows
+        w = tl.load(weight + h[:, None] * rows + n[None, :], mask=(h[:, None] < heads) & inside[None, :], other=0.0)
+        x = _load_rows(z, n, inside, row_stride, block * CHUNK, width, CHUNK)
+        sums = tl.dot(w, x.to(tl.float32), sums, input_precision=PRECISION)
+    _store_sums(out + t * heads * width, sums, heads, block * CHUNK, width, HEADS, CHUNK)
+
+
+@triton.jit
+def linear_kernel(
+    x, w, bias, out, rows, each, width, stride, outputs, blocks, split_width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [splits, rows, outputs]: x [rows, groups, width] times the rows of w, cut along the width into splits."""
+    pid, split, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
+    group, block = pid // blocks, pid % blocks
+    groups = outputs // each
+    inside = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = group * each + inside
+    n_mask = inside < each
+    m = m0 + tl.arange(0, BLOCK_M)
+    m_mask = m < rows
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    last = tl.minimum((split + 1) * split_width, width)
+    x_rows = x + (m[:, None].to(tl.int64) * groups + group) * width
+    w_rows = w + n[None, :].to(tl.int64) * stride
+    for k0 in range(split * split_width, last, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(x_rows + k[None, :], mask=m_mask[:, None] & (k[None, :] < width), other=0.0)
+        b = tl.load(w_rows + k[:, None], mask=n_mask[None, :] & (k[:, None] < width), other=0.0)
+        total = tl.dot(a, b.to(tl.float32), total, input_precision=PRECISION)
+    if bias is not None:
+        b = tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)
+        total += tl.where(split == 0, b, 0.0)[None, :]
+    place = out + (split.to(tl.int64) * rows + m[:, None]) * outputs + n[None, :]
+    tl.store(place, total, mask=m_mask[:, None] & n_mask[None, :])
+
+
+@triton.jit
+def linear_transposed_kernel(
+    x, w, out, rows, each, width, stride, groups,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [rows, groups, width]: out[:, g] = x [rows, groups, each][:, g] times block g of the rows of w."""
+    group, m0 = tl.program_id(1), tl.program_id(2) * BLOCK_M
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_mask = c < width
+    m = m0 + tl.arange(0, BLOCK_M)
+    m_mask = m < rows
+    row = m[:, None].to(tl.int64) * groups + group
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for d0 in range(0, each, BLOCK_K):
+        d = d0 + tl.arange(0, BLOCK_K)
+        a = tl.load(x + row * each + d[None, :], mask=m_mask[:, None] & (d[None, :] < each), other=0.0)
+        place = w + (group * each + d[:, None]).to(tl.int64) * stride + c[None, :]
+        b = tl.load(place, mask=(d[:, None] < each) & c_mask[None, :], other=0.0)
+        total = tl.dot(a, b.to(tl.float32), total, input_precision=PRECISION)
+    tl.store(out + row * width + c[None, :], total, mask=m_mask[:, None] & c_mask[None, :])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: AMD GPUs have float32 matrix units, NVIDIA's take TF32 (three for float32 inputs)."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
+    """Launch of `pool_kernel`: pieces of at least 128 rows, enough of them to fill a GPU with few tiles."""
+    splits = max(1, min(16, triton.cdiv(256, tiles), rows // 128))
+    chunk = min(CHUNK, max(16, triton.next_power_of_2(width)))
+    return {
+        "split_rows": triton.cdiv(triton.cdiv(rows, splits), 16) * 16,
+        "BLOCK_N": 16,
+        "CHUNK": chunk,
+        "CHUNKS": triton.cdiv(width, chunk),
+        "num_warps": 8 if width > CHUNK else 4,
+        "num_stages": 1,
+    }
+
+
+def _queries(u: torch.Tensor) -> torch.Tensor:
+    return u if u[0:1].is_contiguous() else u.contiguous()
+
+
+def _head_block(heads: int) -> int:
+    return max(HEADS, triton.next_power_of_2(heads))
+
+
+def _scores(z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    (tiles, rows, width), heads = z.shape, u.shape[1]
+    scores = u.new_empty(tiles, heads, rows)
+    scores_kernel[triton.cdiv(rows, 32), tiles](
+        z, u, scores, rows, width, z.stride(0), z.stride(1), u.stride(0), heads, BLOCK_N=32, CHUNK=128,
+        HEADS=_head_block(heads), PRECISION=precision(z.dtype), num_warps=4, num_stages=2, enable_fp_fusion=True,
+    )  # fmt: skip
+    return scores
+
+
+def _weighted_sum(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    (tiles, rows, width), heads = z.shape, weight.shape[1]
+    out = weight.new_empty(tiles, heads, width)
+    weighted_sum_kernel[triton.cdiv(width, 64), tiles](
+        z, weight, out, rows, width, z.stride(0), z.stride(1), heads, BLOCK_N=64, CHUNK=64,
+        HEADS=_head_block(heads), PRECISION=precision(z.dtype), num_warps=4, num_stages=2, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def tile_pool(z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z if z.stride(2) == 1 else z.contiguous()
+    u = _queries(u)
+    (tiles, rows, width), heads = z.shape, u.shape[1]
+    pooled, lse = u.new_empty(u.shape), u.new_empty(u.shape[:2])
+    if tiles == 0:
+        return pooled, lse
+    if width > CHUNK * FUSED_CHUNKS[z.element_size()] or heads > HEADS:
+        group = max(1, L2_BYTES // (rows * width * z.element_size()))
+        for t in range(0, tiles, group):
+            part = z[t : t + group]
+            scores = _scores(part, u[t : t + group])
+            lse[t : t + group] = scores.logsumexp(-1)
+            weight = (scores - lse[t : t + group].unsqueeze(-1)).exp()
+            pooled[t : t + group] = _weighted_sum(part, weight)
+        return pooled, lse
+    config = pool_config(rows, width, tiles)
+    splits = triton.cdiv(rows, config["split_rows"])
+    sums = u.new_empty(tiles, splits, heads, width)
+    largest, denominator = u.new_empty(tiles, splits, heads), u.new_empty(tiles, splits, heads)
+    pool_kernel[splits, tiles](
+        z, u, sums, largest, denominator, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
+        HEADS=HEADS, PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    combine_kernel[heads, tiles](
+        sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=triton.next_power_of_2(splits),
+        BLOCK=256, num_warps=2, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return pooled, lse
+
+
+def tile_pool_backward(
+    z: torch.Tensor, u: torch.Tensor, pooled: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor, need_z: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z if z.stride(2) == 1 else z.contiguous()
+    u, grad = _queries(u), grad.contiguous()
+    if z.shape[0] == 0:
+        return z.new_empty(z.shape if need_z else 0), u.new_empty(u.shape)
+    weight = (_scores(z, u) - lse.unsqueeze(-1)).exp()
+    slope = weight * (_scores(z, grad) - (grad * pooled).sum(-1, keepdim=True))
+    grad_z = torch.baddbmm(weight.mT @ grad, slope.mT, u).to(z.dtype) if need_z else z.new_empty(0)
+    return grad_z, _weighted_sum(z, slope)
+
+
+def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, int]:
+    """Launch of `linear_kernel`: few outputs are cut along the width until about 256 programs stream the weights."""
+    block_n = 32 if each >= 32 else 16
+    blocks = triton.cdiv(each, block_n)
+    splits = max(1, min(8, 256 // max(1, groups * blocks), width // 512))
+    block_k = min(64, max(16, triton.next_power_of_2(width)))
+    return {
+        "blocks": blocks,
+        "split_width": triton.cdiv(triton.cdiv(width, splits), block_k) * block_k,
+        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def few_rows_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    x, w = x.contiguous(), w if w.stride(1) == 1 else w.contiguous()
+    (rows, groups, width), outputs = x.shape, w.shape[0]
+    each = outputs // groups
+    config = linear_config(rows, groups, each, width)
+    splits = triton.cdiv(width, config["split_width"])
+    out = x.new_empty(splits, rows, outputs)
+    if rows:
+        linear_kernel[groups * config["blocks"], splits, triton.cdiv(rows, config["BLOCK_M"])](
+            x, w, bias, out, rows, each, width, w.stride(0), outputs, PRECISION=precision(w.dtype),
+            enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)
+
+
+def few_rows_linear_transposed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    x, w = x.contiguous(), w if w.stride(1) == 1 else w.contiguous()
+    (rows, groups, each), width = x.shape, w.shape[1]
+    out = x.new_empty(rows, groups, width)
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if rows:
+        linear_transposed_kernel[triton.cdiv(width, 64), groups, triton.cdiv(rows, block_m)](
+            x, w, out, rows, each, width, w.stride(0), groups, BLOCK_M=block_m, BLOCK_N=64,
+            BLOCK_K=min(64, max(16, triton.next_power_of_2(each))), PRECISION=precision(w.dtype),
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
