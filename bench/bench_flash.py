@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from bench.runner import Case, Work, device
 
 from bench.bench_token_packing import TEXT, TOKEN, prompt
+from bench.runner import Case, Work, device
 from ivl_kernels.nn.flash import FlashParts, Projector, flash_inputs
 from ivl_kernels.nn.router import TileRouter
 from ivl_kernels.testing import MODELS, ModelShape

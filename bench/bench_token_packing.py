@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from bench.runner import Case, Work, device
 
+from bench.runner import Case, Work, device
 from ivl_kernels.ops import pack_tokens, place_rows
 from ivl_kernels.testing import MODELS
 from ivl_kernels.testing.shipped import shipped_packing

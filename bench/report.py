@@ -1,0 +1,235 @@
+"""Tables, plots and comparisons of the runner's results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OURS = "ours"
+CSV_COLUMNS = [
+    "op", "name", "variant", "dtype", "median_ms", "q20_ms", "q80_ms", "min_ms", "rounds", "ratio", "ratio_q20",
+    "ratio_q80", "peak_bytes", "floor_ms", "bytes", "flops", "failed", "device", "threads", "allocator", "torch",
+    "commit", "date",
+]  # fmt: skip
+
+
+def time_text(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms < 1e4 else f"{ms / 1e3:.3g} s"
+
+
+def size_text(count: float | None) -> str:
+    if count is None:
+        return "?"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def ratio_text(variant: dict[str, Any]) -> str:
+    if variant.get("failed"):
+        return "failed"
+    if "ratio" not in variant:
+        return ""
+    return f"{variant['ratio']:.2f} ({variant['ratio_q20']:.2f}-{variant['ratio_q80']:.2f})"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    ours = row["variants"].get(OURS, {"failed": "no variant 'ours'"})
+    head = f"{row['op']}: {row['name']}"
+    if ours["failed"]:
+        return f"{head}: WRONG OR FAILED: {ours['failed']}"
+    parts = [f"{time_text(ours['median_ms'])}"]
+    if row["floor_ms"]:
+        parts.append(f"{ours['median_ms'] / row['floor_ms']:.2f}x the floor")
+    parts += [f"{ratio_text(v)}x vs {name}" for name, v in row["variants"].items() if name != OURS]
+    return f"{head}: " + ", ".join(parts)
+
+
+def _others(rows: list[dict[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row["variants"] if name != OURS)
+    return list(names)
+
+
+def _by_op(result: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        yield op, [row for row in result["rows"] if row["op"] == op]
+
+
+def machine(result: dict[str, Any]) -> str:
+    env, limits = result["environment"], result["limits"]
+    rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits["gemm_flops_per_s"].items())
+    isa = f", ONEDNN_MAX_CPU_ISA={env['onednn_max_cpu_isa']}" if env.get("onednn_max_cpu_isa") else ""
+    return (
+        f"{env['device']}, {env['threads']} threads{isa}, torch {env['torch']}, {env['allocator']} allocator, commit "
+        f"{env['commit']}, {env['date']}. Copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s; GEMM {rates}."
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown table of one op's rows: our time, distance to the floor, speed-ups (20-80 % spread), peak memory."""
+    others = _others(rows)
+    head = ["case", "ours", "x floor", *(f"vs {name}" for name in others), "peak ours", "peak eager"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in rows:
+        ours, eager = row["variants"].get(OURS, {}), row["variants"].get("eager", {})
+        if "median_ms" not in ours:
+            lines.append(f"| {row['name']} | **failed**: {ours.get('failed', 'not run')} |" + " |" * (len(head) - 2))
+            continue
+        cells = [
+            row["name"],
+            f"{time_text(ours['median_ms'])} ({ours['q20_ms']:.3g}-{ours['q80_ms']:.3g})",
+            f"{ours['median_ms'] / row['floor_ms']:.2f}" if row["floor_ms"] else "",
+            *(ratio_text(row["variants"].get(name, {})) for name in others),
+            size_text(ours.get("peak_bytes")),
+            size_text(eager.get("peak_bytes")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    parts = ["# Benchmark", "", machine(result), ""]
+    parts += [
+        "Speed-ups are medians of within-round ratios of interleaved runs, with the 20 to 80 % range in brackets;",
+        "above 1 means ours is faster. No speed-up is given for a variant whose result failed its check.",
+        "",
+    ]
+    for op, rows in _by_op(result):
+        parts += [f"## {op}", "", table(rows), ""]
+    failures = [
+        f"* {row['op']}: {row['name']}: {name}: {v['failed']}"
+        for row in result["rows"]
+        for name, v in row["variants"].items()
+        if v["failed"]
+    ]
+    if failures:
+        parts += ["## Failed", "", *failures, ""]
+    return "\n".join(parts)
+
+
+def csv_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    env = result["environment"]
+    for row in result["rows"]:
+        for name, variant in row["variants"].items():
+            values = {**env, **row, **variant, "variant": name}
+            yield {column: values.get(column, "") for column in CSV_COLUMNS}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Speed-up bars with spread, roofline scatter, peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row["ok"]]
+    if not rows:
+        return
+    labels = [f"{row['op']}: {row['name']}" for row in rows]
+    height = max(4.0, 0.5 * len(rows) + 1.5)
+    figure, (bars, roof, memory) = plt.subplots(1, 3, figsize=(21, height), width_ratios=[5, 4, 4])
+    _speedup_bars(bars, rows, labels)
+    _roofline(roof, rows, result["limits"])
+    _memory_bars(memory, rows)
+    figure.suptitle(machine(result), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _speedup_bars(axes: Any, rows: list[dict[str, Any]], labels: list[str]) -> None:
+    others = _others(rows)
+    thick = 0.8 / max(1, len(others))
+    for i, name in enumerate(others):
+        known = [(y, r["variants"][name]) for y, r in enumerate(rows) if "ratio" in r["variants"].get(name, {})]
+        middle = [v["ratio"] for _, v in known]
+        spread = [[v["ratio"] - v["ratio_q20"] for _, v in known], [v["ratio_q80"] - v["ratio"] for _, v in known]]
+        axes.barh([y + i * thick for y, _ in known], middle, thick, xerr=spread, capsize=2, label=f"vs {name}")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([y + 0.4 - thick / 2 for y in range(len(rows))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed-up (median, 20-80 % spread); right of the line ours is faster")
+    axes.legend(fontsize=8)
+
+
+def _roofline(axes: Any, rows: list[dict[str, Any]], limits: dict[str, Any]) -> None:
+    # Kernels with no matrix product have no place on a FLOP axis: they are drawn at their share of the copy rate.
+    bandwidth = limits["copy_bytes_per_s"]
+    known = [row for row in rows if row["flops"] and row["bytes"]]
+    others = [row for row in rows if row["bytes"] and not row["flops"]]
+    if known:
+        intensity = [row["flops"] / row["bytes"] for row in known]
+        span = [min(intensity) / 4, max(intensity) * 4]
+        for dtype, rate in limits["gemm_flops_per_s"].items():
+            corner = rate / bandwidth
+            xs = sorted({span[0], corner, span[1]})
+            axes.loglog(xs, [min(rate, x * bandwidth) / 1e9 for x in xs], label=f"roof {dtype}")
+        for row, x in zip(known, intensity):
+            for name, marker in ((OURS, "o"), ("eager", "x")):
+                ms = row["variants"].get(name, {}).get("median_ms")
+                if ms:
+                    axes.loglog(x, row["flops"] / ms / 1e6, marker, color="C0" if name == OURS else "C3")
+        axes.set_xlabel("FLOP a byte")
+        axes.set_ylabel("GFLOP/s (o ours, x eager)")
+        axes.legend(fontsize=8)
+    elif others:
+        for y, row in enumerate(others):
+            for name, marker in ((OURS, "o"), ("eager", "x")):
+                ms = row["variants"].get(name, {}).get("median_ms")
+                if ms:
+                    axes.plot(row["bytes"] / ms / 1e6, y, marker, color="C0" if name == OURS else "C3")
+        axes.axvline(bandwidth / 1e9, color="black", linewidth=1, label="copy rate")
+        axes.set_yticks(range(len(others)), [row["name"] for row in others], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("useful GB/s (o ours, x eager)")
+        axes.legend(fontsize=8)
+    else:
+        axes.set_axis_off()
+
+
+def _memory_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+    names = [OURS, *_others(rows)]
+    thick = 0.8 / len(names)
+    for i, name in enumerate(names):
+        known = [(y, row["variants"].get(name, {}).get("peak_bytes")) for y, row in enumerate(rows)]
+        known = [(y, size) for y, size in known if size is not None]
+        axes.barh([y + i * thick for y, _ in known], [size / 1e6 for _, size in known], thick, label=name)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory of one call, MB (result included)")
+    axes.legend(fontsize=8)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], margin: float) -> tuple[str, list[str]]:
+    """Speed-ups of two runs. A regression: the speed-up fell by more than `margin`, and the spreads do not overlap."""
+    before = {(row["op"], row["name"]): row for row in old["rows"]}
+    lines = [f"old: {machine(old)}", f"new: {machine(new)}", ""]
+    regressions = []
+    for row in new["rows"]:
+        earlier = before.get((row["op"], row["name"]))
+        label = f"{row['op']}: {row['name']}"
+        if earlier is None:
+            lines.append(f"{label}: new case")
+            continue
+        if earlier["ok"] and not row["ok"]:
+            regressions.append(label)
+            lines.append(f"{label}: REGRESSION: fails its check now")
+        for name, variant in row["variants"].items():
+            was = earlier["variants"].get(name, {})
+            if "ratio" not in variant or "ratio" not in was:
+                continue
+            change = variant["ratio"] / was["ratio"] - 1
+            worse = change < -margin and variant["ratio_q80"] < was["ratio_q20"]
+            if worse:
+                regressions.append(f"{label} vs {name}")
+            lines.append(
+                f"{label} vs {name}: {ratio_text(was)} -> {ratio_text(variant)} ({change:+.0%})"
+                + (" REGRESSION" if worse else "")
+            )
+    missing = set(before) - {(row["op"], row["name"]) for row in new["rows"]}
+    lines += [f"{op}: {name}: not in the new run" for op, name in sorted(missing)]
+    lines.append(f"{len(regressions)} regression(s) beyond {margin:.0%}")
+    return "\n".join(lines), regressions
