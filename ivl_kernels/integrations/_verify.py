@@ -202,6 +202,9 @@ def verify(
                     say("patched generate")
                     patched_tokens = generate()
                 report.patch = handle.report()
+            if rounds:
+                say("warming up")
+                run()
             for i in range(rounds):
                 for ours in (False, True) if i % 2 == 0 else (True, False):
                     say(f"timing, round {i + 1} of {rounds}")

@@ -46,7 +46,7 @@ class DeferredShuffle:
     def project(self, norm: nn.LayerNorm, linears: Sequence[nn.Linear], backend: str) -> torch.Tensor:
         """[T, h * w * scale_factor ** 2, H]"""
         tiles, height, width, channels = self.x.shape
-        return ops.pixel_shuffle_mlp(  # type: ignore[attr-defined]
+        return ops.pixel_shuffle_mlp(
             self.x.reshape(tiles, height * width, channels),
             norm.weight,
             norm.bias,
@@ -85,8 +85,6 @@ def projector_problem(container: nn.Module, layers: Sequence[tuple[str, type[nn.
 
     layers: the names of the layers in `container` and their classes, activations included; width: of the input.
     """
-    if not hasattr(ops, "pixel_shuffle_mlp"):
-        return "this version of the package has no pixel_shuffle_mlp"
     if container._backward_hooks or container._backward_pre_hooks:
         return "the projector has backward hooks"
     for name, kind in layers:

@@ -23,7 +23,7 @@ _PARTS = ("vision_tower", "multi_modal_projector", "language_model", "pixel_shuf
 def _problem(model: Any) -> str:
     """Why the projector of an InternVLModel has to be called as upstream does, or ""."""
     projector = model.multi_modal_projector
-    if type(projector).__name__ not in ("InternVLMultiModalProjector", "PixelShuffleProjector"):
+    if type(projector).__name__ != "InternVLMultiModalProjector":
         return f"multi_modal_projector is a {type(projector).__module__}.{type(projector).__name__}"
     factor = round(1 / model.config.downsample_ratio)
     if factor * model.config.downsample_ratio != 1:

@@ -13,7 +13,6 @@ from torch import nn
 from ivl_kernels import ops, patch, patched
 from ivl_kernels.integrations import PatchError
 
-pytestmark = pytest.mark.skipif(not hasattr(ops, "pixel_shuffle_mlp"), reason="needs the projector op")
 TILES = ((2, 1), (), (1,))
 GREEDY = dict(max_new_tokens=32, do_sample=False)
 NATIVE = [f"native {family}" for family in FAMILIES]
