@@ -129,8 +129,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     if not rows:
         return
     labels = [f"{row['op']}: {row['name']}" for row in rows]
-    height = max(4.0, 0.5 * len(rows) + 1.5)
-    figure, (bars, roof, memory) = plt.subplots(1, 3, figsize=(21, height), width_ratios=[5, 4, 4])
+    height = max(4.0, 0.45 * len(rows) + 1.5)
+    figure, (bars, roof, memory) = plt.subplots(1, 3, figsize=(18, height), width_ratios=[5, 4, 4])
     _speedup_bars(bars, rows, labels)
     _roofline(roof, rows, result["limits"])
     _memory_bars(memory, rows)

@@ -1,0 +1,65 @@
+"""The benchmark runner: a wrong result gets no speed-up, comparisons find regressions."""
+
+import copy
+
+import torch
+
+from bench import report
+from bench.runner import Case, Work, run, write
+
+
+def make_case(name, **variants):
+    x = torch.randn(64, 64)
+    return Case("toy", name, {}, lambda: Work({k: (lambda f=f: f(x)) for k, f in variants.items()}), bytes=1e4)
+
+
+def test_wrong_results_get_no_ratio(tmp_path):
+    def broken(x):
+        raise RuntimeError("no such kernel")
+
+    result = run(
+        [
+            make_case("good", ours=lambda x: x * 2, eager=lambda x: x + x, wrong=lambda x: x * 3, broken=broken),
+            make_case("bad", ours=lambda x: x * 3, eager=lambda x: x + x),
+        ],
+        quick=True,
+    )
+    good, bad = result["rows"]
+    assert good["ok"] and good["variants"]["eager"]["ratio"] > 0
+    assert "differs" in good["variants"]["wrong"]["failed"] and "ratio" not in good["variants"]["wrong"]
+    assert good["variants"]["broken"]["failed"] == "RuntimeError: no such kernel"
+    assert not bad["ok"] and "ratio" not in bad["variants"]["eager"]
+    assert {p.suffix for p in write(result, tmp_path, "toy")} >= {".json", ".csv", ".md"}
+    assert "**failed**" in (tmp_path / "toy.md").read_text()
+
+
+def test_truth_sets_the_tolerance():
+    x = torch.randn(64, 64, dtype=torch.float64)
+
+    def make(ours):
+        return Work(
+            {"ours": lambda: ours(x.bfloat16()), "eager": lambda: x.bfloat16().softmax(-1)},
+            truth=lambda: x.bfloat16().double().softmax(-1),
+        )
+
+    def case(name, ours):
+        return Case("toy", name, {}, lambda: make(ours))
+
+    result = run(
+        [
+            case("other rounding", lambda x: x.float().softmax(-1).bfloat16()),
+            case("coarse", lambda x: x.softmax(-1) * 1.02),
+        ],
+        quick=True,
+    )
+    assert [row["ok"] for row in result["rows"]] == [True, False]
+
+
+def test_compare_finds_regressions():
+    result = run([make_case("good", ours=lambda x: x * 2, eager=lambda x: x + x)], quick=True)
+    assert report.compare(result, result, 0.1)[1] == []
+    slower = copy.deepcopy(result)
+    for key in ("ratio", "ratio_q20", "ratio_q80"):
+        slower["rows"][0]["variants"]["eager"][key] *= 0.01
+    text, regressions = report.compare(result, slower, 0.1)
+    assert regressions == ["toy: good vs eager"] and "REGRESSION" in text
