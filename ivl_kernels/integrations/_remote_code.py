@@ -35,7 +35,8 @@ def enable_remote_code(model: type | str | os.PathLike[str]) -> type:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if type(self) is cls and not hasattr(self, "all_tied_weights_keys"):
+        # A subclass with an __init__ of its own is not complete yet.
+        if type(self).__init__ is cls.__init__ and not hasattr(self, "all_tied_weights_keys"):  # type: ignore[misc]
             self.post_init()  # type: ignore[attr-defined]
 
     cls.__init__ = __init__  # type: ignore[misc]

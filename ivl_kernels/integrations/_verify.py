@@ -19,6 +19,9 @@ from ._stages import PLACEMENT, PROJECTOR, STAGES, can_measure_memory, stage_mem
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
+_NOISE = "(Where a feature is not patched, plain and patched run the same code: that ratio is this machine's noise.)"
+
+
 @dataclass(frozen=True)
 class Layer:
     """How far the patched output of one module is from the plain one."""
@@ -113,7 +116,7 @@ class VerifyReport:
     def __str__(self) -> str:
         parts = [str(self.patch), self.parity()]
         if self.stages:
-            parts.append(self.performance())
+            parts.append(self.performance() + "\n" + _NOISE)
         parts += self.notes
         parts.append("verify: PASSED" if self.passed else "verify: FAILED")
         return "\n\n".join(parts)
