@@ -5,6 +5,7 @@ from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
 from .tile_router import select_tiles, tile_router
 from .token_packing import PackedTokens, pack_tokens, place_rows
+from .v2pe_rope import rope_frequencies, v2pe_position_ids, v2pe_rope, v2pe_rope_
 
 __all__ = [
     "Dispatch",
@@ -15,6 +16,10 @@ __all__ = [
     "pack_tokens",
     "pixel_shuffle_mlp",
     "place_rows",
+    "rope_frequencies",
     "select_tiles",
     "tile_router",
+    "v2pe_position_ids",
+    "v2pe_rope",
+    "v2pe_rope_",
 ]
