@@ -110,9 +110,8 @@ class _Rope(torch.autograd.Function):
         first, second, *saved = ctx.saved_tensors
         table, scale, eps, rotary_dim, heads_dim, round, backend = ctx.options
         if not saved:
-            dq, dk = _rope(
-                grad_q, grad_k, first, second, table, None, None, scale, eps, rotary_dim, heads_dim, round, True, backend
-            )
+            rest = (scale, eps, rotary_dim, heads_dim, round, True, backend)
+            dq, dk = _rope(grad_q, grad_k, first, second, table, None, None, *rest)
             return dq, dk, None, None, None, None, None
         q, k, q_weight, k_weight = saved
         dq, dk, dq_weight, dk_weight = _norm_backward(
@@ -192,8 +191,9 @@ def _angles(
         _check_row("positions", positions, q, batch, tokens, (torch.float32, *integers))
         first, second, table = positions.float(), inv_freq.contiguous(), False
     else:
-        given = [n for n, v in zip(("positions", "inv_freq", "cos", "sin"), (positions, inv_freq, cos, sin)) if v is not None]
-        raise ValueError(f"positions, inv_freq, cos, sin: got {given or 'none'}, expected positions and inv_freq, or cos and sin")
+        names = {"positions": positions, "inv_freq": inv_freq, "cos": cos, "sin": sin}
+        given = ", ".join(name for name, value in names.items() if value is not None) or "none of them"
+        raise ValueError(f"{', '.join(names)}: got {given}, expected positions and inv_freq, or cos and sin")
     if not 0 < rotary_dim <= width or rotary_dim % 2:
         raise ValueError(f"rotary_dim: got {rotary_dim}, expected an even number up to head_dim {width}")
     return first, second, table, rotary_dim
@@ -239,7 +239,9 @@ def rope(
             raise RuntimeError("v2pe_rope_: q, k or a weight requires gradients; use v2pe_rope, or torch.no_grad()")
         for name, x in (("q", q), ("k", k)):
             if 0 in x.stride() and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
-                raise ValueError(f"{name}: got an expanded tensor (strides {x.stride()}), which cannot be written in place")
+                raise ValueError(
+                    f"{name}: got an expanded tensor (strides {x.stride()}), it cannot be written in place"
+                )
         _rope_(q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round, backend)
         return q, k
     if needs_grad:
@@ -258,7 +260,8 @@ def parse_delta(value: float | str) -> float:
     try:
         number = float(Fraction(value)) if isinstance(value, str) else float(value)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"delta: got {value!r}, expected a number in (0, 1], a fraction such as '1/16' or 'random'") from error
+        expected = "a number in (0, 1], a fraction such as '1/16' or 'random'"
+        raise ValueError(f"delta: got {value!r}, expected {expected}") from error
     if not 0 < number <= 1:
         raise ValueError(f"delta: got {value!r}, expected a number in (0, 1]")
     return number
@@ -269,7 +272,8 @@ def _deltas(
 ) -> tuple[torch.Tensor, bool]:
     """float64 steps on the CPU, and whether there is one a row."""
     if images is not None:
-        drawn = torch.randint(len(DELTAS), (images,), generator=generator, device=generator.device if generator else None)
+        device = generator.device if generator else None
+        drawn = torch.randint(len(DELTAS), (images,), generator=generator, device=device)
         return torch.tensor([float(d) for d in DELTAS], dtype=torch.float64)[drawn.cpu()], False
     if isinstance(delta, torch.Tensor):
         per_row = delta.dim() == 2 and delta.shape[1] == 1
@@ -311,7 +315,7 @@ def position_ids(
     if compressed_step not in ("span", "same"):
         raise ValueError(f"compressed_step: got {compressed_step!r}, expected 'span' or 'same'")
     if compressed_tokens < 1 or tile_tokens % compressed_tokens:
-        raise ValueError(f"compressed_tokens: got {compressed_tokens}, expected a divisor of tile_tokens ({tile_tokens})")
+        raise ValueError(f"compressed_tokens: got {compressed_tokens}, expected a divisor of tile_tokens {tile_tokens}")
     if compress is not None:
         check_shape("compress", compress, ("T",))
         check_dtype("compress", compress, (torch.bool,))
@@ -333,7 +337,7 @@ def position_ids(
         return positions
     found, visual, tiles, bad, end = info.tolist()
     if not per_row and not scalar and found != len(deltas):
-        raise ValueError(f"delta: got {len(deltas)} values, expected one for each of the {int(found)} images in input_ids")
+        raise ValueError(f"delta: got {len(deltas)} values, expected one for each of the {int(found)} images")
     if compress is not None and tiles != len(compress):
         raise ValueError(
             f"compress: got {len(compress)} tiles that do not fit the {int(visual)} placeholder tokens of the "

@@ -169,7 +169,10 @@ def position_ids(
             units[visual] = torch.where(compress, compressed_units, 1)[tile_of[:visuals]]
 
     if images:
-        per_image = deltas[index[starts] // columns] if per_row else deltas.expand(images) if len(deltas) == 1 else deltas
+        if per_row:
+            per_image = deltas[index[starts] // columns]
+        else:
+            per_image = deltas.expand(images) if len(deltas) == 1 else deltas
         per_image = per_image[image.clamp(0, len(per_image) - 1)][starts]
         run = units.cumsum(0)
         before = run[starts] - units[starts]  # units before each run
