@@ -1,7 +1,7 @@
 """Rotary embedding on GPUs.
 
-Triton rather than CUDA C++: it is tiles of arithmetic with many compile-time variants (dtype, head shape, norm, angles),
-and one source serves NVIDIA and AMD. A program holds cos and sin of its tokens in registers and walks over the heads
+Triton rather than CUDA C++: tiles of arithmetic with many compile-time variants (dtype, head shape, norm, angles), and
+one source serves NVIDIA and AMD. A program holds cos and sin of its tokens in registers and walks over the heads
 of q, then of k, so angles are read or computed once a token and q and k are touched once.
 """
 
