@@ -148,8 +148,8 @@ def _heads(
         if REST > 0:
             weight_rest = tl.load(weight + 2 * HALF + j, j < REST, 0.0)[None, :]
     for h in range(begin, end):
-        row = x + h.to(tl.int64) * x_head
-        out = y + h.to(tl.int64) * y_head
+        row = x + tl.cast(h, tl.int64) * x_head
+        out = y + tl.cast(h, tl.int64) * y_head
         a = tl.load(row + from_a, mask, 0.0)
         b_ = tl.load(row + from_a + HALF, mask, 0.0)
         if REST > 0:
@@ -237,7 +237,7 @@ def _heads_backward(
         weight_rest = tl.load(weight + 2 * HALF + j, j < REST, 0.0).to(tl.float32)[None, :]
         sum_rest = tl.zeros(rest_mask.shape, tl.float32)
     for h in range(HEADS):
-        head = h.to(tl.int64)
+        head = tl.cast(h, tl.int64)
         g_row = g + head * g_head + wide * g_token
         x_row = x + head * x_head + wide * x_token
         y_row = y + head * y_head + wide * y_token
@@ -350,7 +350,7 @@ def _launch(
 def rope(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
     out = torch.empty_like(q), torch.empty_like(k)
     into = _rows(out[0]), _rows(out[1])
-    _launch(_rows(q), _rows(k), *into, *rest)
+    _launch(_rows(q), _rows(k), into[0], into[1], *rest)
     for result, written in zip(out, into):
         if result is not written:
             result.copy_(written)
@@ -359,7 +359,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
 
 def rope_(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
     wide = _rows(q), _rows(k)
-    _launch(*wide, *wide, *rest, False)
+    _launch(wide[0], wide[1], wide[0], wide[1], *rest, False)
     for tensor, written in zip((q, k), wide):
         if tensor is not written:
             tensor.copy_(written)
