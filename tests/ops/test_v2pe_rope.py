@@ -130,10 +130,11 @@ def test_accurate(
 def test_every_instruction_set(isa, dtype):
     module = _native.module()
     best = module.cpu_features()["best_isa"]
-    if ["portable", "avx2", "avx512"].index(isa) > ["portable", "avx2", "avx512"].index(best):
-        pytest.skip(f"this processor stops at {best}")
     try:
         module.set_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
         for width in (64, 80, 128, 200, 14):
             q, k, positions, inv_freq = make(tokens=21, width=width, dtype=dtype)
             q[0, 0, 0, 0], q[0, 0, 1, 1] = float("inf"), float("nan")

@@ -359,7 +359,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
 
 def rope_(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
     wide = _rows(q), _rows(k)
-    _launch(wide[0], wide[1], wide[0], wide[1], *rest, False)
+    _launch(*wide, *wide, *rest, inverse=False)
     for tensor, written in zip((q, k), wide):
         if tensor is not written:
             tensor.copy_(written)
