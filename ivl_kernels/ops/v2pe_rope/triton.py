@@ -359,7 +359,8 @@ def rope(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
 
 def rope_(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
     wide = _rows(q), _rows(k)
-    _launch(*wide, *wide, *rest, inverse=False)
+    everything: list[Any] = [*wide, *wide, *rest, False]
+    _launch(*everything)
     for tensor, written in zip((q, k), wide):
         if tensor is not written:
             tensor.copy_(written)
