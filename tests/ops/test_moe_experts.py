@@ -166,6 +166,7 @@ SHAPES = [
     dict(tokens=1, width=192, inner=96, experts=9, top_k=4),
     dict(tokens=7, width=64, inner=64, skew="zipf", outside=0.2),
     dict(tokens=50, width=96, inner=160, experts=3),
+    dict(tokens=26, width=48, inner=40, experts=4),
     dict(tokens=33, width=65, inner=33, experts=3, top_k=3, skew="zipf"),
     dict(tokens=700, width=64, inner=96, experts=2, top_k=1, skew="one"),
 ]

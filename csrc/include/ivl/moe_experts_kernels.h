@@ -821,7 +821,7 @@ void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, cons
           vf gate, up;
           load_pair(pre + r * 2 * inner, inner, at, n, interleaved, gate, up);
           const GateGradient d = gate_gradient(gate, up, options);
-          const vf from = load(c + j), scaled = scale * from;
+          const vf from = load_some(c + j, n), scaled = scale * from;  // nothing was summed in other columns
           dot = fma(from, d.active, dot);
           store_pair(change.get() + r * 2 * inner, inner, at, n, interleaved, scaled * d.gate, scaled * d.up);
           if (need_down) store_some(active.get() + r * inner + at, scale * d.active, n);

@@ -1,0 +1,148 @@
+"""Experts of Qwen3-MoE and GPT-OSS language models, alone or inside InternVL.
+
+transformers 5 asks `ALL_EXPERTS_FUNCTIONS` for the implementation that an experts module's config names. Ours is
+registered there as "ivl", and a patched module sees its config through a view that names it, so that a config shared
+with other models stays as it is. On 4.57 the forward of each instance is wrapped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.moe_experts import moe_experts
+from ._patch import Adapter, Editor, Feature, Site, named_instances, replaced_before, serving
+
+IMPLEMENTATION = "ivl"
+_STACKED = ("Qwen3MoeExperts", "GptOssExperts")
+_QUANTIZED = ("Mxfp4GptOssExperts", "FP8Experts")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _ConfigView:
+    """A config as a patched module sees it: only the implementation of the experts differs."""
+
+    _experts_implementation = IMPLEMENTATION
+
+    def __init__(self, original: Any, backend: str) -> None:
+        self.original, self.ivl_backend = original, backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ConfigView:
+        return _ConfigView(copy.deepcopy(self.original, memo), self.ivl_backend)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _same, (self.original,)  # a pickled model loads unpatched
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _is_gpt_oss(experts: nn.Module) -> bool:
+    return any(base.__name__ == "GptOssExperts" for base in type(experts).__mro__)
+
+
+def experts_forward(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The "ivl" entry of transformers' `ALL_EXPERTS_FUNCTIONS`."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj  # attribute access: LoRA's parametrizations apply
+    options: dict[str, Any] = {"backend": getattr(experts.config, "ivl_backend", "")}
+    if _is_gpt_oss(experts):
+        options.update(
+            gate_up_bias=experts.gate_up_proj_bias,
+            down_bias=experts.down_proj_bias,
+            activation="gpt_oss",
+            alpha=experts.alpha,
+            limit=experts.limit,
+            layout="interleaved",
+        )
+    hidden = hidden_states.to(gate_up.dtype)  # under autocast they differ
+    return moe_experts(hidden, top_k_index, top_k_weights, gate_up, down, **options).to(hidden_states.dtype)
+
+
+def _dense_weights_forward(backend: str) -> Any:
+    """GptOssExperts of 4.57: batched hidden states, and routing weights for every expert."""
+
+    def forward(
+        inner: Any, self: Any, hidden_states: torch.Tensor, router_indices: Any = None, routing_weights: Any = None
+    ) -> torch.Tensor:
+        weights = routing_weights.gather(1, router_indices)
+        out = moe_experts(
+            hidden_states.reshape(-1, self.hidden_size).to(self.gate_up_proj.dtype),
+            router_indices,
+            weights,
+            self.gate_up_proj,
+            self.down_proj,
+            gate_up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias,
+            activation="gpt_oss",
+            alpha=self.alpha,
+            limit=self.limit,
+            layout="interleaved",
+            backend=backend,
+        )
+        return out.to(hidden_states.dtype).view(hidden_states.shape[0], -1, self.hidden_size)
+
+    return forward
+
+
+def _problem(experts: Any) -> str:
+    """Why a module of stacked experts is left alone, or ""."""
+    names = ["gate_up_proj", "down_proj"] + (["gate_up_proj_bias", "down_proj_bias"] if _is_gpt_oss(experts) else [])
+    if type(experts).__name__ not in _STACKED:
+        return f"unknown experts: {type(experts).__module__}.{type(experts).__name__}"
+    why = replaced_before(experts, "forward")
+    if why:
+        return why
+    parametrized = getattr(experts, "parametrizations", {})
+    for name in names:
+        parameter = experts._parameters.get(name)
+        if parameter is None and name not in parametrized:
+            return f"unknown structure: no parameter {name}"
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}: sharded or quantised experts are served by what made them"
+        if parameter is not None and parameter.dtype not in _FLOATS:
+            return f"{name} is {parameter.dtype}: quantised experts are served by their own kernels"
+    if not _is_gpt_oss(experts) and type(experts.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"the activation is {type(experts.act_fn).__name__}, not SiLU"
+    return ""
+
+
+def _uses_interface(experts: Any) -> bool:
+    return hasattr(experts, "is_concatenated") and hasattr(experts, "config")
+
+
+class Moe(Adapter):
+    features = {"moe": Feature(True, "experts: gather, grouped products, activation and weighted sum in one op")}
+
+    def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
+        for path, module in named_instances(model, *_STACKED):
+            yield Site("moe", path, module, "experts", _problem(module))
+        for path, module in model.named_modules():
+            if type(module).__name__ in _QUANTIZED:
+                reason = f"{type(module).__name__}: quantised experts are served by their own kernels"
+                yield Site("moe", path, module, "experts", reason)
+
+    def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
+        experts: Any = site.module
+        if not _uses_interface(experts):
+            edit.method(experts, "forward", _dense_weights_forward(options["backend"]))
+            return
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        edit.attribute(experts, "config", _ConfigView(experts.config, options["backend"]))
+
+    def serving(self, site: Site) -> str:
+        return serving("moe_experts", site.module.gate_up_proj)
+
+
+ADAPTER = Moe()
