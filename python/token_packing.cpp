@@ -20,6 +20,11 @@ int64_t take(Tensor embeds, Tensor ids, Tensor rows, int64_t token) {
   return take_rows(grid_of(embeds), in<int64_t>(ids), ids.numel(), token, out<char>(rows), rows.size(0));
 }
 
+int64_t embed(Tensor ids, Tensor table, Tensor result, int64_t token) {
+  return embed_text(in<int64_t>(ids), ids.numel(), token, in<char>(table), table.size(0), table.size(1) * itemsize(table),
+                    out<char>(result));
+}
+
 PackInput pack_input(const Tensor& ids, const std::optional<Tensor>& mask, const Tensor& compress, int64_t token, int64_t full,
                      int64_t small, int64_t vocabulary) {
   return {in<int64_t>(ids), mask ? in<bool>(*mask) : nullptr, in<bool>(compress), ids.size(0), ids.size(1),
@@ -49,6 +54,7 @@ void write(Tensor ids, std::optional<Tensor> mask, Tensor compress, std::optiona
 STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
   m.def("place_rows_(Tensor(a!) embeds, Tensor ids, Tensor rows, int token) -> int");
   m.def("take_rows(Tensor embeds, Tensor ids, Tensor(a!) rows, int token) -> int");
+  m.def("embed_text(Tensor ids, Tensor table, Tensor(a!) result, int token) -> int");
   m.def(
       "pack_scan(Tensor ids, Tensor? mask, Tensor compress, int token, int full, int small, int vocabulary, "
       "Tensor(a!) keep, Tensor(b!) status) -> ()");
@@ -61,6 +67,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
   m.impl("place_rows_", TORCH_BOX(&place));
   m.impl("take_rows", TORCH_BOX(&take));
+  m.impl("embed_text", TORCH_BOX(&embed));
   m.impl("pack_scan", TORCH_BOX(&scan));
   m.impl("pack_write", TORCH_BOX(&write));
 }

@@ -124,6 +124,21 @@ int64_t take_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, ch
   return found;
 }
 
+int64_t embed_text(const int64_t* ids, int64_t n, int64_t token, const char* table, int64_t vocabulary, int64_t row_bytes,
+                   char* out) {
+  std::vector<int64_t> text;
+  for (int64_t i = 0; i < n; ++i) {
+    if (ids[i] == token) continue;
+    if (ids[i] < 0 || ids[i] >= vocabulary) return i;
+    text.push_back(i);
+  }
+  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, row_bytes));
+  parallel_for(static_cast<int64_t>(text.size()), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) copy(out + text[k] * row_bytes, table + ids[text[k]] * row_bytes, row_bytes);
+  });
+  return -1;
+}
+
 void pack_scan(PackInput in, bool* keep, int64_t* status) {
   for (int64_t b = 0; b < in.batch; ++b) {
     int64_t count = 0;

@@ -70,6 +70,13 @@ extern "C" __global__ void take_rows(char* base, const int64_t* positions, char*
   copy_row(rows + m * row_bytes, grid_row(base, positions[m], columns, batch_stride, token_stride), row_bytes);
 }
 
+// Row i of out = row ids[i] of table [*, row_bytes]; rows where ids == token are left alone. row_bytes even.
+extern "C" __global__ void embed_text(const int64_t* ids, const char* table, char* out, int64_t n, int64_t token,
+                                      int64_t row_bytes) {
+  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  if (i < n && ids[i] != token) copy_row(out + i * row_bytes, table + ids[i] * row_bytes, row_bytes);
+}
+
 // counts[block] = how many unmasked ids of the block's `columns` are the token; mask may be null.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     count_tokens(const int64_t* ids, const bool* mask, int64_t* counts, int64_t columns, int64_t total, int64_t token) {

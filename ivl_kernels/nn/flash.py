@@ -179,6 +179,18 @@ def shuffled(vit: torch.Tensor, merge: int, order: str) -> torch.Tensor:
     return x.reshape(tiles, count // merge**2, merge**2 * width)
 
 
+def _embed(parts: FlashParts, ids: torch.Tensor) -> torch.Tensor:
+    """[B, N, H] embeddings in memory nobody else holds; without gradients, rows of placeholders are left empty."""
+    from ..integrations._patch import not_plain
+
+    module: Any = parts.embedding
+    if not_plain(module, nn.Embedding, "embedding") or module.max_norm is not None:
+        return module(ids).clone()
+    if torch.is_grad_enabled() and module.weight.requires_grad:
+        return module(ids)
+    return ops.embed_text(ids, module.weight, parts.token_id, backend=parts.backend)
+
+
 def _project(
     parts: FlashParts,
     projector: Projector,
@@ -272,13 +284,12 @@ def flash_inputs(
         loss_weights=loss_weights,
         padding=padding,
         pad_id=pad_id,
+        vocabulary=getattr(parts.embedding, "num_embeddings", None),
         tokens_per_tile=tokens,
         compressed_tokens=tokens // 4,
         backend=parts.backend,
     )
-    embeds = parts.embedding(packed.ids)
-    if type(parts.embedding) is not nn.Embedding or parts.embedding._forward_hooks:
-        embeds = embeds.clone()  # somebody else may hold it
+    embeds = _embed(parts, packed.ids)
     flat = embeds.flatten(0, 1)
     order = compress.to(torch.uint8).argsort(stable=True)
     for projector, which in (

@@ -4,12 +4,13 @@ from .moe_experts import moe_experts
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
 from .tile_router import select_tiles, tile_router
-from .token_packing import PackedTokens, pack_tokens, place_rows
+from .token_packing import PackedTokens, embed_text, pack_tokens, place_rows
 from .v2pe_rope import rope_frequencies, v2pe_position_ids, v2pe_rope, v2pe_rope_
 
 __all__ = [
     "Dispatch",
     "PackedTokens",
+    "embed_text",
     "moe_dispatch",
     "moe_experts",
     "moe_routing",

@@ -8,6 +8,7 @@ import torch
 from models import chat_inputs, chat_model
 
 import ivl_kernels
+from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_decision
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:ps_version")
@@ -38,7 +39,8 @@ def test_batch_of_one_equals_shipped(tiles, changes):
     expected, drawn = model.generate(**batch, **GREEDY), random.random()
     handle = ivl_kernels.patch(model)
     random.seed(1)
-    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+    with poisoned():
+        assert torch.equal(model.generate(**batch, **GREEDY), expected)
     assert random.random() == drawn
     routing = handle.last_routing()
     assert [len(image.scores) for image in routing.images] == list(tiles[0])
@@ -208,7 +210,8 @@ def test_forward_when_asked(layout):
     flags = torch.ones(6, 1, dtype=torch.int64)
     plain = model(**batch, image_flags=flags, labels=labels)
     with ivl_kernels.patched(model):
-        assert torch.equal(model(**batch, image_flags=flags, labels=labels).logits, plain.logits)
+        again = model(**batch, image_flags=flags, labels=labels)
+        torch.testing.assert_close(again.logits, plain.logits, rtol=1e-4, atol=1e-4)
     losses, logits, weights = [], [], []
     with torch.no_grad():
         for b in range(2):

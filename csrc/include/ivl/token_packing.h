@@ -21,6 +21,11 @@ int64_t place_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, c
 // The reverse: the rows of the grid where ids == token into rows.
 int64_t take_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, char* rows, int64_t count);
 
+// Row i of out [n, row_bytes] = row ids[i] of table [vocabulary, row_bytes], but where ids == token nothing is written.
+// Returns the first position with an id out of range, or -1; then nothing is written at all.
+int64_t embed_text(const int64_t* ids, int64_t n, int64_t token, const char* table, int64_t vocabulary, int64_t row_bytes,
+                   char* out);
+
 // What is packed: ids [batch, columns]; mask the same or null (all true); compress [tiles]. A tile is `full` consecutive
 // placeholders of which the first `small` stay when it is compressed. Ids outside [0, vocabulary) are reported.
 struct PackInput {

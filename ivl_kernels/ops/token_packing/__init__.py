@@ -7,7 +7,7 @@ import torch
 from . import op
 from .packed import PackedTokens
 
-__all__ = ["PackedTokens", "pack_tokens", "place_rows"]
+__all__ = ["PackedTokens", "embed_text", "pack_tokens", "place_rows"]
 
 
 def place_rows(
@@ -45,6 +45,27 @@ def place_rows(
     Source: transformers `InternVLModel.get_placeholder_mask` and `forward`; reference of `InternVLChatModel.generate`.
     """
     return op.place_rows(embeds, input_ids, rows, token_id, inplace, backend)
+
+
+def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int, *, backend: str = "") -> torch.Tensor:
+    """Embeddings of the text of a packed batch; the rows of placeholders are left for the projector to write.
+
+    Args:
+        ids: [B, N] int64, each but the placeholders in [0, V).
+        table: [V, H] weight of the embedding; float32, bfloat16, float16 or float64.
+        token_id: the placeholder's id.
+        backend: force a backend; empty picks the best.
+
+    Returns:
+        [B, N, H], dtype of `table`. **Rows of placeholders are not initialised**: whoever calls this must write them.
+
+    Raises:
+        IndexError: an id is out of range (on the CPU; on a GPU let `pack_tokens` check, with its `vocabulary`).
+        ValueError, TypeError: a shape, device or dtype does not fit.
+
+    No gradients: use the embedding itself where they are needed. Deterministic.
+    """
+    return op.embed_text(ids, table, token_id, backend)
 
 
 def pack_tokens(

@@ -25,6 +25,15 @@ def take_rows(embeds: torch.Tensor, input_ids: torch.Tensor, count: int, token_i
     return out
 
 
+def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int) -> torch.Tensor:
+    out = table.new_empty(*ids.shape, table.shape[1])
+    ids = ids.contiguous()
+    wrong = _native.op("embed_text")(ids, table.contiguous(), out, token_id)
+    if wrong >= 0:
+        raise IndexError(f"ids: got {int(ids.flatten()[wrong])}, expected 0 to {table.shape[0] - 1}")
+    return out
+
+
 def pack_tokens(
     input_ids: torch.Tensor,
     mask: torch.Tensor | None,

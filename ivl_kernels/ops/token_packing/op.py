@@ -80,6 +80,19 @@ _pack_tokens = Op(
 )
 
 
+_embed_text = Op(
+    "embed_text(Tensor ids, Tensor table, int token_id, str backend) -> Tensor",
+    package=__package__,
+    key="table",
+    implementations=(
+        Implementation("native", "native:embed_text", ("cpu",), FLOAT_NAMES),
+        Implementation("cuda", "cuda:embed_text", ("cuda",), FLOAT_NAMES),
+        Implementation("reference", "reference:embed_text"),
+    ),
+    fake=lambda ids, table, token_id, backend: table.new_empty(*ids.shape, table.shape[1]),
+)
+
+
 class _PlaceRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -126,6 +139,17 @@ def place_rows(
     if rows.dim() < 2 or rows.shape[-1] != width:
         raise ValueError(f"rows: got shape {list(rows.shape)}, expected [..., {width}] as embeds")
     return _PlaceRows.apply(embeds, input_ids, rows.reshape(-1, width), token_id, inplace, backend)
+
+
+def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int, backend: str) -> torch.Tensor:
+    check_shape("ids", ids, ("B", "N"))
+    check_dtype("ids", ids, (torch.int64,))
+    check_shape("table", table, ("V", "H"))
+    check_dtype("table", table, FLOATS)
+    check_same("table", table, "ids", ids, dtype=False)
+    if table.shape[0] == 0 and ids.numel():
+        raise ValueError("table: got no rows, expected one for each id")
+    return _embed_text(ids, table.detach(), token_id, backend)
 
 
 def pack_tokens(

@@ -19,6 +19,10 @@ def take_rows(embeds: torch.Tensor, input_ids: torch.Tensor, count: int, token_i
     return embeds[batch, column]
 
 
+def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int) -> torch.Tensor:
+    return torch.nn.functional.embedding(ids.masked_fill(ids == token_id, 0), table)
+
+
 def pack_tokens(
     input_ids: torch.Tensor,
     mask: torch.Tensor | None,

@@ -1,0 +1,59 @@
+"""Embeddings of everything but the placeholders."""
+
+import pytest
+import torch
+from gpu import backends, simulated_gpu
+
+from ivl_kernels.ops import embed_text
+from ivl_kernels.testing import poisoned
+
+BACKENDS = backends("native", "cuda", "reference")
+TOKEN = 7
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape, width", [((2, 9), 5), ((1, 300), 64), ((0, 4), 3), ((3, 0), 3)])
+def test_equals_embedding(backend, dtype, shape, width):
+    ids, table = torch.randint(0, 12, shape), torch.randn(12, width).to(dtype)
+    with poisoned():
+        got = embed_text(ids, table, TOKEN, backend=backend)
+    text = ids != TOKEN
+    assert got.shape == (*shape, width) and torch.equal(got[text], table[ids[text]])
+    if backend != "reference":
+        assert got[~text].isnan().all()
+
+
+@BACKENDS
+def test_strided_table_and_large_placeholder_id(backend):
+    ids = torch.tensor([[1, 9999, 0], [9999, 2, 2]])
+    table = torch.randn(3, 16)[:, ::2]
+    got = embed_text(ids.t(), table, 9999, backend=backend)
+    assert torch.equal(got[ids.t() != 9999], table[ids.t()[ids.t() != 9999]])
+
+
+@BACKENDS
+def test_opcheck(backend):
+    ids, table = torch.randint(0, 6, (2, 9)), torch.randn(12, 8)
+    torch.library.opcheck(torch.ops.ivl.embed_text.default, (ids, table, TOKEN, backend))
+
+
+def test_wrong_input():
+    ids, table = torch.tensor([[1, 12]]), torch.randn(12, 4)
+    for wrong in (ids, -ids):
+        with pytest.raises(IndexError, match="expected 0 to 11"):
+            embed_text(wrong, table, TOKEN)
+    with pytest.raises(TypeError, match="ids"):
+        embed_text(ids.float(), table, TOKEN)
+    with pytest.raises(ValueError, match="table"):
+        embed_text(ids, table[0], TOKEN)
+    with pytest.raises(ValueError, match="no rows"):
+        embed_text(ids, table[:0], TOKEN)
+
+
+def test_counters():
+    """Text rows move once, 16 bytes a lane."""
+    ids, table = torch.randint(0, 12, (1, 200)), torch.randn(12, 256)
+    with simulated_gpu() as log:
+        embed_text(ids, table, TOKEN, backend="cuda")
+    assert log[0].global_store_bytes == int((ids != TOKEN).sum()) * 1024 and log[0].store_efficiency == 1
