@@ -27,8 +27,8 @@ def make_packing(width: int, tiles: int, batch: int, copying: bool) -> Work:
     """From ids and decisions (every second tile compressed) to packed embeddings and their mask.
 
     In our model path the projector writes its rows into the packed embeddings, so none are copied: packing alone is
-    ids, mask, positions and the rows of the text. With `copying` the features are copied into place as well, from the same
-    tensors that the shipped loop reads. The shipped code takes one sequence, so it runs once a row.
+    ids, mask, positions and the rows of the text. With `copying` the features are copied into place as well, from
+    the tensors that the shipped loop reads. The shipped code takes one sequence, so it runs once a row.
     """
     ids = prompt(tiles, batch)
     mask = torch.ones_like(ids)

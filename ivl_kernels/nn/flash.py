@@ -88,8 +88,6 @@ class Projector(NamedTuple):
         """Why the module must be called instead of reading its parameters, or ""."""
         from ..integrations._patch import not_plain
 
-        if not hasattr(ops, "pixel_shuffle_mlp"):
-            return "this version of the package has no pixel_shuffle_mlp"
         for layer in self.module.modules():
             if isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
                 return "its dropout is live"
@@ -209,7 +207,7 @@ def _project(
         features = projector.module(patches)
     else:
         target = {} if differentiable else {"out": embeds, "out_rows": rows}
-        features = ops.pixel_shuffle_mlp(  # type: ignore[attr-defined]
+        features = ops.pixel_shuffle_mlp(
             vit,
             projector.norm.weight,
             projector.norm.bias,
