@@ -87,6 +87,57 @@ void backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Te
   });
 }
 
+// The same with one tensor a matrix: gate[e], up[e] [I, H] and down[e] [H, I], contiguous, SiLU, no biases.
+template <class T>
+std::vector<const T*> in_each(const std::vector<Tensor>& tensors) {
+  std::vector<const T*> pointers;
+  for (const Tensor& t : tensors) pointers.push_back(in<T>(t));
+  return pointers;
+}
+template <class T>
+std::vector<T*> out_each(const std::vector<Tensor>& tensors) {
+  std::vector<T*> pointers;
+  for (const Tensor& t : tensors) pointers.push_back(out<T>(t));
+  return pointers;
+}
+
+ExpertShape shape_of_list(const Tensor& hidden, const Tensor& weights, const std::vector<Tensor>& down) {
+  return {hidden.size(0), weights.size(1), hidden.size(1), down[0].size(1), static_cast<int64_t>(down.size())};
+}
+
+void forward_list(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, std::vector<Tensor> gate,
+                  std::vector<Tensor> up, std::vector<Tensor> down, Tensor result, Maybe pre) {
+  dispatch(hidden, [&](auto zero) {
+    using T = decltype(zero);
+    const auto gates = in_each<T>(gate), ups = in_each<T>(up), downs = in_each<T>(down);
+    const ExpertWeights<T> experts{gates.data(), ups.data(), downs.data(), false, nullptr, nullptr};
+    experts_forward<T>(shape_of_list(hidden, weights, down), options_of(false, 0, 0), in<T>(hidden), in<float>(weights),
+                       in<int32_t>(permutation), in<int32_t>(offsets), experts, out<T>(result), out_or_null<T>(pre));
+  });
+}
+
+void backward_list(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets,
+                   std::vector<Tensor> gate, std::vector<Tensor> up, std::vector<Tensor> down, Tensor pre,
+                   Maybe grad_hidden, Maybe grad_weights, std::vector<Tensor> grad_gate, std::vector<Tensor> grad_up,
+                   std::vector<Tensor> grad_down) {
+  dispatch(hidden, [&](auto zero) {
+    using T = decltype(zero);
+    const auto gates = in_each<T>(gate), ups = in_each<T>(up), downs = in_each<T>(down);
+    const auto to_gates = out_each<T>(grad_gate), to_ups = out_each<T>(grad_up), to_downs = out_each<T>(grad_down);
+    const ExpertWeights<T> experts{gates.data(), ups.data(), downs.data(), false, nullptr, nullptr};
+    const ExpertGradients<T> gradients{out_or_null<T>(grad_hidden),
+                                       out_or_null<float>(grad_weights),
+                                       to_gates.empty() ? nullptr : to_gates.data(),
+                                       to_gates.empty() ? nullptr : to_ups.data(),
+                                       to_downs.empty() ? nullptr : to_downs.data(),
+                                       nullptr,
+                                       nullptr};
+    experts_backward<T>(shape_of_list(hidden, weights, down), options_of(false, 0, 0), in<T>(grad), in<T>(hidden),
+                        in<float>(weights), in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets), experts,
+                        in<T>(pre), gradients);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
@@ -100,11 +151,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "float alpha, float limit, bool interleaved, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weights, "
       "Tensor(c!)? grad_gate_up, Tensor(d!)? grad_down, Tensor(e!)? grad_gate_up_bias, Tensor(f!)? grad_down_bias) "
       "-> ()");
+  m.def(
+      "moe_experts_list(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor[] gate, Tensor[] up, "
+      "Tensor[] down, Tensor(a!) result, Tensor(b!)? pre) -> ()");
+  m.def(
+      "moe_experts_list_backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, "
+      "Tensor offsets, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor pre, Tensor(a!)? grad_hidden, "
+      "Tensor(b!)? grad_weights, Tensor(c!)[] grad_gate, Tensor(d!)[] grad_up, Tensor(e!)[] grad_down) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&forward));
   m.impl("moe_experts_backward", TORCH_BOX(&backward));
+  m.impl("moe_experts_list", TORCH_BOX(&forward_list));
+  m.impl("moe_experts_list_backward", TORCH_BOX(&backward_list));
 }
 
 }  // namespace ivl

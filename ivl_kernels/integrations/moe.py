@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.moe_experts import moe_experts
-from ._patch import Adapter, Editor, Feature, Site, named_instances, replaced_before, serving
+from .. import _native
+from ..ops.moe_experts import moe_experts, moe_experts_list
+from ._patch import Adapter, Editor, Feature, Site, named_instances, not_plain, replaced_before, serving
 
 IMPLEMENTATION = "ivl"
 _STACKED = ("Qwen3MoeExperts", "GptOssExperts")
+_BLOCK = "Qwen3MoeSparseMoeBlock"  # of 4.57: a router and a ModuleList of experts
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _QUANTIZED = ("Mxfp4GptOssExperts", "FP8Experts")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,6 +97,65 @@ def _dense_weights_forward(backend: str) -> Any:
     return forward
 
 
+def _matrices(experts: nn.ModuleList) -> list[list[nn.Parameter]] | None:
+    """Gate, up and down of every expert; None when one of them is not a plain linear layer (LoRA put there since)."""
+    lists: list[list[nn.Parameter]] = [[], [], []]
+    for expert in experts._modules.values():
+        for name, matrices in zip(_PROJECTIONS, lists):
+            layer = expert._modules[name]  # type: ignore[union-attr]
+            if type(layer) is not nn.Linear:
+                return None
+            matrices.append(layer._parameters["weight"])  # type: ignore[arg-type]
+    return lists
+
+
+def _block_forward(backend: str) -> Any:
+    def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
+        matrices = _matrices(self.experts)
+        if matrices is None or hidden_states.dtype != matrices[0][0].dtype or hidden_states.device.type != "cpu":
+            return inner(self, hidden_states)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router_logits = self.gate(hidden)
+        weights = router_logits.softmax(dim=1, dtype=torch.float)
+        weights, ids = weights.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        out = moe_experts_list(hidden, ids, weights.to(hidden.dtype), *matrices, backend=backend)
+        return out.view(hidden_states.shape), router_logits
+
+    return forward
+
+
+def _block_problem(block: Any) -> str:
+    """Why a block with a list of experts is left alone, or ""."""
+    if replaced_before(block, "forward"):
+        return replaced_before(block, "forward")
+    if _native.problem():
+        return f"lists of experts are served by the C++ kernels: {_native.problem()}"
+    for i, expert in enumerate(block.experts):
+        for name in _PROJECTIONS:
+            why = not_plain(getattr(expert, name), nn.Linear, f"experts.{i}.{name}")
+            if why:
+                return why
+        if not _plain(expert):
+            return f"experts.{i} has hooks or another forward"
+    parameter = block.experts[0].gate_proj.weight
+    if parameter.device.type != "cpu":
+        return f"lists of experts are served on the CPU, not {parameter.device.type}"
+    if type(block.experts[0].act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"the activation is {type(block.experts[0].act_fn).__name__}, not SiLU"
+    return ""
+
+
+def _plain(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def _is_list_block(module: Any) -> bool:
+    return type(module).__name__ == _BLOCK and isinstance(getattr(module, "experts", None), nn.ModuleList)
+
+
 def _problem(experts: Any) -> str:
     """Why a module of stacked experts is left alone, or ""."""
     names = ["gate_up_proj", "down_proj"] + (["gate_up_proj_bias", "down_proj_bias"] if _is_gpt_oss(experts) else [])
@@ -127,12 +189,17 @@ class Moe(Adapter):
         for path, module in named_instances(model, *_STACKED):
             yield Site("moe", path, module, "experts", _problem(module))
         for path, module in model.named_modules():
+            if _is_list_block(module):
+                yield Site("moe", path, module, "experts", _block_problem(module))
             if type(module).__name__ in _QUANTIZED:
                 reason = f"{type(module).__name__}: quantised experts are served by their own kernels"
                 yield Site("moe", path, module, "experts", reason)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
         experts: Any = site.module
+        if _is_list_block(experts):
+            edit.method(experts, "forward", _block_forward(options["backend"]))
+            return
         if not _uses_interface(experts):
             edit.method(experts, "forward", _dense_weights_forward(options["backend"]))
             return
@@ -142,6 +209,8 @@ class Moe(Adapter):
         edit.attribute(experts, "config", _ConfigView(experts.config, options["backend"]))
 
     def serving(self, site: Site) -> str:
+        if _is_list_block(site.module):
+            return serving("moe_experts_list", site.module.experts[0].gate_proj.weight)
         return serving("moe_experts", site.module.gate_up_proj)
 
 

@@ -1,6 +1,6 @@
 """The ops, in the order of the forward pass. Each folder holds one: its `__init__` documents the public functions."""
 
-from .moe_experts import moe_experts
+from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
 from .tile_router import select_tiles, tile_router
@@ -13,6 +13,7 @@ __all__ = [
     "embed_text",
     "moe_dispatch",
     "moe_experts",
+    "moe_experts_list",
     "moe_routing",
     "pack_tokens",
     "pixel_shuffle_mlp",

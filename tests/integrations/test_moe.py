@@ -100,7 +100,29 @@ def test_bfloat16(family):
         with patched(model, **MOE):
             got = model(ids).logits
     assert got.dtype == torch.bfloat16
-    assert (got.float() - exact).norm() <= 1.5 * (plain.float() - exact).norm()
+    # The middle token's error: a rounding can send a token to another expert.
+    error, usual = ((logits.float() - exact).norm(dim=-1).median() for logits in (got, plain))
+    assert error <= 1.5 * usual
+
+
+@pytest.mark.skipif(V5, reason="4.57 keeps a list of experts")
+def test_list_of_experts_changed_later():
+    """An expert layer that is no longer plain when the model runs is left to transformers."""
+    model, ids = language_model("qwen3_moe"), tokens()
+    handle = patch(model, **MOE)
+
+    class Half(nn.Linear):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    experts = model.model.layers[0].mlp.experts
+    experts[0].down_proj.__class__ = Half
+    with torch.no_grad():
+        got = model(ids).logits
+        handle.undo()
+        close(got, model(ids).logits)
+    refused = [row.detail for row in rows(patch(model, **MOE)) if row.state == "refused"]
+    assert len(refused) == 1 and "Half" in refused[0]
 
 
 @only_5

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels import _native
-from ivl_kernels.ops import moe_experts
+from ivl_kernels.ops import moe_experts, moe_experts_list
 from ivl_kernels.testing import assert_accurate, poisoned
 
 BACKENDS = backends("native", "reference")
@@ -198,6 +198,27 @@ def test_thread_count_does_not_change_the_result():
         results.append([case.run("native"), *gradients(case, lambda c: c.run("native"), grad).values()])
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@backends("native", "reference")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_list_of_experts(backend, dtype):
+    """One tensor a matrix: the values and gradients of stacked weights, bit for bit."""
+    case = make(26, 48, 40, 4, dtype=dtype)
+    gate, up = case.gate_up.chunk(2, dim=1)
+    leaves = [t.clone().requires_grad_() for part in (gate, up, case.down) for t in part]
+    hidden, weights = case.hidden.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    got = moe_experts_list(hidden, case.ids, weights, leaves[:4], leaves[4:8], leaves[8:], backend=backend)
+    with torch.no_grad():
+        assert torch.equal(got, case.run(backend))
+        plain = moe_experts_list(hidden, case.ids, weights, leaves[:4], leaves[4:8], leaves[8:], backend=backend)
+        assert torch.equal(plain, got)
+    grad = torch.randn(case.hidden.shape).to(dtype)
+    expected = gradients(case, lambda c: c.run(backend), grad)
+    slopes = torch.autograd.grad(got, [hidden, weights, *leaves], grad)
+    assert torch.equal(slopes[0], expected["hidden"]) and torch.equal(slopes[1], expected["weights"])
+    assert torch.equal(torch.cat([torch.stack(slopes[2:6]), torch.stack(slopes[6:10])], 1), expected["gate_up"])
+    assert torch.equal(torch.stack(slopes[10:]), expected["down"])
 
 
 @pytest.mark.parametrize("gpt_oss", [False, True])

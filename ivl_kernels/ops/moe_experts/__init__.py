@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import op
 
-__all__ = ["moe_experts"]
+__all__ = ["moe_experts", "moe_experts_list"]
 
 
 def moe_experts(
@@ -60,3 +62,27 @@ def moe_experts(
     return op.moe_experts(
         hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout, backend
     )
+
+
+def moe_experts_list(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: Sequence[torch.Tensor],
+    up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+    *,
+    backend: str = "",
+) -> torch.Tensor:
+    """`moe_experts` with one tensor a matrix, for models that keep a list of experts: nothing is stacked or copied.
+
+    Args:
+        hidden, ids, weights: as in `moe_experts`.
+        gate, up: E tensors [I, H] each, the dtype of `hidden`; non-contiguous ones are copied.
+        down: E tensors [H, I].
+        backend: force a backend; only the C++ kernels and the reference (which stacks) serve lists.
+
+    Returns:
+        [S, H], the activation is "silu". Errors, gradients and determinism as in `moe_experts`.
+    """
+    return op.moe_experts_list(hidden, ids, weights, gate, up, down, backend)

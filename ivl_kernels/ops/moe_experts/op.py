@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,107 @@ _experts_backward = Op(
 )
 
 
+_LISTS = (
+    "Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor[] gate, Tensor[] up, "
+    "Tensor[] down, "
+)
+
+
+def _fake_list(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    keep: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = permutation.shape[0] if keep else 0
+    return hidden.new_empty(hidden.shape), hidden.new_empty(rows, 2 * gate[0].shape[0])
+
+
+def _fake_list_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    pre: torch.Tensor,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Any, ...]:
+    single = (t.new_empty(t.shape) if n else hidden.new_empty(0) for t, n in zip((hidden, weights), needs))
+    lists = ((gate, needs[2]), (up, needs[2]), (down, needs[3]))
+    return *single, *([t.new_empty(t.shape) for t in tensors] if n else [] for tensors, n in lists)
+
+
+_list = Op(
+    f"moe_experts_list({_LISTS}bool keep, str backend) -> (Tensor out, Tensor pre)",
+    package=__package__,
+    key="hidden",
+    implementations=(
+        Implementation("native", "native:moe_experts_list", ("cpu",), GPU_DTYPES),
+        Implementation("reference", "reference:moe_experts_list"),
+    ),
+    fake=_fake_list,
+)
+
+_list_backward = Op(
+    f"moe_experts_list_backward(Tensor grad, {_LISTS}Tensor pre, bool[4] needs, str backend)"
+    " -> (Tensor hidden, Tensor weights, Tensor[] gate, Tensor[] up, Tensor[] down)",
+    package=__package__,
+    key="hidden",
+    implementations=(
+        Implementation("native", "native:moe_experts_list_backward", ("cpu",), GPU_DTYPES),
+        Implementation("reference", "reference:moe_experts_list_backward"),
+    ),
+    fake=_fake_list_backward,
+)
+
+
+class _ExpertsList(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        permutation: torch.Tensor,
+        inverse: torch.Tensor,
+        offsets: torch.Tensor,
+        backend: str,
+        *matrices: torch.Tensor,
+    ) -> torch.Tensor:
+        experts = len(matrices) // 3
+        lists = (list(matrices[i : i + experts]) for i in (0, experts, 2 * experts))
+        out, pre = _list(hidden, weights, permutation, inverse, offsets, *lists, True, backend)
+        ctx.save_for_backward(hidden, weights, permutation, inverse, offsets, pre, *matrices)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weights, permutation, inverse, offsets, pre, *matrices = ctx.saved_tensors
+        experts = len(matrices) // 3
+        wanted = ctx.needs_input_grad[6:]
+        needs = [*ctx.needs_input_grad[:2], any(wanted[: 2 * experts]), any(wanted[2 * experts :])]
+        lists = [matrices[i : i + experts] for i in (0, experts, 2 * experts)]
+        results = _list_backward(
+            grads[0], hidden, weights, permutation, inverse, offsets, *lists, pre, needs, ctx.backend
+        )
+        absent = [None] * experts
+        slopes = [slope for part in results[2:] for slope in (part or absent)]
+        slopes = [slope if want else None for slope, want in zip(slopes, wanted)]
+        return results[0] if needs[0] else None, results[1] if needs[1] else None, *(None,) * 4, *slopes
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,6 +238,16 @@ class _Experts(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:6])
         results = _experts_backward(grads[0], *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
         return *(result if needed else None for result, needed in zip(results, needs)), *(None,) * 9
+
+
+def _check_tokens(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    check_shape("hidden", hidden, ("S", "H"))
+    check_dtype("hidden", hidden, FLOATS)
+    check_shape("ids", ids, (hidden.shape[0], "k"))
+    check_same("ids", ids, "hidden", hidden, dtype=False)
+    check_shape("weights", weights, ids.shape)
+    check_dtype("weights", weights, FLOATS)
+    check_same("weights", weights, "hidden", hidden, dtype=False)
 
 
 def _check_weights(
@@ -183,13 +295,7 @@ def moe_experts(
     layout: str,
     backend: str,
 ) -> torch.Tensor:
-    check_shape("hidden", hidden, ("S", "H"))
-    check_dtype("hidden", hidden, FLOATS)
-    check_shape("ids", ids, (hidden.shape[0], "k"))
-    check_same("ids", ids, "hidden", hidden, dtype=False)
-    check_shape("weights", weights, ids.shape)
-    check_dtype("weights", weights, FLOATS)
-    check_same("weights", weights, "hidden", hidden, dtype=False)
+    _check_tokens(hidden, ids, weights)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if layout not in LAYOUTS:
@@ -203,3 +309,35 @@ def moe_experts(
         return _Experts.apply(*differentiable, permutation, inverse, offsets, tiles, *options, backend)
     tensors = (hidden, weights, permutation, inverse, offsets, tiles, gate_up, down, gate_up_bias, down_bias)
     return _experts(*tensors, *options, False, backend)[0]
+
+
+def moe_experts_list(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: Sequence[torch.Tensor],
+    up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+    backend: str,
+) -> torch.Tensor:
+    _check_tokens(hidden, ids, weights)
+    gate, up, down = list(gate), list(up), list(down)
+    if not gate or not len(gate) == len(up) == len(down):
+        counts = f"{len(gate)}, {len(up)} and {len(down)}"
+        raise ValueError(f"gate, up, down: got {counts} matrices, expected one each for every expert")
+    check_shape("gate[0]", gate[0], ("I", hidden.shape[1]))
+    inner = gate[0].shape[0]
+    for name, tensors, shape in (
+        ("gate", gate, (inner, hidden.shape[1])),
+        ("up", up, (inner, hidden.shape[1])),
+        ("down", down, (hidden.shape[1], inner)),
+    ):
+        for e, tensor in enumerate(tensors):
+            if tensor.shape != shape or tensor.dtype != hidden.dtype or tensor.device != hidden.device:
+                check_shape(f"{name}[{e}]", tensor, shape)
+                check_same(f"{name}[{e}]", tensor, "hidden", hidden)
+    permutation, inverse, _, offsets, _ = routing.moe_dispatch(ids, len(gate), 0, backend)
+    matrices = (*gate, *up, *down)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weights, *matrices)):
+        return _ExpertsList.apply(hidden, weights, permutation, inverse, offsets, backend, *matrices)
+    return _list(hidden, weights, permutation, inverse, offsets, gate, up, down, False, backend)[0]

@@ -160,3 +160,45 @@ def moe_experts_backward(
     grad_hidden = rows.to(hidden.dtype)
     grad_weights = grad_weights.view(tokens, top_k) if need_weights else grad_weights
     return grad_hidden, grad_weights.to(weights.dtype), grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
+
+
+def _stacked(
+    gate: list[torch.Tensor], up: list[torch.Tensor], down: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([torch.cat(pair) for pair in zip(gate, up)]), torch.stack(down)
+
+
+def moe_experts_list(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    common = (hidden, weights, permutation, inverse, offsets, offsets.new_empty(0, 2), *_stacked(gate, up, down))
+    return moe_experts(*common, None, None, "silu", 1.0, 1.0, "concatenated", keep)
+
+
+def moe_experts_list_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    permutation: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    pre: torch.Tensor,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    common = (hidden, weights, permutation, inverse, offsets, offsets.new_empty(0, 2), *_stacked(gate, up, down))
+    options = ("silu", 1.0, 1.0, "concatenated", [*needs, False, False])
+    results = moe_experts_backward(grad, *common, None, None, pre, *options)
+    halves = [tuple(h.clone() for h in both.chunk(2)) for both in results[2]] if needs[2] else []
+    downs = [t.clone() for t in results[3]] if needs[3] else []
+    return results[0], results[1], [half[0] for half in halves], [half[1] for half in halves], downs
