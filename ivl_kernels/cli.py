@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("demo", "run a model on a photograph, plain and patched, and compare"),
+    "verify": ("_verify_command", "compare a model plain and patched, layer by layer, and time both"),
     "doctor": ("doctor", "what is installed, built and found, and which backend serves each op"),
     "bench": ("_bench_command", "time the ops against eager, torch.compile and peers"),
     "gpu-check": ("gpu_check", "prove every op on this machine's GPU and print the honest table"),

@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return guarded(_run, args)
+
+
+def guarded(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command of this kind; what the user can put right becomes a `CommandError`."""
     for package in ("transformers", "PIL", "tokenizers", "tqdm"):
         try:
             __import__(package)
@@ -46,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     try:
-        return _run(args)
+        return command(args)
     except torch.OutOfMemoryError:
         raise CommandError("out of GPU memory: try fewer --tiles, --dtype bfloat16 or --device cpu") from None
     except MemoryError:
@@ -64,18 +69,12 @@ def _run(args: argparse.Namespace) -> int:
     from . import imaging, verify
 
     warnings.filterwarnings("ignore", message=".*(ps_version|deprecated).*")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    device = checked_device(args.device)
     dtype = getattr(torch, args.dtype)
+    image = opened_image(args.image)
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        image = imaging.load_image(args.image or sample_photo())
-    except imaging.ImageError as error:
-        raise CommandError(f"--image {error}") from None
     except OSError as error:
         raise CommandError(f"--out {args.out}: {error.strerror}") from None
 
@@ -87,18 +86,21 @@ def _run(args: argparse.Namespace) -> int:
 
     with bar:
         step("loading the model" if args.model else "building a random model")
-        subject = load(args.model, args.trust_remote_code, dtype) if args.model else random_subject(dtype)
+        subject = subject_of(args)
         subject.model.to(device).eval()
         tiling = imaging.tile_image(image, max_tiles=args.tiles, tile=subject.pixels)
         inputs = subject.inputs(args.prompt, tiling.pixel_values(dtype), device)
         flash = subject.flash if args.model else args.flash
         if args.flash and not flash and not subject.native:
             raise CommandError("--flash: this checkpoint has no Flash modules, or its flash_mode is off")
-        # A native model has no Flash of its own to compare with: parity is shown without, Flash afterwards.
-        features = {"flash": False} if subject.native or not flash else {}
-        with _quiet():
+        with quiet():
             report = verify(
-                subject.model, inputs, max_new_tokens=args.tokens, rounds=args.rounds, progress=step, **features
+                subject.model,
+                inputs,
+                max_new_tokens=args.tokens,
+                rounds=args.rounds,
+                progress=step,
+                **subject.same_results(),
             )
         routed = None
         if args.flash or (flash and not subject.native):
@@ -128,6 +130,33 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def checked_device(name: str | None) -> str:
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def opened_image(path: str | None) -> Any:
+    from . import imaging
+
+    try:
+        return imaging.load_image(path or sample_photo())
+    except imaging.ImageError as error:
+        raise CommandError(f"--image {error}") from None
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    import torch
+
+    dtype = getattr(torch, args.dtype)
+    return load(args.model, args.trust_remote_code, dtype) if args.model else random_subject(dtype)
+
+
 def sample_photo() -> Path:
     """The photograph that ships with the package (licence in data/README.md)."""
     return Path(__file__).parent / "data" / "coffee.jpg"
@@ -147,6 +176,10 @@ class Subject:
     pixels: int
     tokens_per_tile: int
     flash: bool
+
+    def same_results(self) -> dict[str, Any]:
+        """The features for `verify`: a native model has no Flash of its own to compare with."""
+        return {"flash": False} if self.native else {}
 
     def inputs(self, prompt: str, pixel_values: Any, device: str) -> dict[str, Any]:
         """The keyword arguments of `generate`."""
@@ -362,7 +395,7 @@ def _prefill_length(language_model: Any, lengths: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Remote code prints on every forward; the progress bar should survive it."""
     import contextlib
     import io

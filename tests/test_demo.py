@@ -79,6 +79,13 @@ def test_remote_code_flash_checkpoint(tmp_path, chat_folder, capsys):
     assert routed["tokens"][0] - routed["tokens"][1] == 192 * sum(routed["compressed"])
 
 
+def test_verify_command(native_folder, capsys):
+    options = ["verify", "--model", str(native_folder), "--tiles", "1", "--tokens", "2", "--rounds", "0", "--json"]
+    assert cli.main(options) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert cli.main(["verify", "--image", "no/such.jpg"]) == 2
+
+
 @pytest.mark.slow
 def test_random_model(tmp_path, capsys):
     """What `make demo` runs, with one tile."""

@@ -9,6 +9,10 @@ from ivl_kernels.testing.shipped import ShippedGating, ShippedPooling, shipped_d
 
 from .chat_common import ChatBase, embed
 
+# transformers 4 copies only what the main file of a checkpoint's code imports itself.
+from .configuration import InternVLChatConfig  # noqa: F401
+from .intern_vit import InternVisionModel  # noqa: F401
+
 FULL, COMPRESSED = 256, 64
 
 
