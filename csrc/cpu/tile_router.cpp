@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "ivl/parallel.h"
@@ -31,8 +32,10 @@ struct Range {
   int64_t begin, count;
 };
 
+// Cut at multiples of 32 rows, the kernels' blocks.
 Range split_rows(int64_t rows, int64_t splits, int64_t s) {
-  const int64_t begin = rows * s / splits, end = rows * (s + 1) / splits;
+  const int64_t blocks = (rows + 31) / 32;
+  const int64_t begin = blocks * s / splits * 32, end = std::min(rows, blocks * (s + 1) / splits * 32);
   return {begin, end - begin};
 }
 
@@ -53,12 +56,6 @@ struct PackedQueries {
   const A* of(int64_t t) const { return data.data() + t * step; }
 };
 
-template <class A>
-int64_t padded_width(int64_t width) {
-  const int64_t lanes = (isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16) / sizeof(A);
-  return (width + lanes - 1) / lanes * lanes;
-}
-
 }  // namespace
 
 template <class T>
@@ -66,7 +63,7 @@ void tile_pool(Tiles<const T> z, const Sum<T>* u, int64_t query_stride, int64_t 
   using A = Sum<T>;
   if (z.tiles == 0) return;
   const PackedQueries<A> queries(u, query_stride, z.tiles, heads, z.width);
-  const int64_t padded = padded_width<A>(z.width), all = IVL_CALL(padded_heads<A>, heads);
+  const int64_t padded = IVL_CALL(padded_width<A>, z.width), all = IVL_CALL(padded_heads<A>, heads);
   const int64_t splits = splits_of(z.tiles, z.rows), count = z.tiles * splits;
   std::vector<A> largest(count * all), denominator(count * all);
   const std::unique_ptr<A[]> sums(new A[count * heads * padded]);
@@ -103,7 +100,7 @@ void tile_pool_backward(Tiles<const T> z, const Sum<T>* u, int64_t query_stride,
   if (z.tiles == 0) return;
   const PackedQueries<A> queries(u, query_stride, z.tiles, heads, z.width);
   const PackedQueries<A> grads(grad, heads * z.width, z.tiles, heads, z.width);
-  const int64_t padded = padded_width<A>(z.width), splits = splits_of(z.tiles, z.rows), count = z.tiles * splits;
+  const int64_t padded = IVL_CALL(padded_width<A>, z.width), splits = splits_of(z.tiles, z.rows), count = z.tiles * splits;
   std::vector<A> delta(z.tiles * heads), both(z.tiles * 2 * heads * padded);
   const std::unique_ptr<A[]> sums(new A[count * heads * padded]);
   parallel_for(z.tiles * heads, 4, [&](int64_t begin, int64_t end) {

@@ -99,19 +99,28 @@ inline void narrow(float v, float16* p) {
   }
 }
 
-inline float total(Vec<float> v) {
-  float sums[kLanes<float>];
-  store(sums, v);
-  for (int n = kLanes<float> / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
-  return sums[0];
+// The sum of a vector's elements, halves added to halves.
+template <class A, int BYTES>
+inline A total_of(const A* values) {
+  if constexpr (BYTES == 16) {
+    A sum = values[0];
+    for (int i = 1; i < 16 / static_cast<int>(sizeof(A)); ++i) sum += values[i];
+    return sum;
+  } else {
+    typedef A Half __attribute__((vector_size(BYTES / 2)));
+    const Half sum = load<Half>(values) + load<Half>(values + BYTES / 2 / sizeof(A));
+    A half[BYTES / 2 / sizeof(A)];
+    store(half, sum);
+    return total_of<A, BYTES / 2>(half);
+  }
 }
-inline double total(Vec<double> v) {
-  double sums[kLanes<double>];
-  store(sums, v);
-  for (int n = kLanes<double> / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
-  return sums[0];
+
+template <class V>
+inline auto total(V v) {
+  using A = std::remove_cvref_t<decltype(v[0])>;
+  A values[sizeof(V) / sizeof(A)];
+  store(values, v);
+  return total_of<A, IVL_VECTOR_BYTES>(values);
 }
 
 // e^x for x <= 0; anything below the smallest normal number becomes about that number.
@@ -148,6 +157,11 @@ template <class A>
 constexpr int kHeadGroup = kHeadVectors * kLanes<A>;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class A>
+int64_t padded_width(int64_t width) {
+  return round_up(width, kLanes<A>);
+}
 
 // scores[r][0:kHeadGroup] = sum over c of z[r][c] ut[c][0:kHeadGroup], for ROWS rows of z. Sums of kChain channels are
 // added up: one chain over thousands of channels would lose accuracy.
@@ -377,13 +391,20 @@ void pool_backward_range(const T* z, int64_t stride, int64_t rows, int64_t width
 constexpr int kWeightRows = 4;
 constexpr int kInputRows = IVL_VECTOR_BYTES == 64 ? 6 : 2;
 
-// x [rows, width], rows `stride` apart -> for every block of kInputRows rows: [vectors of width][row] vectors, so that
-// the kernel below reads one stream. The last vector is padded with zeros.
+// Rows of x that a kernel call takes: at most kInputRows, and about the same number each time.
+inline int64_t input_block(int64_t rows) {
+  const int64_t blocks = (rows + kInputRows - 1) / kInputRows;
+  return (rows + blocks - 1) / blocks;
+}
+
+// x [rows, width], rows `stride` apart -> for every block of rows: [vectors of width][row] vectors, so that the kernel
+// below reads one stream. The last vector is padded with zeros.
 template <class A>
 void pack_inputs(const A* x, int64_t stride, int64_t rows, int64_t width, A* packed) {
-  for (int64_t m = 0; m < rows; m += kInputRows)
+  const int64_t block = input_block(rows);
+  for (int64_t m = 0; m < rows; m += block)
     for (int64_t k = 0; k < width; k += kLanes<A>)
-      for (int64_t i = m; i < std::min<int64_t>(rows, m + kInputRows); ++i, packed += kLanes<A>)
+      for (int64_t i = m; i < std::min(rows, m + block); ++i, packed += kLanes<A>)
         store(packed, width - k < kLanes<A> ? widen_part(x + i * stride + k, width - k) : widen(x + i * stride + k));
 }
 
@@ -425,11 +446,11 @@ inline void dot_block(const T* w, int64_t stride, const A* x, int64_t width, boo
 template <int NB, class T, class A>
 inline void dot_rows(const T* w, int64_t stride, const A* packed, int64_t rows, int64_t width, bool prefetch, A* out,
                      int64_t out_stride, const A* bias) {
-  const int64_t padded = round_up(width, kLanes<A>);
-  for (int64_t m = 0; m < rows; m += kInputRows, prefetch = false) {
+  const int64_t padded = round_up(width, kLanes<A>), block = input_block(rows);
+  for (int64_t m = 0; m < rows; m += block, prefetch = false) {
     const A* x = packed + m * padded;
     A* o = out + m * out_stride;
-    switch (std::min<int64_t>(kInputRows, rows - m)) {
+    switch (std::min(block, rows - m)) {
       case 1: dot_block<NB, 1>(w, stride, x, width, prefetch, o, out_stride, bias); break;
       case 2: dot_block<NB, 2>(w, stride, x, width, prefetch, o, out_stride, bias); break;
 #if IVL_VECTOR_BYTES == 64
