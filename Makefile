@@ -9,22 +9,28 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja pybind11
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "torch==2.13.0" || $(BIN)/pip install -q "torch>=2.10"
+	$(BIN)/pip install -q --no-build-isolation -e ".[hf]"
+	touch $@
+
+$(VENV)/.test-tools: $(VENV)/.installed
 	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 
 build: $(VENV)/.installed
 	IVL_BUILD_CPU=1 $(BIN)/python setup.py -q build_ext --inplace
 
+# The demo compiles CUDA kernels only where there is a GPU for them.
+demo: export IVL_BUILD_CUDA := $(or $(IVL_BUILD_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),,0))
 demo: build
 	$(BIN)/ivl-kernels demo
 
-test: build lint
+test: $(VENV)/.test-tools build lint
 	$(BIN)/python -m pytest -q -n 2
 
-bench: build
+bench: $(VENV)/.test-tools build
 	$(BIN)/ivl-kernels bench
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.test-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
