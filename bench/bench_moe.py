@@ -1,0 +1,174 @@
+"""Mixture-of-experts layers of InternVL3.5-30B-A3B and -GPT-OSS-20B against transformers' implementations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.runner import Case, Work, backward, device
+from ivl_kernels.ops import moe_dispatch, moe_experts, moe_routing
+from ivl_kernels.testing import MODELS
+
+NAMES = {"qwen3_moe": "InternVL3.5-30B-A3B", "gpt_oss": "InternVL3.5-GPT-OSS-20B-A4B"}
+
+
+@functools.lru_cache(maxsize=1)
+def layer(family: str, dtype: torch.dtype, experts: int) -> Any:
+    """transformers' module of experts, its weights the same for every expert but in memory of their own."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    shape = MODELS[NAMES[family]]
+    config = SimpleNamespace(
+        num_experts=experts, num_local_experts=experts, hidden_size=shape.hidden, hidden_act="silu",
+        moe_intermediate_size=shape.intermediate, intermediate_size=shape.intermediate,
+        swiglu_alpha=1.702, swiglu_limit=7.0, _experts_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config) if family == "qwen3_moe" else GptOssExperts(config)
+    for name, parameter in list(module.named_parameters()):
+        values = torch.empty(parameter.shape, dtype=dtype, device=device())
+        values.copy_(torch.randn(parameter.shape[1:], device=device()) * parameter.shape[-1] ** -0.5)
+        setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+    return module
+
+
+def routing(tokens: int, experts: int, top_k: int, skew: str) -> torch.Tensor:
+    scores = torch.rand(tokens, experts, device=device())
+    if skew == "one":
+        scores[:, :top_k] += 1
+    elif skew == "zipf":
+        scores = scores.log() * torch.arange(1, experts + 1, device=device())
+    return scores.topk(top_k, dim=1).indices
+
+
+def ours(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    options: dict[str, Any] = {}
+    if hasattr(module, "gate_up_proj_bias"):
+        options = dict(
+            gate_up_bias=module.gate_up_proj_bias, down_bias=module.down_proj_bias, activation="gpt_oss",
+            layout="interleaved",
+        )  # fmt: skip
+    return moe_experts(hidden, ids, weights, module.gate_up_proj, module.down_proj, **options)
+
+
+def exact(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """In float64, one expert after the other."""
+    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+    for e in ids.unique().tolist():
+        token, slot = torch.where(ids == e)
+        one = SimpleNamespace(
+            **{name: value[e : e + 1].double() for name, value in module.named_parameters()},
+        )
+        rows = ours(one, hidden[token].double(), torch.zeros_like(token)[:, None], weights[token, slot, None].double())
+        out.index_add_(0, token, rows)
+    return out
+
+
+def make(family: str, tokens: int, dtype: torch.dtype, skew: str = "even") -> Work:
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+    shape = MODELS[NAMES[family]]
+    module = layer(family, dtype, shape.experts)
+    hidden = torch.randn(tokens, shape.hidden, device=device()).to(dtype)
+    ids = routing(tokens, shape.experts, shape.top_k, skew)
+    weights = torch.rand(ids.shape, device=device()).to(dtype)
+    arguments = (module, hidden, ids, weights)
+    variants = {
+        "ours": torch.no_grad()(lambda: ours(*arguments)),
+        "eager": torch.no_grad()(lambda: module(hidden, ids, weights)),
+        "grouped_mm": torch.no_grad()(lambda: grouped_mm_experts_forward(*arguments)),
+    }
+    if tokens == 1:
+        variants["batched_mm"] = torch.no_grad()(lambda: batched_mm_experts_forward(*arguments))
+    return Work(variants, truth=torch.no_grad()(lambda: exact(*arguments)))
+
+
+def make_training(tokens: int, experts: int, dtype: torch.dtype) -> Work:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    shape = MODELS[NAMES["qwen3_moe"]]
+    module = layer("qwen3_moe", dtype, experts).requires_grad_()
+    hidden = torch.randn(tokens, shape.hidden, device=device()).to(dtype).requires_grad_()
+    ids = routing(tokens, experts, shape.top_k, "even")
+    weights = torch.rand(ids.shape, device=device()).to(dtype).requires_grad_()
+    grad = torch.randn(hidden.shape, device=device()).to(dtype)
+    inputs = (hidden, weights, module.gate_up_proj, module.down_proj)
+
+    def step(forward: Any) -> Any:
+        return lambda: backward(forward(module, hidden, ids, weights), inputs, grad)
+
+    def truth() -> Any:
+        double = [t.detach().double().requires_grad_() for t in inputs]
+        out = moe_experts(double[0], ids, double[1], double[2], double[3], backend="reference")
+        return backward(out, double, grad.double())
+
+    variants = {"ours": step(ours), "eager": step(type(module).forward), "grouped_mm": step(grouped_mm_experts_forward)}
+    return Work(variants, truth=truth)
+
+
+def make_routing(tokens: int) -> Work:
+    shape = MODELS[NAMES["qwen3_moe"]]
+    logits = torch.randn(tokens, shape.experts, device=device())
+
+    def fused() -> torch.Tensor:
+        ids, weights = moe_routing(logits, shape.top_k, renormalize=True)
+        return moe_dispatch(ids, shape.experts).offsets, weights
+
+    def plain() -> torch.Tensor:
+        weights, ids = torch.topk(logits.softmax(-1, dtype=torch.float), shape.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        sorted_ids, order = torch.sort(ids.reshape(-1))
+        counts = torch.histc(sorted_ids.float(), bins=shape.experts, min=0, max=shape.experts - 1)
+        torch.empty_like(order)[order] = torch.arange(order.shape[0], device=device())
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), weights
+
+    def truth() -> Any:
+        ids, weights = moe_routing(logits.double(), shape.top_k, renormalize=True, backend="reference")
+        return moe_dispatch(ids, shape.experts, backend="reference").offsets.double(), weights
+
+    return Work({"ours": fused, "eager": plain}, truth=truth)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for family in ("qwen3_moe",) if quick else ("qwen3_moe", "gpt_oss"):
+        shape = MODELS[NAMES[family]]
+        matrix = 3 * shape.hidden * shape.intermediate
+        for dtype in (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16):
+            for tokens, skew in ((1, "even"), (64, "even"), (320, "even"), (320, "one"), (320, "zipf"), (3400, "even")):
+                if quick and (tokens > 64 or skew != "even"):
+                    continue
+                touched = shape.top_k if skew == "one" else min(shape.experts, shape.top_k * tokens)
+                name = str(dtype).removeprefix("torch.")
+                yield Case(
+                    "moe_experts",
+                    f"{NAMES[family]} tokens={tokens} {skew} {name}",
+                    {"model": NAMES[family], "tokens": tokens, "routing": skew, "dtype": name},
+                    lambda f=family, t=tokens, d=dtype, s=skew: make(f, t, d, s),
+                    bytes=touched * matrix * dtype.itemsize,
+                    flops=2 * tokens * shape.top_k * matrix,
+                    dtype=dtype,
+                    seconds=12.0 if tokens > 1000 else 6.0,
+                )
+    shape = MODELS[NAMES["qwen3_moe"]]
+    matrix = 3 * shape.hidden * shape.intermediate
+    for tokens, experts in ((256, 16),) if quick else ((256, 16), (1700, 16)):
+        yield Case(
+            "moe_experts",
+            f"forward + backward, {experts} experts, tokens={tokens} float32",
+            {"tokens": tokens, "experts": experts},
+            lambda t=tokens, e=experts: make_training(t, e, torch.float32),
+            flops=6 * tokens * shape.top_k * matrix,
+        )
+    for tokens in (320,) if quick else (1, 320, 3400):
+        yield Case(
+            "moe_routing",
+            f"routing and dispatch tokens={tokens}",
+            {"tokens": tokens},
+            lambda t=tokens: make_routing(t),
+            bytes=tokens * shape.experts * 4,
+        )
