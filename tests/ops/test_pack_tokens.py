@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ivl_kernels import _dispatch
 from ivl_kernels.ops import pack_tokens
 from ivl_kernels.testing import poisoned
+from ivl_kernels.testing.shipped import shipped_compaction
 
 BACKENDS = backends("native", "cuda", "reference")
 TOKEN, PAD = 7, 11
@@ -267,3 +268,18 @@ def test_counters():
     # A warp stores 32 bools to one sector: that is all the bytes it has.
     assert write.store_efficiency > 0.9 and scan.store_efficiency > 0.75
     assert all(report.shared_races == 0 for report in log)
+
+
+@BACKENDS
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_the_released_compaction(backend, seed):
+    """Ids and kept tokens of the shipped code, which takes a batch of one."""
+    torch.manual_seed(seed)
+    ids, _ = example((4,))
+    ids = torch.cat([ids, ids[:, : 5 + 512]], 1)
+    compress = torch.rand(6) < 0.5
+    _, kept_ids, keep = shipped_compaction(torch.zeros(ids.shape[1], 1), ids[0], compress, TOKEN)
+    packed = pack_tokens(ids, compress, TOKEN, backend=backend)
+    assert torch.equal(packed.ids[0], kept_ids) and torch.equal(packed.keep[0], keep)
+    assert torch.equal(packed.kept[0], keep.nonzero().squeeze(1))
+    assert packed.attention_mask.min() == 1 and torch.equal(packed.position_ids[0], torch.arange(len(kept_ids)))
