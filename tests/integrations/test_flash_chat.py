@@ -260,3 +260,21 @@ def test_refused_structures():
     assert row.state == "refused" and "mlp2" in row.detail
     with pytest.raises(TypeError, match="flash_forward"):
         ivl_kernels.patch(chat_model("hub", flash=FLASH), flash_forward="packed")
+
+
+def test_each_tile_is_projected_once_into_place(monkeypatch):
+    model, batch = model_and(((5,),))
+    calls, real = [], ivl_kernels.ops.pixel_shuffle_mlp
+
+    def record(*args, **options):
+        calls.append(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(ivl_kernels.ops, "pixel_shuffle_mlp", record)
+    monkeypatch.setattr(model.mlp1, "forward", None)
+    monkeypatch.setattr(model.mlp2, "forward", None)
+    ivl_kernels.patch(model)
+    model.generate(**batch, **GREEDY)
+    assert [call["merge"] for call in calls] == [2, 4]
+    assert sorted(torch.cat([call["tile_indices"] for call in calls]).tolist()) == [0, 1, 2, 3, 4]
+    assert calls[0]["out"].data_ptr() == calls[1]["out"].data_ptr()
