@@ -168,6 +168,7 @@ SHAPES = [
     dict(tokens=50, width=96, inner=160, experts=3),
     dict(tokens=26, width=48, inner=40, experts=4),
     dict(tokens=33, width=65, inner=33, experts=3, top_k=3, skew="zipf"),
+    dict(tokens=90, width=64, inner=64, experts=2, top_k=2),
     dict(tokens=700, width=64, inner=96, experts=2, top_k=1, skew="one"),
 ]
 
@@ -278,6 +279,38 @@ def test_opcheck(backend, gpt_oss):
     torch.library.opcheck(
         torch.ops.ivl.moe_experts_backward.default, (case.hidden, *tensors, pre, *options, needs, backend)
     )
+
+
+@backends("native", "reference")
+def test_opcheck_list(backend):
+    case = make()
+    permutation, inverse, _, offsets, _ = torch.ops.ivl.moe_dispatch(case.ids, 5, 0, "reference")
+    lists = [[t.clone() for t in part] for part in (*case.gate_up.chunk(2, dim=1), case.down)]
+    tensors = (case.hidden, case.weights, permutation, inverse, offsets, *lists)
+    torch.library.opcheck(torch.ops.ivl.moe_experts_list.default, (*tensors, True, backend))
+    _, pre = torch.ops.ivl.moe_experts_list(*tensors, True, "reference")
+    needs = [True, True, False, True]
+    torch.library.opcheck(torch.ops.ivl.moe_experts_list_backward.default, (case.hidden, *tensors, pre, needs, backend))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(gate=[]), ValueError, "gate, up, down: got 0, 5 and 5 matrices"),
+        (
+            dict(up=[torch.zeros(16, 24)] * 4 + [torch.zeros(16, 23)]),
+            ValueError,
+            r"up\[4\]: .*expected shape \[16, 24\]",
+        ),
+        (dict(down=[torch.zeros(24, 16).bfloat16()] * 5), TypeError, r"down\[0\]: .*expected the dtype of hidden"),
+    ],
+)
+def test_wrong_list(change, error, message):
+    case = make()
+    gate, up = (list(part) for part in case.gate_up.chunk(2, dim=1))
+    arguments = dict(gate=gate, up=up, down=list(case.down)) | change
+    with pytest.raises(error, match=message):
+        moe_experts_list(case.hidden, case.ids, case.weights, **arguments)
 
 
 @BACKENDS

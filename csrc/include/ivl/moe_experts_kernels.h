@@ -17,6 +17,7 @@ constexpr int64_t kHalf = kPanel / 2;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kDotRows = kLanes == 16 ? 6 : 4, kDotColumns = kLanes == 16 ? 4 : 2;
 constexpr int64_t kStreamRows = 4;
+constexpr int64_t kAhead = 8;                      // rows of column panels to prefetch
 
 // --- sources of weights: a panel of columns of one expert's matrix ---------------------------------------------------
 
@@ -175,6 +176,9 @@ void pack_row(const ColumnPanel<T>& from, const T* row, float* to) {
 template <class A, class T>
 void pack(const ColumnPanel<T>& from, int64_t k, int64_t depth, float* to) {
   const T* row = from.data + k * from.stride;
+  for (int64_t i = 0; i < depth; ++i)  // long strides are beyond the hardware's prefetchers
+    for (int64_t j = 0; j < kPanel; j += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(row + (i + kAhead) * from.stride + j);
   if constexpr (std::is_same_v<A, bfloat16>) {
     for (int64_t i = 0; i < depth; i += 2, row += 2 * from.stride, to += kPanel) {
       alignas(64) float pair[2][kPanel];
@@ -359,19 +363,20 @@ void stream_rows(int64_t rows, const float* const* a, const T* w, int64_t stride
 
 // --- a product of some rows with a group of panels ---------------------------------------------------------------------
 
-constexpr int64_t kDotLimit = 24;  // rows up to which dot products beat packing
+constexpr int64_t kDotLimit = 64;  // rows up to which dot products beat packing
 
-// Packed: weights [kDepth, panels * kPanel] float32 and sums [chunk, panels * kPanel] together fit the L2 cache.
+// Packed weights [depth, panels * kPanel] and sums [chunk, panels * kPanel] together fit the L2 cache; `step` rows of
+// a panel are packed before the next panel's.
 struct Blocking {
-  int64_t depth, chunk;
+  int64_t depth, chunk, step;
 };
 template <class T>
 constexpr Blocking blocking(const RowPanel<T>*) {
-  return {1024, 512};
+  return {1024, 512, 1024};
 }
 template <class T>
 constexpr Blocking blocking(const ColumnPanel<T>*) {
-  return {256, 256};
+  return {256, 256, 2};
 }
 
 // Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
@@ -388,7 +393,12 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
     const int64_t here = std::min(chunk, count - first), tiles = (here + kTileRows - 1) / kTileRows;
     for (int64_t k = 0; k < depth; k += block.depth) {
       const int64_t deep = std::min(block.depth, depth - k), units = deep / unit;
-      for (int64_t p = 0; p < panels; ++p) pack<A>(source(p), k, deep, packed.get() + p * units * kPanel);
+      // Some rows of every panel at a time: of column panels those are neighbours in memory.
+      for (int64_t i = 0; i < deep; i += block.step) {
+        const int64_t step = std::min(block.step, deep - i);
+        for (int64_t p = 0; p < panels; ++p)
+          pack<A>(source(p), k + i, step, packed.get() + (p * units + i / unit) * kPanel);
+      }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t begin = here * tile / tiles, size = here * (tile + 1) / tiles - begin;
         const float* a[kTileRows];
@@ -520,7 +530,6 @@ struct ForwardCall {
   ExpertShape shape;
   ExpertOptions options;
   const ExpertWeights<T>& experts;
-  const int32_t* offsets;
   const A* const* inputs;  // by sorted row
   A* active;               // [slots, I]
   T* pre;
@@ -617,7 +626,7 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
     inputs[row] = hidden + tokens[row] * width;
     actives[row] = active.get() + row * inner;
   }
-  const ForwardCall<T, A> call{shape, options, experts, offsets, inputs.get(), active.get(), pre};
+  const ForwardCall<T, A> call{shape, options, experts, inputs.get(), active.get(), pre};
 
   constexpr int64_t kTaskRows = 2048;
   std::vector<UpTask> tasks;
