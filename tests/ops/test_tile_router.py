@@ -515,3 +515,35 @@ def test_mask_and_empty():
 def test_wrong_decision_input(change, error, message):
     with pytest.raises(error, match=message):
         select_tiles(**{"scores": torch.rand(3), **change})
+
+
+AOT_SHAPES = [
+    (13, 1024, 1024, torch.bfloat16),
+    (2, 1024, 1024, torch.float32),
+    (5, 1024, 3200, torch.bfloat16),
+    (5, 1024, 3200, torch.float16),
+]
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120, "gfx942"])
+def test_triton_compiles_for(target, monkeypatch):
+    aot = pytest.importorskip("aot")
+    from ivl_kernels.ops.tile_router import triton as kernels
+
+    if target == "gfx942":
+        monkeypatch.setattr(kernels, "precision", lambda dtype: "ieee")
+    with aot.compiling(target) as log:
+        for tiles, rows, width, dtype in AOT_SHAPES:
+            z = torch.empty(tiles, rows + 1, width, dtype=dtype, device="meta")[:, 1:]
+            u = torch.empty(tiles, 16, width, device="meta")
+            kernels.tile_pool(z, u)
+            w = torch.empty(4 * width, width, dtype=dtype, device="meta")
+            kernels.few_rows_linear(torch.empty(tiles, 1, width, device="meta"), w, w[:, 0])
+            kernels.few_rows_linear_transposed(torch.empty(tiles, 16, width // 16, device="meta"), w[:width])
+    assert {c.kernel for c in log} == {
+        "pool_kernel", "combine_kernel", "scores_kernel", "weighted_sum_kernel", "linear_kernel",
+        "linear_transposed_kernel",
+    }  # fmt: skip
+    for compiled in log:
+        assert compiled.shared <= aot.SHARED_LIMIT[target], compiled.kernel
+        assert compiled.spills == 0 or target == "gfx942", (compiled.kernel, compiled.spills)
