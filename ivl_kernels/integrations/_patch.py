@@ -24,7 +24,7 @@ from .. import _library
 
 # The adapters, in the order in which they are applied: a later one wraps an earlier one. Each name is a module of
 # this package with an `ADAPTER`.
-ADAPTERS: tuple[str, ...] = ("native", "chat", "flash", "moe")
+ADAPTERS: tuple[str, ...] = ("native", "chat", "flash", "moe", "rope")
 
 ATTACHMENT = "_ivl"
 

@@ -22,6 +22,7 @@ from ..nn.flash import (
 )
 from ..ops import select_tiles
 from ._patch import Adapter, Editor, Feature, Site, note, serving
+from .rope import announce
 
 FORWARDS = (False, True, "unpadded")
 
@@ -94,6 +95,7 @@ def _problem(model: nn.Module) -> str:
 
 def _keep_routing(model: nn.Module, inputs: FlashInputs, ids: torch.Tensor, mask: Any, parts: FlashParts) -> None:
     note(model, "routing", Routing.of(inputs, ids, mask, parts))
+    announce(model, inputs.packed.ids, inputs.packed.attention_mask, inputs.compress)
 
 
 # --- remote code --------------------------------------------------------------------------------------------------
