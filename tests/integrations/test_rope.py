@@ -9,6 +9,7 @@ from models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, i
 from transformers import DynamicCache
 
 import ivl_kernels
+from ivl_kernels.integrations._patch import features as registered
 from ivl_kernels.ops import v2pe_position_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
@@ -17,7 +18,8 @@ BATCH = ((2,), (1, 1), ())
 
 
 def patch(model, **features):
-    return ivl_kernels.patch(model, **{**dict(projector=False, packing=False, rope=False), **features})
+    others = {n: False for n, f in registered().items() if n not in features and not f.option}
+    return ivl_kernels.patch(model, **others, **features)
 
 
 def only_rope(model):
