@@ -54,17 +54,16 @@ def _gated_backward(gate, up, grad, GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, 
 def _tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, GROUP: tl.constexpr):
     """This program's expert (E: nothing to do), first row, end row and column tile.
 
-    GROUP row tiles share the column tiles before the next GROUP starts: neighbours in time read the same weights.
+    GROUP row tiles go through the column tiles together: neighbours in time read the same weights. The grid is padded
+    to whole groups.
     """
     pid = tl.program_id(0)
-    group = pid // (GROUP * NUM_N)
     inside = pid % (GROUP * NUM_N)
-    size = tl.minimum(num_tiles - group * GROUP, GROUP)
-    t = group * GROUP + inside % size
-    expert = tl.load(tiles + 2 * t)
-    first = tl.load(tiles + 2 * t + 1)
+    t = pid // (GROUP * NUM_N) * GROUP + inside % GROUP
+    expert = tl.load(tiles + 2 * t, mask=t < num_tiles, other=E)
+    first = tl.load(tiles + 2 * t + 1, mask=t < num_tiles, other=0)
     end = tl.load(offsets + tl.minimum(expert + 1, E))
-    return expert, first, end, inside // size
+    return expert, first, end, inside // GROUP
 
 
 @triton.jit
@@ -81,25 +80,23 @@ def _mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.cons
 
 @triton.jit
 def _product(
-    a_rows, a_mask, w_columns, w_mask, k, STEP_K: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, N: tl.constexpr,
-    BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    a_rows, a_mask, w_columns, w_mask, EVEN: tl.constexpr, STEP_K: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    N: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BM, N] = a [BM, K] times w [K, N] in float32, from pointers to the first of each K."""
+    """[BM, N] = a [BM, K] times w [K, N] in float32, from pointers to the first of each K; EVEN: w_mask is all true."""
     SWAP: tl.constexpr = TALL and BM < 64
-    a = a_rows[:, None] + k[None, :]
-    w = w_columns[None, :] + k[:, None] * STEP_K
     acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
     for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        a = a_rows[:, None] + k[None, :]
+        w = w_columns[None, :] + k[:, None] * STEP_K
         if K % BK == 0:
             left = tl.load(a, mask=a_mask[:, None], other=0.0)
-            right = tl.load(w, mask=w_mask[None, :], other=0.0)
+            right = tl.load(w) if EVEN else tl.load(w, mask=w_mask[None, :], other=0.0)
         else:
-            live = k < K - start
-            left = tl.load(a, mask=a_mask[:, None] & live[None, :], other=0.0)
-            right = tl.load(w, mask=w_mask[None, :] & live[:, None], other=0.0)
+            left = tl.load(a, mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
+            right = tl.load(w, mask=w_mask[None, :] & (k < K)[:, None], other=0.0)
         acc = _mma(left, right, acc, SWAP, PRECISION, UPCAST)
-        a += BK
-        w += BK * STEP_K
     if SWAP:
         acc = tl.trans(acc)
     return acc
@@ -115,7 +112,6 @@ def _gate_up_tile(
     row = first + tl.arange(0, BM)
     live = row < end
     token = tl.load(permutation + row, mask=live, other=0) // TOP_K
-    k = tl.arange(0, BK)
     i = n * BN + tl.arange(0, BN)
     j = tl.arange(0, 2 * BN)
     both = (n * BN + j // 2) < I
@@ -124,7 +120,7 @@ def _gate_up_tile(
     STEP_J: tl.constexpr = H if CONCATENATED else 1
     STEP_K: tl.constexpr = 1 if CONCATENATED else 2 * I
     acc = _product(
-        x + token.to(tl.int64) * H, live, weights + column * STEP_J, both, k, STEP_K, H,
+        x + token.to(tl.int64) * H, live, weights + column * STEP_J, both, I % BN == 0, STEP_K, H,
         BM, 2 * BN, BK, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
@@ -179,12 +175,11 @@ def _rows_tile(
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
-    k = tl.arange(0, BK)
     column = n * BN + tl.arange(0, BN)
     inside = column < N
     weights = w + expert.to(tl.int64) * (K * N)
     acc = _product(
-        a + row.to(tl.int64) * K, live, weights + column * STEP_N, inside, k, STEP_K, K,
+        a + row.to(tl.int64) * K, live, weights + column * STEP_N, inside, N % BN == 0, STEP_K, K,
         BM, BN, BK, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
@@ -270,14 +265,13 @@ def _down_backward_tile(
     live = row < end
     flat = tl.load(permutation + row, mask=live, other=0)
     token = flat // TOP_K
-    k = tl.arange(0, BK)
     i = n * BN + tl.arange(0, BN)
     inside = i < I
     STEP_I: tl.constexpr = 1 if CONCATENATED else H
     STEP_H: tl.constexpr = I if CONCATENATED else 1
     acc = _product(
         grad + token.to(tl.int64) * H, live, w + expert.to(tl.int64) * (H * I) + i * STEP_I, inside,
-        k, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
+        I % BN == 0, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     mask = live[:, None] & inside[None, :]
     j = n * (2 * BN) + tl.arange(0, 2 * BN)
@@ -295,11 +289,11 @@ def _down_backward_tile(
     if bias is not None and n == 0:
         rows_in = grad + token.to(tl.int64)[:, None] * H
         for start in range(0, H, BK):
-            h = start + k
+            h = start + tl.arange(0, BK)
             from_out = tl.load(rows_in + h[None, :], mask=live[:, None] & (h < H)[None, :], other=0.0)
             column = tl.load(bias + expert * H + h, mask=h < H, other=0.0)
             share += tl.sum(from_out.to(tl.float32) * column.to(tl.float32)[None, :], 1)
-    tl.store(partial + n.to(tl.int64) * rows + flat, share, mask=live)
+    tl.store(partial + n.to(tl.int64) * rows + flat, share.to(partial.dtype.element_ty), mask=live)
     kind = grad_pre.dtype.element_ty
     if CONCATENATED:
         tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
@@ -321,7 +315,7 @@ def moe_down_backward_kernel(
     pre,  # [rows, 2I]
     weighted,  # [rows, I], written: weight times activation; or None
     grad_pre,  # [rows, 2I], written
-    partial,  # [column tiles, rows], written: each tile's share of the gradient of the weights
+    partial,  # [column tiles, rows] by slot, written: each tile's share of the gradient of the weights
     permutation, offsets, tiles, rows, num_tiles,
     E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
     GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -415,7 +409,7 @@ def moe_combine_backward_kernel(
     y,  # [rows, H]: gradient of each row's token; or None
     inverse, offsets,
     out,  # [S, H], written
-    partial,  # [NUM_PARTIAL, S * TOP_K]
+    partial,  # [NUM_PARTIAL, S * TOP_K]; NUM_PARTIAL 0: the gradients of rows with an expert are already written
     grad_weights,  # [S, TOP_K], written, or None
     S, E: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, NUM_PARTIAL: tl.constexpr, BT: tl.constexpr,
     BH: tl.constexpr,
@@ -431,7 +425,8 @@ def moe_combine_backward_kernel(
             total = tl.zeros([BT], dtype=tl.float32)
             for n in range(NUM_PARTIAL):
                 total += tl.load(partial + n * (S.to(tl.int64) * TOP_K) + at, mask=served, other=0.0)
-            tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=s < S)
+            mask = (s < S) & ((NUM_PARTIAL > 0) | (served == 0))
+            tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=mask)
 
 
 def capability(tensor: torch.Tensor) -> int:
@@ -449,24 +444,26 @@ SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
 SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
 
 
-def _pipeline(rows: int, columns: int, itemsize: int, target: int) -> tuple[int, int]:
-    """Depth of the K step and number of stages that fit into shared memory."""
+def _pipeline(rows: int, columns: int, steps: int, itemsize: int, target: int) -> tuple[int, int]:
+    """Depth of a step along K and number of stages: as deep as shared memory and the length of K give reason to."""
     depth = 128 // itemsize
     limit = SHARED.get(target, SHARED_SMALL)
-    while True:
-        stages = limit // ((rows + columns) * depth * itemsize)
-        if stages >= 2 or depth == 16:
-            return depth, 2 if target == 0 else max(1, min(4, stages))
+    while depth > 16 and 2 * (rows + columns) * depth * itemsize > limit:
         depth //= 2
+    stages = limit // ((rows + columns) * depth * itemsize)
+    return depth, 2 if target == 0 else max(1, min(4, stages, max(2, steps // depth // 2)))
 
 
-def gemm_config(rows: int, tiles: int, columns: int, itemsize: int, target: int, *, pairs: bool = False) -> dict:
+def gemm_config(
+    rows: int, tiles: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False
+) -> dict:
     """Tile sizes of a grouped GEMM.
 
     Args:
         rows: rows of a tile.
         tiles: tiles with work, about.
         columns: columns of the result; gate and up count as one column when `pairs`.
+        inner: length of the sums.
         itemsize: bytes of an element.
         target: `capability`.
     """
@@ -477,18 +474,19 @@ def gemm_config(rows: int, tiles: int, columns: int, itemsize: int, target: int,
     # Decode: a column tile for every multiprocessor rather than reuse of the rows.
     while rows == 16 and width > 32 and tiles * -(-columns * wide // width) < 256:
         width //= 2
-    warps = 8 if rows * width >= 64 * 256 else 4
-    depth, stages = _pipeline(rows, width, itemsize, target)
+    warps = 8 if rows * width > 64 * 256 else 4
+    depth, stages = _pipeline(rows, width, inner, itemsize, target)
     return dict(BM=rows, BN=width // wide, BK=depth, GROUP=8, num_warps=warps, num_stages=stages)
 
 
 def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> dict:
+    """Tile sizes of the weight gradients: BR rows a step, and no pipeline where an expert has only a step or two."""
     mean = slots / experts
     side = 128 if itemsize < 4 else 64
     depth = 16 if mean <= 16 else 32 if mean <= 64 or itemsize == 4 else 64
     limit = SHARED.get(target, SHARED_SMALL)
-    stages = 2 if target == 0 else max(2, min(3, limit // (2 * side * depth * itemsize)))
-    return dict(BR=depth, BP=side, BG=side, num_warps=8 if side == 128 else 4, num_stages=stages)
+    stages = 1 if mean <= 2 * depth else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
+    return dict(BR=depth, BP=side, BG=side, num_warps=4, num_stages=stages)
 
 
 def flags(itemsize: int, target: int) -> dict:
@@ -498,9 +496,11 @@ def flags(itemsize: int, target: int) -> dict:
     return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
 
 
-def _combine_config(columns: int) -> dict:
-    width = min(triton.next_power_of_2(columns), 1024)
-    return dict(BT=1024 // width, BH=width, num_warps=4, enable_fp_fusion=True)
+def combine_config(tokens: int, columns: int) -> dict:
+    """Few tokens: one warp a program, so that there are enough programs."""
+    few = tokens * columns < 64 * 2048
+    width = min(triton.next_power_of_2(columns), 256 if few else 1024)
+    return dict(BT=(256 if few else 2048) // width, BH=width, num_warps=1 if few else 4, enable_fp_fusion=True)
 
 
 def _plan(slots: int, experts: int) -> tuple[int, int, int]:
@@ -508,6 +508,10 @@ def _plan(slots: int, experts: int) -> tuple[int, int, int]:
     rows = tile_rows(slots, experts)
     some = min(experts, slots)
     return rows, (slots + (rows - 1) * some) // rows, max(some, slots // rows)
+
+
+def _grid(num_tiles: int, columns: int, config: dict) -> tuple[int]:
+    return (triton.cdiv(num_tiles, config["GROUP"]) * config["GROUP"] * triton.cdiv(columns, config["BN"]),)
 
 
 def moe_experts(
@@ -538,19 +542,19 @@ def moe_experts(
     rows, num_tiles, busy = _plan(S * K, E)
     common = flags(size, target) | dict(E=E, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
-    config = gemm_config(rows, busy, I, size, target, pairs=True)
-    moe_gate_up_kernel[(num_tiles * triton.cdiv(I, config["BN"]),)](
+    config = gemm_config(rows, busy, I, H, size, target, pairs=True)
+    moe_gate_up_kernel[_grid(num_tiles, I, config)](
         hidden, gate_up, gate_up_bias, act, pre if keep else None, permutation, offsets, tiles, num_tiles, H=H, I=I,
         TOP_K=K, CONCATENATED=concatenated, GPT_OSS=activation == "gpt_oss", ALPHA=alpha, LIMIT=limit, **config,
         **common,
     )  # fmt: skip
     y = hidden.new_empty(S * K, H)
-    config = gemm_config(rows, busy, H, size, target)
-    moe_rows_kernel[(num_tiles * triton.cdiv(H, config["BN"]),)](
+    config = gemm_config(rows, busy, H, I, size, target)
+    moe_rows_kernel[_grid(num_tiles, H, config)](
         act, down, down_bias, y, offsets, tiles, num_tiles, K=I, N=H, STEP_K=1 if concatenated else H,
         STEP_N=I if concatenated else 1, **config, **common,
     )  # fmt: skip
-    config = _combine_config(H)
+    config = combine_config(S, H)
     moe_combine_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
         y, weights, inverse, offsets, out, S, E=E, H=H, TOP_K=K, **config
     )
@@ -599,12 +603,13 @@ def moe_experts_backward(
     gemm = common | dict(E=E, TALL=target >= 90)
     need_up, need_down = needs[2] or needs[4], needs[3] or needs[5]
 
-    config = gemm_config(rows, busy, I, size, target)
+    config = gemm_config(rows, busy, I, H, size, target)
     column_tiles = triton.cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None
-    partial = weights.new_empty(column_tiles, S * K, dtype=torch.float32)
-    moe_down_backward_kernel[(num_tiles * column_tiles,)](
+    direct = column_tiles == 1 and needs[1]
+    partial = grad_weights if direct else weights.new_empty(column_tiles, S * K, dtype=torch.float32)
+    moe_down_backward_kernel[_grid(num_tiles, I, config)](
         grad, down, down_bias, weights, pre, weighted, grad_pre, partial, permutation, offsets, tiles, S * K, num_tiles,
         H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=activation == "gpt_oss", ALPHA=alpha, LIMIT=limit,
         **config, **gemm,
@@ -623,14 +628,14 @@ def moe_experts_backward(
         expanded = None
         if needs[0]:
             expanded = hidden.new_empty(S * K, H)
-            config = gemm_config(rows, busy, H, size, target)
-            moe_rows_kernel[(num_tiles * triton.cdiv(H, config["BN"]),)](
+            config = gemm_config(rows, busy, H, 2 * I, size, target)
+            moe_rows_kernel[_grid(num_tiles, H, config)](
                 grad_pre, gate_up, None, expanded, offsets, tiles, num_tiles, K=2 * I, N=H,
                 STEP_K=H if concatenated else 1, STEP_N=1 if concatenated else 2 * I, **config, **gemm,
             )  # fmt: skip
-        config = _combine_config(H)
+        config = combine_config(S, H)
         moe_combine_backward_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
             expanded, inverse, offsets, grad_hidden, partial, grad_weights if needs[1] else None, S, E=E, H=H, TOP_K=K,
-            NUM_PARTIAL=column_tiles, **config,
+            NUM_PARTIAL=0 if direct else column_tiles, **config,
         )  # fmt: skip
     return results
