@@ -103,6 +103,35 @@ def _product(
 
 
 @triton.jit
+def _halves(acc):
+    """The left and right half of the columns: an epilogue on half a tile at a time needs half the registers."""
+    HALF: tl.constexpr = acc.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), [0, 2, 1]))
+
+
+@triton.jit
+def _gate_up_store(
+    acc, act, pre, row, live, first, I: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The activation of interleaved (gate, up) columns, the first of which belongs to column `first` of I."""
+    BN: tl.constexpr = acc.shape[1] // 2
+    gate, up = tl.split(tl.reshape(acc, [acc.shape[0], BN, 2]))
+    i = first + tl.arange(0, BN)
+    mask = live[:, None] & (i < I)[None, :]
+    if pre is not None:
+        rows = pre + row.to(tl.int64)[:, None] * (2 * I)
+        if CONCATENATED:
+            tl.store(rows + i[None, :], gate.to(pre.dtype.element_ty), mask=mask)
+            tl.store(rows + I + i[None, :], up.to(pre.dtype.element_ty), mask=mask)
+        else:
+            j = 2 * first + tl.arange(0, 2 * BN)
+            tl.store(rows + j[None, :], acc.to(pre.dtype.element_ty), mask=live[:, None] & (j < 2 * I)[None, :])
+    value = _gated(gate, up, GPT_OSS, ALPHA, LIMIT)
+    tl.store(act + row.to(tl.int64)[:, None] * I + i[None, :], value.to(act.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _gate_up_tile(
     x, w, bias, act, pre, permutation, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
@@ -112,7 +141,6 @@ def _gate_up_tile(
     row = first + tl.arange(0, BM)
     live = row < end
     token = tl.load(permutation + row, mask=live, other=0) // TOP_K
-    i = n * BN + tl.arange(0, BN)
     j = tl.arange(0, 2 * BN)
     both = (n * BN + j // 2) < I
     weights = w + expert.to(tl.int64) * (2 * I * H)
@@ -125,17 +153,12 @@ def _gate_up_tile(
     )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + expert * (2 * I) + column, mask=both, other=0.0).to(tl.float32)[None, :]
-    gate, up = tl.split(tl.reshape(acc, [BM, BN, 2]))
-    mask = live[:, None] & (i < I)[None, :]
-    if pre is not None:
-        rows = pre + row.to(tl.int64)[:, None] * (2 * I)
-        if CONCATENATED:
-            tl.store(rows + i[None, :], gate.to(pre.dtype.element_ty), mask=mask)
-            tl.store(rows + I + i[None, :], up.to(pre.dtype.element_ty), mask=mask)
-        else:
-            tl.store(rows + column[None, :], acc.to(pre.dtype.element_ty), mask=live[:, None] & both[None, :])
-    value = _gated(gate, up, GPT_OSS, ALPHA, LIMIT)
-    tl.store(act + row.to(tl.int64)[:, None] * I + i[None, :], value.to(act.dtype.element_ty), mask=mask)
+    if BM * BN >= 64 * 128:
+        left, right = _halves(acc)
+        _gate_up_store(left, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+        _gate_up_store(right, act, pre, row, live, n * BN + BN // 2, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+    else:
+        _gate_up_store(acc, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -255,6 +278,39 @@ def _combine_tile(
 
 
 @triton.jit
+def _down_backward_store(
+    acc, weight, pre, weighted, grad_pre, row, live, first, I: tl.constexpr, CONCATENATED: tl.constexpr,
+    GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the activation without the weight; returns these columns' share of the weight's gradient."""
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    kind = grad_pre.dtype.element_ty
+    i = first + tl.arange(0, BN)
+    mask = live[:, None] & (i < I)[None, :]
+    j = 2 * first + tl.arange(0, 2 * BN)
+    both = live[:, None] & (j < 2 * I)[None, :]
+    at = row.to(tl.int64)[:, None] * (2 * I)
+    if CONCATENATED:
+        gate = tl.load(pre + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(pre + at + I + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        pair = tl.load(pre + at + j[None, :], mask=both, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(pair, [BM, BN, 2]))
+    value, grad_gate, grad_up = _gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
+    if CONCATENATED:
+        tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
+        tl.store(grad_pre + at + I + i[None, :], grad_up.to(kind), mask=mask)
+    else:
+        pair = tl.reshape(tl.join(grad_gate, grad_up), [BM, 2 * BN])
+        tl.store(grad_pre + at + j[None, :], pair.to(kind), mask=both)
+    if weighted is not None:
+        at = weighted + row.to(tl.int64)[:, None] * I + i[None, :]
+        tl.store(at, (value * weight[:, None]).to(kind), mask=mask)
+    return tl.sum(acc * value, 1)
+
+
+@triton.jit
 def _down_backward_tile(
     grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
@@ -273,19 +329,19 @@ def _down_backward_tile(
         grad + token.to(tl.int64) * H, live, w + expert.to(tl.int64) * (H * I) + i * STEP_I, inside,
         I % BN == 0, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
     )  # fmt: skip
-    mask = live[:, None] & inside[None, :]
-    j = n * (2 * BN) + tl.arange(0, 2 * BN)
-    both = live[:, None] & (j < 2 * I)[None, :]
-    at = row.to(tl.int64)[:, None] * (2 * I)
-    if CONCATENATED:
-        gate = tl.load(pre + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre + at + I + i[None, :], mask=mask, other=0.0).to(tl.float32)
-    else:
-        pair = tl.load(pre + at + j[None, :], mask=both, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(pair, [BM, BN, 2]))
     weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
-    value, grad_gate, grad_up = _gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
-    share = tl.sum(acc * value, 1)
+    if BM * BN >= 64 * 128:
+        left, right = _halves(acc)
+        share = _down_backward_store(
+            left, weight, pre, weighted, grad_pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
+        )
+        share += _down_backward_store(
+            right, weight, pre, weighted, grad_pre, row, live, n * BN + BN // 2, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
+        )
+    else:
+        share = _down_backward_store(
+            acc, weight, pre, weighted, grad_pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
+        )
     if bias is not None and n == 0:
         rows_in = grad + token.to(tl.int64)[:, None] * H
         for start in range(0, H, BK):
@@ -294,16 +350,6 @@ def _down_backward_tile(
             column = tl.load(bias + expert * H + h, mask=h < H, other=0.0)
             share += tl.sum(from_out.to(tl.float32) * column.to(tl.float32)[None, :], 1)
     tl.store(partial + n.to(tl.int64) * rows + flat, share.to(partial.dtype.element_ty), mask=live)
-    kind = grad_pre.dtype.element_ty
-    if CONCATENATED:
-        tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
-        tl.store(grad_pre + at + I + i[None, :], grad_up.to(kind), mask=mask)
-    else:
-        pair = tl.reshape(tl.join(grad_gate, grad_up), [BM, 2 * BN])
-        tl.store(grad_pre + at + j[None, :], pair.to(kind), mask=both)
-    if weighted is not None:
-        at = weighted + row.to(tl.int64)[:, None] * I + i[None, :]
-        tl.store(at, (value * weight[:, None]).to(kind), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "num_tiles"])
@@ -486,7 +532,7 @@ def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> 
     depth = 16 if mean <= 16 else 32 if mean <= 64 or itemsize == 4 else 64
     limit = SHARED.get(target, SHARED_SMALL)
     stages = 1 if mean <= 2 * depth else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
-    return dict(BR=depth, BP=side, BG=side, num_warps=4, num_stages=stages)
+    return dict(BR=depth, BP=side, BG=side, num_warps=4 if stages == 1 else 8, num_stages=stages)
 
 
 def flags(itemsize: int, target: int) -> dict:
@@ -603,7 +649,7 @@ def moe_experts_backward(
     gemm = common | dict(E=E, TALL=target >= 90)
     need_up, need_down = needs[2] or needs[4], needs[3] or needs[5]
 
-    config = gemm_config(rows, busy, I, H, size, target)
+    config = gemm_config(rows, busy, I, H, size, target, pairs=True)
     column_tiles = triton.cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None

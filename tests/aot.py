@@ -1,0 +1,92 @@
+"""Ahead-of-time compilation: inside `compiling(target)`, launches of Triton kernels compile for a GPU that is not here.
+
+Launchers may be given meta tensors of any size; nothing runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from unittest import mock
+
+from ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
+
+TARGETS = (80, 90, 100, 120, "gfx942")
+# Shared memory a block can have, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass
+class Compiled:
+    """One compiled launch; `asm` is PTX or AMD assembly, `spills` in bytes (AMD: registers)."""
+
+    kernel: str
+    asm: str
+    shared: int
+    registers: int
+    spills: int
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.asm))
+
+
+def _signature(fn, bound):
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(fn.params):
+        value = bound[parameter.name]
+        specialize = not getattr(parameter, "do_not_specialize", False)
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif hasattr(value, "dtype"):
+            signature[parameter.name] = "*" + TRITON_DTYPES[str(value.dtype).removeprefix("torch.")]
+            if specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool | float):
+            signature[parameter.name] = "u1" if isinstance(value, bool) else "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialize and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_kernel(fn, target, *args, **kwargs) -> Compiled:
+    """Compile `fn[grid](*args, **kwargs)` for a compute capability or a gfx name."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = [p.name for p in fn.params]
+    options = {k: v for k, v in kwargs.items() if k in OPTION_KEYS and k not in names}
+    bound = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
+    signature, constants, attributes = _signature(fn, bound)
+    amd = isinstance(target, str)
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", target, 32)
+    compiled = compile(
+        ASTSource(fn, signature=signature, constexprs=constants, attrs=attributes), target=gpu, options=options
+    )
+    shared = compiled.metadata.shared
+    if amd:
+        asm = compiled.asm["amdgcn"]
+        found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", asm)}
+        spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        return Compiled(fn.__name__, asm, shared, found["vgpr_count"], spills)
+    asm = compiled.asm["ptx"]
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    (used,) = resources(asm, ptxas=get_ptxas(target).path).values()
+    return Compiled(fn.__name__, asm, shared, used["registers"], used["spill_stores"] + used["spill_loads"])
+
+
+@contextlib.contextmanager
+def compiling(target):
+    """Yields the list of `Compiled`, one a launch."""
+    from triton.runtime.jit import JITFunction
+
+    log: list[Compiled] = []
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        log.append(compile_kernel(self, target, *args, **kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield log
