@@ -111,24 +111,35 @@ def _halves(acc):
 
 @triton.jit
 def _gate_up_store(
-    acc, act, pre, row, live, first, I: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
+    acc, bias, act, pre, row, live, first, I: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """The activation of interleaved (gate, up) columns, the first of which belongs to column `first` of I."""
     BN: tl.constexpr = acc.shape[1] // 2
-    gate, up = tl.split(tl.reshape(acc, [acc.shape[0], BN, 2]))
-    i = first + tl.arange(0, BN)
-    mask = live[:, None] & (i < I)[None, :]
-    if pre is not None:
-        rows = pre + row.to(tl.int64)[:, None] * (2 * I)
-        if CONCATENATED:
-            tl.store(rows + i[None, :], gate.to(pre.dtype.element_ty), mask=mask)
-            tl.store(rows + I + i[None, :], up.to(pre.dtype.element_ty), mask=mask)
-        else:
-            j = 2 * first + tl.arange(0, 2 * BN)
-            tl.store(rows + j[None, :], acc.to(pre.dtype.element_ty), mask=live[:, None] & (j < 2 * I)[None, :])
-    value = _gated(gate, up, GPT_OSS, ALPHA, LIMIT)
-    tl.store(act + row.to(tl.int64)[:, None] * I + i[None, :], value.to(act.dtype.element_ty), mask=mask)
+    if acc.shape[0] * BN >= 64 * 128:
+        left, right = _halves(acc)
+        middle = first + BN // 2
+        _gate_up_store(left, bias, act, pre, row, live, first, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+        _gate_up_store(right, bias, act, pre, row, live, middle, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+    else:
+        j = tl.arange(0, 2 * BN)
+        both = 2 * first + j < 2 * I
+        if bias is not None:
+            column = (j % 2) * I + first + j // 2 if CONCATENATED else 2 * first + j
+            acc += tl.load(bias + column, mask=both, other=0.0).to(tl.float32)[None, :]
+        gate, up = tl.split(tl.reshape(acc, [acc.shape[0], BN, 2]))
+        i = first + tl.arange(0, BN)
+        mask = live[:, None] & (i < I)[None, :]
+        if pre is not None:
+            rows = pre + row.to(tl.int64)[:, None] * (2 * I)
+            if CONCATENATED:
+                tl.store(rows + i[None, :], gate.to(pre.dtype.element_ty), mask=mask)
+                tl.store(rows + I + i[None, :], up.to(pre.dtype.element_ty), mask=mask)
+            else:
+                at = rows + (2 * first + j)[None, :]
+                tl.store(at, acc.to(pre.dtype.element_ty), mask=live[:, None] & both[None, :])
+        value = _gated(gate, up, GPT_OSS, ALPHA, LIMIT)
+        tl.store(act + row.to(tl.int64)[:, None] * I + i[None, :], value.to(act.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -142,7 +153,7 @@ def _gate_up_tile(
     live = row < end
     token = tl.load(permutation + row, mask=live, other=0) // TOP_K
     j = tl.arange(0, 2 * BN)
-    both = (n * BN + j // 2) < I
+    both = n * (2 * BN) + j < 2 * I
     weights = w + expert.to(tl.int64) * (2 * I * H)
     column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
     STEP_J: tl.constexpr = H if CONCATENATED else 1
@@ -152,13 +163,8 @@ def _gate_up_tile(
         BM, 2 * BN, BK, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
-        acc += tl.load(bias + expert * (2 * I) + column, mask=both, other=0.0).to(tl.float32)[None, :]
-    if BM * BN >= 64 * 128:
-        left, right = _halves(acc)
-        _gate_up_store(left, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
-        _gate_up_store(right, act, pre, row, live, n * BN + BN // 2, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
-    else:
-        _gate_up_store(acc, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+        bias += expert * (2 * I)
+    _gate_up_store(acc, bias, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -285,29 +291,40 @@ def _down_backward_store(
     """From the gradient of the activation without the weight; returns these columns' share of the weight's gradient."""
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
-    kind = grad_pre.dtype.element_ty
-    i = first + tl.arange(0, BN)
-    mask = live[:, None] & (i < I)[None, :]
-    j = 2 * first + tl.arange(0, 2 * BN)
-    both = live[:, None] & (j < 2 * I)[None, :]
-    at = row.to(tl.int64)[:, None] * (2 * I)
-    if CONCATENATED:
-        gate = tl.load(pre + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre + at + I + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BM * BN >= 64 * 128:
+        left, right = _halves(acc)
+        middle = first + BN // 2
+        share = _down_backward_store(
+            left, weight, pre, weighted, grad_pre, row, live, first, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
+        )
+        share += _down_backward_store(
+            right, weight, pre, weighted, grad_pre, row, live, middle, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
+        )
     else:
-        pair = tl.load(pre + at + j[None, :], mask=both, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(pair, [BM, BN, 2]))
-    value, grad_gate, grad_up = _gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
-    if CONCATENATED:
-        tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
-        tl.store(grad_pre + at + I + i[None, :], grad_up.to(kind), mask=mask)
-    else:
-        pair = tl.reshape(tl.join(grad_gate, grad_up), [BM, 2 * BN])
-        tl.store(grad_pre + at + j[None, :], pair.to(kind), mask=both)
-    if weighted is not None:
-        at = weighted + row.to(tl.int64)[:, None] * I + i[None, :]
-        tl.store(at, (value * weight[:, None]).to(kind), mask=mask)
-    return tl.sum(acc * value, 1)
+        kind = grad_pre.dtype.element_ty
+        i = first + tl.arange(0, BN)
+        mask = live[:, None] & (i < I)[None, :]
+        j = 2 * first + tl.arange(0, 2 * BN)
+        both = live[:, None] & (j < 2 * I)[None, :]
+        at = row.to(tl.int64)[:, None] * (2 * I)
+        if CONCATENATED:
+            gate = tl.load(pre + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(pre + at + I + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            pair = tl.load(pre + at + j[None, :], mask=both, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(pair, [BM, BN, 2]))
+        value, grad_gate, grad_up = _gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
+        if CONCATENATED:
+            tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
+            tl.store(grad_pre + at + I + i[None, :], grad_up.to(kind), mask=mask)
+        else:
+            pair = tl.reshape(tl.join(grad_gate, grad_up), [BM, 2 * BN])
+            tl.store(grad_pre + at + j[None, :], pair.to(kind), mask=both)
+        if weighted is not None:
+            at = weighted + row.to(tl.int64)[:, None] * I + i[None, :]
+            tl.store(at, (value * weight[:, None]).to(kind), mask=mask)
+        share = tl.sum(acc * value, 1)
+    return share
 
 
 @triton.jit
@@ -330,18 +347,9 @@ def _down_backward_tile(
         I % BN == 0, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
-    if BM * BN >= 64 * 128:
-        left, right = _halves(acc)
-        share = _down_backward_store(
-            left, weight, pre, weighted, grad_pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
-        )
-        share += _down_backward_store(
-            right, weight, pre, weighted, grad_pre, row, live, n * BN + BN // 2, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
-        )
-    else:
-        share = _down_backward_store(
-            acc, weight, pre, weighted, grad_pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
-        )
+    share = _down_backward_store(
+        acc, weight, pre, weighted, grad_pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT
+    )
     if bias is not None and n == 0:
         rows_in = grad + token.to(tl.int64)[:, None] * H
         for start in range(0, H, BK):
