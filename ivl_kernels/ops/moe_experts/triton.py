@@ -534,12 +534,12 @@ def gemm_config(
 
 
 def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> dict:
-    """Tile sizes of the weight gradients: BR rows a step, and no pipeline where an expert has only a step or two."""
+    """Tile sizes of the weight gradients: BR rows a step, and no pipeline where an expert has only a few."""
     mean = slots / experts
     side = 128 if itemsize < 4 else 64
-    depth = 16 if mean <= 16 else 32 if mean <= 64 or itemsize == 4 else 64
+    depth = 16 if mean <= 16 else 32 if mean <= 128 or itemsize == 4 else 64
     limit = SHARED.get(target, SHARED_SMALL)
-    stages = 1 if mean <= 2 * depth else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
+    stages = 1 if mean <= 128 else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
     return dict(BR=depth, BP=side, BG=side, num_warps=4 if stages == 1 else 8, num_stages=stages)
 
 

@@ -1,0 +1,86 @@
+"""Experts spread over processes (gloo) against the result of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ivl_kernels.nn import ExpertParallelExperts
+from ivl_kernels.ops import moe_experts
+
+# tokens of each rank (taken in turn), experts, dtype, GPT-OSS, where the tokens go
+CASES = [
+    ([9, 4, 13, 1], 8, torch.float32, False, "even"),
+    ([5, 0, 7, 2], 7, torch.float32, True, "even"),
+    ([6, 3, 0, 8], 8, torch.float32, False, "one"),
+    ([6, 5, 2, 3], 8, torch.float32, False, "nowhere"),
+    ([0, 0, 0, 0], 8, torch.float32, False, "even"),
+    ([12, 7, 3, 9], 5, torch.float32, False, "local"),
+    ([11, 6, 8, 3], 8, torch.bfloat16, True, "even"),
+]
+WIDTH, INNER, TOP_K = 16, 12, 3
+
+
+def tokens_of(rank, ranks, sizes, experts, dtype, kind):
+    g = torch.Generator().manual_seed(rank)
+    size = sizes[rank % len(sizes)]
+    ids = torch.rand(size, experts, generator=g).argsort(1)[:, :TOP_K]
+    if kind == "one":
+        ids = torch.full_like(ids, experts // 2)
+    elif kind == "nowhere":
+        ids = torch.where(ids < experts // 2, ids, experts)
+    elif kind == "local":
+        ids = torch.full_like(ids, ExpertParallelExperts.shares(experts, ranks)[rank])
+    hidden, grad = torch.randn(2, size, WIDTH, generator=g).to(dtype)
+    return hidden, ids, torch.rand(size, TOP_K, generator=g).to(dtype), grad
+
+
+def weights_of(experts, dtype, gpt_oss):
+    g = torch.Generator().manual_seed(99)
+    up = (experts, WIDTH, 2 * INNER) if gpt_oss else (experts, 2 * INNER, WIDTH)
+    down = (experts, INNER, WIDTH) if gpt_oss else (experts, WIDTH, INNER)
+    shapes = [up, down, (experts, 2 * INNER), (experts, WIDTH)] if gpt_oss else [up, down]
+    return [(torch.randn(shape, generator=g) / 4).to(dtype) for shape in shapes]
+
+
+def compare(rank, ranks, sizes, experts, dtype, gpt_oss, kind):
+    options = dict(activation="gpt_oss", layout="interleaved") if gpt_oss else {}
+    full = weights_of(experts, dtype, gpt_oss)
+    module = ExpertParallelExperts.from_full(*full, **options)
+    everyone = [tokens_of(r, ranks, sizes, experts, dtype, kind) for r in range(ranks)]
+    hidden, ids, weights, grad = everyone[rank]
+    hidden.requires_grad_()
+    weights.requires_grad_()
+    out = module(hidden, ids, weights)
+    out.backward(grad)
+
+    joined = [torch.cat(part).detach() for part in zip(*everyone)]
+    truth = [t.double().requires_grad_() for t in (joined[0], joined[2], *full)]
+    biases = dict(gate_up_bias=truth[4], down_bias=truth[5]) if gpt_oss else {}
+    expected = moe_experts(truth[0], joined[1], *truth[1:4], **biases, **options, backend="reference")
+    expected.backward(joined[3].double())
+
+    first = sum(len(t[0]) for t in everyone[:rank])
+    mine = slice(first, first + len(hidden))
+    share = slice(*module.bounds[rank : rank + 2])
+    pairs = [(out, expected[mine]), (hidden.grad, truth[0].grad[mine]), (weights.grad, truth[1].grad[mine])]
+    pairs += [(p.grad, t.grad[share]) for p, t in zip(module.parameters(), truth[2:])]
+    tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=3e-2, rtol=3e-2)
+    for got, wanted in pairs:
+        torch.testing.assert_close(got.double(), wanted, **tolerance)
+
+
+def run(rank, ranks, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    for case in CASES:
+        compare(rank, ranks, *case)
+    with pytest.raises(ValueError, match="gate_up_proj: got 8 experts, expected"):
+        ExpertParallelExperts(*weights_of(8, torch.float32, False), num_experts=8)
+    with pytest.raises(ValueError, match="num_experts: got 1, expected at least one for each"):
+        ExpertParallelExperts(*weights_of(1, torch.float32, False), num_experts=1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_equals_one_process(ranks, tmp_path):
+    torch.multiprocessing.spawn(run, (ranks, tmp_path / "store"), nprocs=ranks)
