@@ -42,10 +42,10 @@ def weights_of(experts, dtype, gpt_oss):
     return [(torch.randn(shape, generator=g) / 4).to(dtype) for shape in shapes]
 
 
-def compare(rank, ranks, sizes, experts, dtype, gpt_oss, kind):
+def compare(rank, ranks, group, sizes, experts, dtype, gpt_oss, kind):
     options = dict(activation="gpt_oss", layout="interleaved") if gpt_oss else {}
     full = weights_of(experts, dtype, gpt_oss)
-    module = ExpertParallelExperts.from_full(*full, **options)
+    module = ExpertParallelExperts.from_full(*full, group=group, **options)
     everyone = [tokens_of(r, ranks, sizes, experts, dtype, kind) for r in range(ranks)]
     hidden, ids, weights, grad = everyone[rank]
     hidden.requires_grad_()
@@ -69,18 +69,21 @@ def compare(rank, ranks, sizes, experts, dtype, gpt_oss, kind):
         torch.testing.assert_close(got.double(), wanted, **tolerance)
 
 
-def run(rank, ranks, path):
+def run(rank, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=4)
+    pair = dist.new_group([0, 1])
     for case in CASES:
-        compare(rank, ranks, *case)
-    with pytest.raises(ValueError, match="gate_up_proj: got 8 experts, expected"):
+        compare(rank, 4, None, *case)
+        if rank < 2:
+            compare(rank, 2, pair, *case)
+    with pytest.raises(ValueError, match="gate_up_proj: got 8 experts, expected 2"):
         ExpertParallelExperts(*weights_of(8, torch.float32, False), num_experts=8)
-    with pytest.raises(ValueError, match="num_experts: got 1, expected at least one for each"):
+    with pytest.raises(ValueError, match="num_experts: got 1, expected at least one for each of 4 ranks"):
         ExpertParallelExperts(*weights_of(1, torch.float32, False), num_experts=1)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_equals_one_process(ranks, tmp_path):
-    torch.multiprocessing.spawn(run, (ranks, tmp_path / "store"), nprocs=ranks)
+def test_equals_one_process(tmp_path):
+    """Four processes, and two of them as a group of their own."""
+    torch.multiprocessing.spawn(run, (tmp_path / "store",), nprocs=4)
