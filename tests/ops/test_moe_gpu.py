@@ -215,7 +215,8 @@ def test_compiles_for(model, tokens, target, backward, monkeypatch):
         assert kernel.count(TENSOR_CORES[target]) > 0, kernel.kernel
         if target != "gfx942":
             assert kernel.count(r"cp\.async\.cg\.shared\.global.* 0x10|(ld|st)\.global.*\.v4\.b32") > 0, kernel.kernel
-            assert kernel.count(r"cp\.async\.ca\.shared\.global") == 0, kernel.kernel
+            if "weight_grad" not in kernel.kernel:  # whose row numbers, 4 bytes each, are copied ahead too
+                assert kernel.count(r"cp\.async\.ca\.shared\.global") == 0, kernel.kernel
 
 
 @pytest.mark.parametrize("target", TARGETS)
