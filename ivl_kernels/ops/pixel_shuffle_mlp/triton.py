@@ -1,0 +1,479 @@
+"""The projector on GPUs.
+
+Forward: one pass over the tokens (row statistics, or the normalised rows themselves), then one GEMM a hidden layer
+with bias and GELU in its epilogue, then the last linear. The first GEMM either gathers and normalises its operand tiles
+itself (implicit) or reads the rows of that pass; `implicit` decides, `docs/pixel_shuffle_mlp.md` has the byte and FLOP
+counts. The last linear needs no epilogue of ours: the vendor's GEMM adds the bias, unless the rows are scattered.
+
+Backward: the passes are kernels (GELU with bias sums, LayerNorm with the scatter to the tokens), the GEMMs are the
+vendor's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._dispatch import device_kind, interpreting
+
+
+@triton.jit
+def _first_patch(row, tiles, stride_tile, stride_token, MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                 SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr):  # fmt: skip
+    """Offset of the first patch of shuffled row(s) `row`, in elements."""
+    ROWS: tl.constexpr = HEIGHT // MERGE
+    COLUMNS: tl.constexpr = WIDTH // MERGE
+    tile = row // (ROWS * COLUMNS)
+    cell = row % (ROWS * COLUMNS)
+    if TRANSPOSED:
+        i = cell % ROWS
+        j = cell // ROWS
+    else:
+        i = cell // COLUMNS
+        j = cell % COLUMNS
+    if CHOSEN:
+        tile = tl.load(tiles + tile)
+    return tile.to(tl.int64) * stride_tile + (SKIP + i * (MERGE * WIDTH) + j * MERGE).to(tl.int64) * stride_token
+
+
+@triton.jit
+def _patch(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr):
+    """Offset of feature(s) `k` of a shuffled row from its first patch."""
+    q = k // C
+    return ((q // MERGE) * WIDTH + q % MERGE) * stride_token + k % C
+
+
+@triton.jit
+def _features(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Feature numbers k .. k + BLOCK and their offsets; one patch when BLOCK divides C."""
+    lanes = tl.arange(0, BLOCK)
+    if C % BLOCK == 0:
+        return k + lanes, _patch(k, stride_token, C, MERGE, WIDTH) + lanes
+    else:
+        return k + lanes, _patch(k + lanes, stride_token, C, MERGE, WIDTH)
+
+
+@triton.jit
+def _row_statistics(base, stride_token, eps, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """Mean and 1 / sqrt(variance + eps) of one row, in one pass: Welford's update in each lane, then merged."""
+    K: tl.constexpr = C * MERGE * MERGE
+    mean = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, K, BLOCK):
+        feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+        inside = feature < K
+        value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+        count += inside.to(tl.float32)
+        delta = tl.where(inside, value - mean, 0.0)
+        mean += delta / tl.maximum(count, 1.0)
+        squares += delta * tl.where(inside, value - mean, 0.0)
+    total = tl.sum(mean * count) / K
+    spread = mean - total
+    variance = (tl.sum(squares) + tl.sum(spread * spread * count)) / K
+    return total, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, stride_tile, stride_token, eps, C: tl.constexpr,
+                        MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
+                        TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """stats [M, 2] = mean and scale of each shuffled row; rows [M, K] = the normalised rows. Either may be None."""
+    row = tl.program_id(0)
+    K: tl.constexpr = C * MERGE * MERGE
+    base = x + _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
+    mean, scale = _row_statistics(base, stride_token, eps, C, MERGE, WIDTH, BLOCK)
+    if stats is not None:
+        tl.store(stats + row.to(tl.int64) * 2, mean)
+        tl.store(stats + row.to(tl.int64) * 2 + 1, scale)
+    if rows is not None:
+        for k in range(0, K, BLOCK):
+            feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+            inside = feature < K
+            value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
+            bias = tl.load(norm_bias + feature, mask=inside, other=0.0).to(tl.float32)
+            value = (value - mean) * scale * weight + bias
+            tl.store(rows + row.to(tl.int64) * K + feature, value.to(rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts, pre, M, stride_tile, stride_token,
+                  stride_out, stride_pre, C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr,
+                  WIDTH: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr,
+                  K: tl.constexpr, N: tl.constexpr, IMPLICIT: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+                  UPCAST: tl.constexpr):  # fmt: skip
+    """out = act(a w^T + bias): `a` is [M, K], or when IMPLICIT the tokens, gathered and normalised tile by tile.
+
+    pre: gets a w^T + bias, or None. starts: first row of `out` of each vision tile, or None.
+    """
+    NUM_N: tl.constexpr = (N + BN - 1) // BN
+    pid = tl.program_id(0)
+    group = pid // (GROUP * NUM_N)
+    height = min((M + BM - 1) // BM - group * GROUP, GROUP)
+    row = (group * GROUP + pid % (GROUP * NUM_N) % height) * BM + tl.arange(0, BM)
+    column = (pid % (GROUP * NUM_N) // height) * BN + tl.arange(0, BN)
+    # Rows and columns past the end compute on valid data and are not stored.
+    row_in = tl.minimum(row, M - 1)
+    column_in = column if N % BN == 0 else tl.minimum(column, N - 1)
+    w_rows = w + column_in.to(tl.int64)[None, :] * K
+    if IMPLICIT:
+        first = _first_patch(row_in, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
+        a_rows = a + first[:, None]
+        mean = tl.load(stats + row_in.to(tl.int64) * 2)
+        scale = tl.load(stats + row_in.to(tl.int64) * 2 + 1)
+    else:
+        a_rows = a + row_in.to(tl.int64)[:, None] * K
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        lanes = k + tl.arange(0, BK)
+        inside = lanes < K
+        if IMPLICIT:
+            feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BK)
+            if K % BK == 0:
+                value = tl.load(a_rows + offset[None, :])
+                weight = tl.load(norm_weight + feature)
+                shift = tl.load(norm_bias + feature)
+            else:
+                value = tl.load(a_rows + offset[None, :], mask=inside[None, :], other=0.0)
+                weight = tl.load(norm_weight + feature, mask=inside, other=0.0)
+                shift = tl.load(norm_bias + feature, mask=inside, other=0.0)
+            value = (value.to(tl.float32) - mean[:, None]) * scale[:, None]
+            value = value * weight.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]
+            value = value.to(w.dtype.element_ty)
+        elif K % BK == 0:
+            value = tl.load(a_rows + lanes[None, :])
+        else:
+            value = tl.load(a_rows + lanes[None, :], mask=inside[None, :], other=0.0)
+        if K % BK == 0:
+            other = tl.load(w_rows + lanes[:, None])
+        else:
+            other = tl.load(w_rows + lanes[:, None], mask=inside[:, None], other=0.0)
+        if UPCAST:
+            value, other = value.to(tl.float32), other.to(tl.float32)
+        acc = tl.dot(value, other, acc, input_precision=PRECISION)
+    stored = (row < M)[:, None] & (column < N)[None, :]
+    z = acc + tl.load(bias + column_in).to(tl.float32)[None, :]
+    if pre is not None:
+        target = pre + row.to(tl.int64)[:, None] * stride_pre + column[None, :]
+        tl.store(target, z.to(pre.dtype.element_ty), mask=stored)
+    if GELU:
+        z = _gelu(z)
+    if starts is not None:
+        CELLS: tl.constexpr = (HEIGHT // MERGE) * (WIDTH // MERGE)
+        place = tl.load(starts + row_in // CELLS) + row_in % CELLS
+    else:
+        place = row.to(tl.int64)
+    tl.store(out + place[:, None] * stride_out + column[None, :], z.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.constexpr, SLAB: tl.constexpr,
+                         BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """activated = gelu(pre), grad *= gelu'(pre) in place, sums [slabs, N] = its column sums. Any may be None."""
+    slab = tl.program_id(0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros([BN], tl.float32)
+    for first in range(0, SLAB, BM):
+        row = (slab * SLAB + first + tl.arange(0, BM)).to(tl.int64)
+        mask = (row < M)[:, None] & (column < N)[None, :]
+        z = tl.load(pre + row[:, None] * stride_pre + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = row[:, None] * N + column[None, :]
+        if activated is not None:
+            tl.store(activated + at, _gelu(z).to(activated.dtype.element_ty), mask=mask)
+        if grad is not None:
+            slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+            dz = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * slope
+            tl.store(grad + at, dz.to(grad.dtype.element_ty), mask=mask)
+            total += tl.sum(tl.where(mask, dz, 0.0), 0)
+    if sums is not None:
+        tl.store(sums + slab.to(tl.int64) * N + column, total, mask=column < N)
+
+
+@triton.jit
+def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_tile, stride_token, C: tl.constexpr,
+                                 MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
+                                 TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dx [K, SKIP + HEIGHT * WIDTH, C], without the skipped tokens, from the gradient [M, K] of the normalised rows."""
+    row = tl.program_id(0)
+    K: tl.constexpr = C * MERGE * MERGE
+    base = x + _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
+    TOKENS: tl.constexpr = SKIP + HEIGHT * WIDTH
+    target = dx + _first_patch(row, tiles, TOKENS * C, C, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, False)
+    mean = tl.load(stats + row.to(tl.int64) * 2)
+    scale = tl.load(stats + row.to(tl.int64) * 2 + 1)
+    sum_g = tl.zeros([BLOCK], tl.float32)
+    sum_gx = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, K, BLOCK):
+        feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+        inside = feature < K
+        centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
+        g = tl.load(grad + row.to(tl.int64) * K + feature, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
+        sum_g += g
+        sum_gx += g * centred
+    mean_g = tl.sum(sum_g) / K
+    mean_gx = tl.sum(sum_gx) / K
+    for k in range(0, K, BLOCK):
+        feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+        inside = feature < K
+        centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
+        g = tl.load(grad + row.to(tl.int64) * K + feature, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
+        value = (g - mean_g - centred * mean_gx) * scale
+        _, place = _features(k, C, C, MERGE, WIDTH, BLOCK)
+        tl.store(target + place, value.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_token, C: tl.constexpr,
+                           MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
+                           TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, SLAB: tl.constexpr, BM: tl.constexpr,
+                           BLOCK: tl.constexpr):  # fmt: skip
+    """sums [slabs, 2, K]: over a slab of rows, of grad * normalised row and of grad."""
+    slab = tl.program_id(0)
+    K: tl.constexpr = C * MERGE * MERGE
+    feature, offset = _features(tl.program_id(1) * BLOCK, stride_token, C, MERGE, WIDTH, BLOCK)
+    weight_sum = tl.zeros([BLOCK], tl.float32)
+    bias_sum = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, SLAB, BM):
+        row = slab * SLAB + first + tl.arange(0, BM)
+        mask = (row < M)[:, None] & (feature < K)[None, :]
+        row_in = tl.minimum(row, M - 1)
+        base = _first_patch(row_in, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
+        mean = tl.load(stats + row.to(tl.int64) * 2, mask=row < M, other=0.0)
+        scale = tl.load(stats + row.to(tl.int64) * 2 + 1, mask=row < M, other=0.0)
+        value = tl.load(x + base[:, None] + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + row.to(tl.int64)[:, None] * K + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight_sum += tl.sum(g * (value - mean[:, None]) * scale[:, None], 0)
+        bias_sum += tl.sum(g, 0)
+    target = sums + slab.to(tl.int64) * (2 * K) + feature
+    tl.store(target, weight_sum, mask=feature < K)
+    tl.store(target + K, bias_sum, mask=feature < K)
+
+
+MULTIPROCESSORS = {0: 304, 80: 108, 90: 132, 100: 148, 120: 170}
+# Shared memory of a block that the pipelines may use, in bytes.
+SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
+SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
+
+
+def capability(tensor: Tensor) -> int:
+    """80, 90, ...; 0 on AMD; a stand-in for a GPU counts as 80."""
+    if device_kind(tensor.device.type) == "hip":
+        return 0
+    if tensor.device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
+    """Tile sizes of `linear_kernel`: the largest tile that still gives most multiprocessors one."""
+    shapes = [(128, 256), (128, 128), (64, 128), (64, 64)] if itemsize < 4 and target else [(128, 128), (64, 64)]
+    enough = 0.75 * MULTIPROCESSORS.get(target, 108)
+    for BM, BN in shapes:
+        if -(-rows // BM) * -(-columns // BN) >= enough:
+            break
+    BK = 128 // itemsize
+    while BK > 16 and 2 * depth <= BK:
+        BK //= 2
+    limit = SHARED.get(target, SHARED_SMALL)
+    while BK > 16 and limit // ((BM + BN) * BK * itemsize) < 2:
+        BK //= 2
+    stages = 2 if target == 0 else max(2, min(4, limit // ((BM + BN) * BK * itemsize)))
+    warps = 8 if BM * BN >= 128 * 128 else 4
+    return dict(BM=BM, BN=BN, BK=BK, GROUP=8, num_warps=warps, num_stages=stages)
+
+
+IMPLICIT_TILES = {2: 4, 4: 8}  # by bytes of an element
+
+
+def implicit(columns: int, config: dict, itemsize: int) -> bool:
+    """Whether normalising every operand tile again costs less than writing the normalised rows once.
+
+    Each element costs about 4 instructions for every column tile of the first layer, or its bytes to memory once.
+    """
+    return -(-columns // config["BN"]) <= IMPLICIT_TILES[itemsize]
+
+
+def row_config(features: int, channels: int) -> dict:
+    """One program a row: a block of features that stays within one patch where it can."""
+    block = 1024
+    while block > 128 and channels % block:
+        block //= 2
+    block = min(block if channels % block == 0 else 1024, triton.next_power_of_2(features))
+    return dict(BLOCK=block, num_warps=4 if block >= 512 else 1, enable_fp_fusion=True)
+
+
+def slab_config(rows: int, columns: int) -> dict:
+    """Rows [slab * SLAB, ...) x BLOCK columns a program; sums over rows are fixed by the shape."""
+    block = min(128, triton.next_power_of_2(columns))
+    return dict(SLAB=16 * -(-rows // (16 * 32)), BM=16, num_warps=4, enable_fp_fusion=True), block
+
+
+def flags(itemsize: int, target: int) -> dict:
+    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, which keeps its accuracy."""
+    upcast = interpreting()
+    precision = "tf32x3" if itemsize == 4 and target and not upcast else "ieee"
+    return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
+
+
+def _geometry(x: Tensor, merge: int, height: int, width: int, skip: int, transposed: bool, tiles: Tensor | None):
+    return dict(C=x.shape[2], MERGE=merge, HEIGHT=height, WIDTH=width, SKIP=skip, TRANSPOSED=transposed,
+                CHOSEN=tiles is not None)  # fmt: skip
+
+
+def _rows_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, rows, count, eps, geometry) -> None:
+    config = row_config(norm_weight.shape[0], x.shape[2])
+    shuffle_norm_kernel[(count,)](
+        x, tiles, norm_weight, norm_bias, stats, rows, x.stride(0), x.stride(1), eps, **geometry, **config
+    )
+
+
+def _linear(a, tiles, stats, norm, w, bias, out, starts, pre, rows, geometry, gelu, config, target) -> None:
+    x_strides = (a.stride(0), a.stride(1)) if stats is not None else (0, 0)
+    N, K = w.shape
+    linear_kernel[(triton.cdiv(rows, config["BM"]) * triton.cdiv(N, config["BN"]),)](
+        a, tiles, stats, *norm, w, bias, out, starts, pre, rows, *x_strides, out.stride(0),
+        0 if pre is None else pre.stride(0), **geometry, K=K, N=N, IMPLICIT=stats is not None, GELU=gelu, **config,
+        **flags(w.element_size(), target),
+    )  # fmt: skip
+
+
+def _project(out, starts, x, norm_weight, norm_bias, weights, biases, geometry, eps, tiles, save) -> Tensor:
+    """The rows of the result into `out`: tile k from row starts[k], or one after the other (None)."""
+    cells = (geometry["HEIGHT"] // geometry["MERGE"]) * (geometry["WIDTH"] // geometry["MERGE"])
+    rows = cells * (x if tiles is None else tiles).shape[0]
+    hidden = [w.shape[0] for w in weights[:-1]]
+    pre = x.new_empty(rows, sum(hidden)) if save and hidden else x.new_empty(0, 0)
+    if rows == 0:
+        return pre
+    target, size = capability(x), x.element_size()
+    result = out if out.stride(1) == 1 else out.contiguous()
+    x = _rows_last(x)
+    norm = norm_weight.contiguous(), norm_bias.contiguous()
+    weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+    configs = [gemm_config(rows, w.shape[0], w.shape[1], size, target) for w in weights]
+    gather = len(weights) > 1 and implicit(weights[0].shape[0], configs[0], size)
+    stats = x.new_empty(rows, 2, dtype=torch.float32) if gather else None
+    values = None if gather else x.new_empty(rows, norm_weight.shape[0])
+    _shuffle_norm(x, tiles, *norm, stats, values, rows, eps, geometry)
+    column = 0
+    for i, (w, bias) in enumerate(zip(weights[:-1], biases[:-1])):
+        a, first = (x, stats) if i == 0 and gather else (values, None)
+        values = x.new_empty(rows, w.shape[0])
+        kept = pre[:, column : column + w.shape[0]] if save else None
+        column += w.shape[0]
+        _linear(a, tiles, first, norm, w, bias, values, None, kept, rows, geometry, True, configs[i], target)
+    if starts is None:
+        torch.addmm(biases[-1], values, weights[-1].t(), out=result)
+    else:
+        _linear(values, tiles, None, norm, weights[-1], biases[-1], result, starts.contiguous(), None, rows, geometry,
+                False, configs[-1], target)  # fmt: skip
+    if result is not out:
+        out.copy_(result)
+    return pre
+
+
+def forward(x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles, save):
+    count, cells = (x if tiles is None else tiles).shape[0], height * width // merge**2
+    out = x.new_empty(count * cells, weights[-1].shape[0])
+    tiles = None if tiles is None else tiles.contiguous()
+    geometry = _geometry(x, merge, height, width, skip, transposed, tiles)
+    pre = _project(out, None, x, norm_weight, norm_bias, weights, biases, geometry, eps, tiles, save)
+    return out.view(count, cells, out.shape[1]), pre
+
+
+def forward_into(out, x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles,
+                 starts, save):  # fmt: skip
+    tiles = None if tiles is None else tiles.contiguous()
+    geometry = _geometry(x, merge, height, width, skip, transposed, tiles)
+    return _project(out, starts, x, norm_weight, norm_bias, weights, biases, geometry, eps, tiles, save)
+
+
+def _gelu_backward(z: Tensor, da: Tensor | None, activated: Tensor | None, sums: bool) -> Tensor | None:
+    """Column sums of the new `da`, in float32, when wanted."""
+    rows, columns = z.shape
+    config, block = slab_config(rows, columns)
+    slabs = triton.cdiv(rows, config["SLAB"])
+    partial = z.new_empty(slabs, columns, dtype=torch.float32) if sums else None
+    gelu_backward_kernel[(slabs, triton.cdiv(columns, block))](
+        z, da, activated, partial, rows, z.stride(0), N=columns, BN=block, **config
+    )
+    return None if partial is None else partial.sum(0)
+
+
+def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, height, width, skip, transposed, eps, tiles,
+             needs):  # fmt: skip
+    inputs, layers = [x, norm_weight, norm_bias, *weights, *biases], len(weights)
+    rows, features = grad.shape.numel() // grad.shape[-1], norm_weight.shape[0]
+    if rows == 0:
+        return [x.new_zeros(t.shape if need else 0) for t, need in zip(inputs, needs)]
+    found = [x.new_empty(0) for _ in needs]
+    dz = grad.reshape(rows, grad.shape[-1]).contiguous()
+    if needs[-1]:
+        found[-1] = dz.sum(0)
+    column = pre.shape[1]
+    for i in range(layers - 1, 0, -1):
+        z = pre[:, column - weights[i].shape[1] : column]
+        column -= weights[i].shape[1]
+        need_weight, need_bias = needs[3 + i], needs[3 + layers + i - 1]
+        before = any(needs[: 3 + i]) or any(needs[3 + layers : 3 + layers + i])
+        da = dz @ weights[i] if before else None
+        activated = x.new_empty(z.shape) if need_weight else None
+        sums = _gelu_backward(z, da, activated, need_bias)
+        if activated is not None:
+            found[3 + i] = dz.t() @ activated
+        if sums is not None:
+            found[3 + layers + i - 1] = sums.to(x.dtype)
+        if da is None:
+            return found
+        dz = da
+    x, tiles = _rows_last(x), None if tiles is None else tiles.contiguous()
+    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    geometry = _geometry(x, merge, height, width, skip, transposed, tiles)
+    strides = x.stride(0), x.stride(1)
+    stats = x.new_empty(rows, 2, dtype=torch.float32)
+    values = x.new_empty(rows, features) if needs[3] else None
+    _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, values, rows, eps, geometry)
+    if values is not None:
+        found[3] = dz.t() @ values
+        del values
+    if not any(needs[:3]):
+        return found
+    da = dz @ weights[0]
+    if needs[0]:
+        count = x.shape[0] if tiles is None else tiles.shape[0]
+        dx = x.new_empty(count, *x.shape[1:])
+        config = row_config(features, x.shape[2])
+        shuffle_norm_backward_kernel[(rows,)](
+            x, tiles, norm_weight, stats, da, dx, *strides, **geometry, **config
+        )  # fmt: skip
+        dx[:, :skip] = 0
+        found[0] = dx if tiles is None else x.new_zeros(x.shape).index_add_(0, tiles, dx)
+    if needs[1] or needs[2]:
+        config, block = slab_config(rows, features)
+        slabs = triton.cdiv(rows, config["SLAB"])
+        partial = x.new_empty(slabs, 2, features, dtype=torch.float32)
+        norm_parameters_kernel[(slabs, triton.cdiv(features, block))](
+            x, tiles, stats, da, partial, rows, *strides, **geometry, BLOCK=block, **config
+        )
+        sums = partial.sum(0)
+        for i in (1, 2):
+            if needs[i]:
+                found[i] = sums[i - 1].to(x.dtype, copy=True)
+    return found
