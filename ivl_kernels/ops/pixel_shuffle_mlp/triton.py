@@ -56,15 +56,24 @@ def _features(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def _row_features(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                  RUN: tl.constexpr):  # fmt: skip
+    """As `_features`, as runs [BLOCK / RUN, RUN] that each stay within one patch (RUN divides C)."""
+    starts = k + tl.arange(0, BLOCK // RUN) * RUN
+    lanes = tl.arange(0, RUN)[None, :]
+    return starts[:, None] + lanes, _patch(starts, stride_token, C, MERGE, WIDTH)[:, None] + lanes
+
+
+@triton.jit
 def _row_statistics(base, stride_token, eps, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+                    BLOCK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
     """Mean and 1 / sqrt(variance + eps) of one row, in one pass: Welford's update in each lane, then merged."""
     K: tl.constexpr = C * MERGE * MERGE
-    mean = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    squares = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    count = tl.zeros([BLOCK // RUN, RUN], tl.float32)
     for k in range(0, K, BLOCK):
-        feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+        feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
         inside = feature < K
         value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
         count += inside.to(tl.float32)
@@ -80,18 +89,19 @@ def _row_statistics(base, stride_token, eps, C: tl.constexpr, MERGE: tl.constexp
 @triton.jit
 def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, stride_tile, stride_token, eps, C: tl.constexpr,
                         MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
-                        TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                        TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
+                        RUN: tl.constexpr):  # fmt: skip
     """stats [M, 2] = mean and scale of each shuffled row; rows [M, K] = the normalised rows. Either may be None."""
     row = tl.program_id(0)
     K: tl.constexpr = C * MERGE * MERGE
     base = x + _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
-    mean, scale = _row_statistics(base, stride_token, eps, C, MERGE, WIDTH, BLOCK)
+    mean, scale = _row_statistics(base, stride_token, eps, C, MERGE, WIDTH, BLOCK, RUN)
     if stats is not None:
         tl.store(stats + row.to(tl.int64) * 2, mean)
         tl.store(stats + row.to(tl.int64) * 2 + 1, scale)
     if rows is not None:
         for k in range(0, K, BLOCK):
-            feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+            feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
             inside = feature < K
             value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
             weight = tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
@@ -202,7 +212,8 @@ def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.conste
 @triton.jit
 def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_tile, stride_token, C: tl.constexpr,
                                  MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
-                                 TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                                 TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
+                                 RUN: tl.constexpr):  # fmt: skip
     """dx [K, SKIP + HEIGHT * WIDTH, C], without the skipped tokens, from the gradient [M, K] of the normalised rows."""
     row = tl.program_id(0)
     K: tl.constexpr = C * MERGE * MERGE
@@ -211,10 +222,10 @@ def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_
     target = dx + _first_patch(row, tiles, TOKENS * C, C, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, False)
     mean = tl.load(stats + row.to(tl.int64) * 2)
     scale = tl.load(stats + row.to(tl.int64) * 2 + 1)
-    sum_g = tl.zeros([BLOCK], tl.float32)
-    sum_gx = tl.zeros([BLOCK], tl.float32)
+    sum_g = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    sum_gx = tl.zeros([BLOCK // RUN, RUN], tl.float32)
     for k in range(0, K, BLOCK):
-        feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+        feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
         inside = feature < K
         centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
         g = tl.load(grad + row.to(tl.int64) * K + feature, mask=inside, other=0.0).to(tl.float32)
@@ -224,13 +235,13 @@ def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_
     mean_g = tl.sum(sum_g) / K
     mean_gx = tl.sum(sum_gx) / K
     for k in range(0, K, BLOCK):
-        feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BLOCK)
+        feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
         inside = feature < K
         centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
         g = tl.load(grad + row.to(tl.int64) * K + feature, mask=inside, other=0.0).to(tl.float32)
         g *= tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
         value = (g - mean_g - centred * mean_gx) * scale
-        _, place = _features(k, C, C, MERGE, WIDTH, BLOCK)
+        _, place = _row_features(k, C, C, MERGE, WIDTH, BLOCK, RUN)
         tl.store(target + place, value.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -279,7 +290,8 @@ def capability(tensor: Tensor) -> int:
 
 def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
     """Tile sizes of `linear_kernel`: the largest tile that still gives most multiprocessors one."""
-    shapes = [(128, 256), (128, 128), (64, 128), (64, 64)] if itemsize < 4 and target else [(128, 128), (64, 64)]
+    # Three tf32 products need the registers of a wider tile; 64 x 128 spills on gfx942.
+    shapes = [(64, 64)] if itemsize == 4 else [(128, 128), (64, 128), (64, 64)] if target else [(128, 128), (64, 64)]
     enough = 0.75 * MULTIPROCESSORS.get(target, 108)
     for BM, BN in shapes:
         if -(-rows // BM) * -(-columns // BN) >= enough:
@@ -295,7 +307,7 @@ def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int)
     return dict(BM=BM, BN=BN, BK=BK, GROUP=8, num_warps=warps, num_stages=stages)
 
 
-IMPLICIT_TILES = {2: 4, 4: 8}  # by bytes of an element
+IMPLICIT_TILES = {2: 8, 4: 16}  # by bytes of an element
 
 
 def implicit(columns: int, config: dict, itemsize: int) -> bool:
@@ -306,17 +318,15 @@ def implicit(columns: int, config: dict, itemsize: int) -> bool:
     return -(-columns // config["BN"]) <= IMPLICIT_TILES[itemsize]
 
 
-def row_config(features: int, channels: int) -> dict:
-    """One program a row: a block of features that stays within one patch where it can."""
-    block = 1024
-    while block > 128 and channels % block:
-        block //= 2
-    block = min(block if channels % block == 0 else 1024, triton.next_power_of_2(features))
-    return dict(BLOCK=block, num_warps=4 if block >= 512 else 1, enable_fp_fusion=True)
+def row_config(features: int, channels: int, target: int) -> dict:
+    """One program a row: BLOCK features at a time, 8 a thread, in runs of consecutive channels."""
+    block = min(1024, triton.next_power_of_2(features))
+    run = min(block, channels & -channels)
+    return dict(BLOCK=block, RUN=run, num_warps=max(1, block // (256 if target else 512)), enable_fp_fusion=True)
 
 
-def slab_config(rows: int, columns: int) -> dict:
-    """Rows [slab * SLAB, ...) x BLOCK columns a program; sums over rows are fixed by the shape."""
+def slab_config(rows: int, columns: int) -> tuple[dict, int]:
+    """Rows and columns of a program that sums over rows: at most 32 slabs, fixed by the shape, never by the device."""
     block = min(128, triton.next_power_of_2(columns))
     return dict(SLAB=16 * -(-rows // (16 * 32)), BM=16, num_warps=4, enable_fp_fusion=True), block
 
@@ -338,7 +348,7 @@ def _rows_last(tensor: Tensor) -> Tensor:
 
 
 def _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, rows, count, eps, geometry) -> None:
-    config = row_config(norm_weight.shape[0], x.shape[2])
+    config = row_config(norm_weight.shape[0], x.shape[2], capability(x))
     shuffle_norm_kernel[(count,)](
         x, tiles, norm_weight, norm_bias, stats, rows, x.stride(0), x.stride(1), eps, **geometry, **config
     )
@@ -459,7 +469,7 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
     if needs[0]:
         count = x.shape[0] if tiles is None else tiles.shape[0]
         dx = x.new_empty(count, *x.shape[1:])
-        config = row_config(features, x.shape[2])
+        config = row_config(features, x.shape[2], capability(x))
         shuffle_norm_backward_kernel[(rows,)](
             x, tiles, norm_weight, stats, da, dx, *strides, **geometry, **config
         )  # fmt: skip

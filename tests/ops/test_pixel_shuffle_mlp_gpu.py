@@ -1,0 +1,145 @@
+"""The projector's Triton kernels: executed in the simulator, counted, and compiled ahead of time for every chip."""
+
+from unittest import mock
+
+import aot
+import pytest
+import torch
+from gpu import simulated_gpu
+from ops.test_pixel_shuffle_mlp import check, flat, make
+from triton.runtime.jit import JITFunction
+
+from ivl_kernels.ops import pixel_shuffle_mlp
+from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
+from ivl_kernels.testing import MODELS
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[True, False], ids=["implicit", "rows"])
+def implicit(request, monkeypatch):
+    """Whether the first GEMM gathers and normalises its own operand."""
+    limit = 1000 if request.param else 0
+    monkeypatch.setattr(kernels, "IMPLICIT_TILES", {2: limit, 4: limit})
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_accuracy(dtype, implicit):
+    with simulated_gpu() as log:
+        check(make(dtype=dtype), "triton", grid=(4, 6), skip=1)
+        options = dict(skip=1, order="v1", tile_indices=torch.tensor([1, 0, 1]))
+        check(make(2, (8, 8), 24, (72, 40), 2, 1, dtype), "triton", **options)
+    assert all(report.shared_races == 0 for report in log)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_odd_sizes_three_layers(dtype, implicit):
+    with simulated_gpu():
+        check(make(3, (4, 4), 37, (133, 101, 45), 4, 0, dtype), "triton", merge=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_counters(dtype, implicit):
+    """Bytes each kernel asks for, sectors used in full, no bank conflicts."""
+    tiles, side, channels, hidden, out = 2, 16, 64, 64, 128
+    args = make(tiles, (side, side), channels, (hidden, out), 2, 0, dtype, grad=True)
+    size, rows, features = args[0].element_size(), tiles * side * side // 4, 4 * channels
+    with simulated_gpu() as log:
+        y = pixel_shuffle_mlp(*args, backend="triton")
+        torch.autograd.grad(y.float().sum(), flat(args))
+        with torch.no_grad():
+            target, starts = torch.zeros(200, out, dtype=dtype), torch.tensor([64, 0])
+            pixel_shuffle_mlp(*args, out=target, out_rows=starts, backend="triton")
+    x_bytes, tile_rows = rows * features * size, -(-rows // 64)
+    expected = [
+        ("shuffle_norm_kernel", x_bytes),
+        ("linear_kernel", x_bytes + tile_rows * features * hidden * size),
+        ("gelu_backward_kernel", 2 * rows * hidden * size),
+        ("shuffle_norm_kernel", 2 * x_bytes),  # statistics, then the rows
+        ("shuffle_norm_backward_kernel", 2 * x_bytes),
+        ("norm_parameters_kernel", 2 * x_bytes),
+        ("shuffle_norm_kernel", x_bytes),
+        ("linear_kernel", x_bytes + tile_rows * features * hidden * size),
+        ("linear_kernel", 2 * rows * hidden * size + tile_rows * hidden * out * size),
+    ]
+    assert [report.kernel for report in log] == [name for name, _ in expected]
+    for report, (name, least) in zip(log, expected):
+        assert report.bank_conflicts == 0 and report.shared_races == 0, report
+        assert report.load_efficiency >= 0.94, report
+        loaded = {k: v["load_bytes"] for k, v in report.tensors.items()}
+        big = sum(loaded.get(k, 0) for k in ("x", "a", "w", "grad", "pre"))
+        assert big == least, (name, loaded)
+        # The two statistics of a row are stored by one thread.
+        stats_bytes = report.tensors.get("stats", {}).get("store_bytes", 0)
+        if not stats_bytes:
+            assert report.store_efficiency >= 0.95, report
+
+
+def _launches(target, dtype=torch.bfloat16):
+    """One launch of each kind that the heuristics pick over the catalogue, with meta tensors: {key: launch}."""
+    log, found = [], {}
+
+    def record(self, *args, grid, warmup=False, **kwargs):
+        bound = dict(zip([p.name for p in self.params], args)) | kwargs
+        log.append((self, bound, (self, args, kwargs)))
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    with mock.patch.object(JITFunction, "run", record):
+        for vision, hidden in sorted({(m.vision, m.hidden) for m in MODELS.values()}):
+            for merge in (2, 4):
+                inside = (hidden,) if merge == 2 else (2 * hidden, 2 * hidden)
+                widths = (vision * merge**2, *inside, hidden)
+                weights = [empty(b, a) for a, b in zip(widths, widths[1:])]
+                for tiles in (1, 13):
+                    x, chosen = empty(tiles, 1025, vision), empty(tiles, dtype=torch.int64)
+                    args = (x, empty(widths[0]), empty(widths[0]), weights, [empty(b) for b in widths[1:]])
+                    geometry = (merge, 32, 32, 1, False, 1e-5, chosen)
+                    y, pre = kernels.forward(*args, *geometry, True)
+                    kernels.forward_into(y.flatten(0, 1), *args, *geometry, chosen, True)
+                    kernels.backward(y, *args, pre, *geometry, [True] * (3 + 2 * len(weights)))
+    sizes = ("C", "K", "N", "HEIGHT", "WIDTH", "M", "SLAB", "MERGE")
+    for kernel, bound, launch in log:
+        block = bound.get("BK") or bound.get("BLOCK") or bound["BN"]
+        if bound.get("starts") is None and bound.get("pre", 0) is None:
+            continue  # the same launch with `pre` is there too
+        key = [kernel.__name__]
+        key += [(n, v) for n, v in bound.items() if isinstance(v, int) and n.isupper() and n not in sizes]
+        key += [n for n, v in bound.items() if v is None]
+        key += [
+            bound.get(n, 0) % divisor == 0 for n, divisor in (("K", block), ("N", bound.get("BN", 1)), ("C", block))
+        ]
+        found.setdefault(str(key), launch)
+    return found
+
+
+TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", 120: r"mma\.sync", "gfx942": r"v_mfma"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_compiles_ahead_of_time(target, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "capability", lambda tensor: 0 if isinstance(target, str) else target)
+    for key, (kernel, args, kwargs) in _launches(target, dtype).items():
+        linear = kernel.__name__ == "linear_kernel"
+        if dtype == torch.float32 and not linear:
+            continue
+        compiled = aot.compile_kernel(kernel, target, *args, **kwargs)
+        assert compiled.spills == 0, key
+        assert compiled.shared <= aot.SHARED_LIMIT[target], key
+        if linear:
+            assert compiled.count(TENSOR_CORE[target]) > 0, key
+        if isinstance(target, str):
+            assert compiled.count(r"(global|buffer)_load_dwordx4") > 0, key
+        elif linear:
+            assert compiled.count(r"cp\.async\.cg\.shared\.global|ld\.global\.v4|ld\.global\.L1") > 0, key
+            assert compiled.count(r"st\.global\.v4|st\.global\.v2\.b64") > 0, key
+            if not kwargs["IMPLICIT"]:  # there the row statistics are copied, 8 bytes each
+                assert compiled.count(r"cp\.async\.ca") == 0, key
+        else:
+            assert (
+                compiled.count(r"ld\.global\.v4\.b32") > 0 and compiled.count(r"ld\.global\.(b16|b8|v2\.b32)") == 0
+            ), key
