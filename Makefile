@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo build test test-matrix bench inspect readme lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,27 @@ test: $(VENV)/.test-tools build lint
 
 bench: $(VENV)/.test-tools build
 	$(BIN)/ivl-kernels bench
+
+# What the compiled GPU kernels cost, without a GPU.
+inspect: $(VENV)/.test-tools build
+	$(BIN)/python -m bench.inspect
+
+# The generated tables of README and docs.
+readme: $(VENV)/.test-tools
+	$(BIN)/python -m bench.readme
+
+# The oldest supported transformers and Triton, after the newest.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q --upgrade pip setuptools wheel ninja pybind11
+	$(OLDEST)/bin/pip install -q "torch==2.13.0" || $(OLDEST)/bin/pip install -q "torch>=2.10"
+	$(OLDEST)/bin/pip install -q --no-build-isolation -e ".[test]"
+	$(OLDEST)/bin/pip install -q "transformers==4.57.*" "triton==3.6.*"
+	touch $@
+
+test-matrix: test $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -n 2 tests/integrations tests/models tests/nn tests/ops
 
 lint: $(VENV)/.test-tools
 	$(BIN)/ruff check .
