@@ -1,7 +1,8 @@
 """The accuracy rule: a kernel may be at most twice as far from the truth as plain torch in the same dtype.
 
 The truth is the reference computed in float64. Both the largest and the root-mean-square error are held to the rule,
-each with a floor of one rounding of the result, since plain torch is sometimes exact by luck.
+each with a floor, since plain torch is sometimes exact by luck: two units in the last place of the largest value for
+the largest error, half a unit of the root-mean-square value for the other.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def error_report(
     return ErrorReport(
         float(error.amax()),
         float(error.square().mean().sqrt()),
-        factor * float(base.amax()) + eps * scale_max,
+        factor * float(base.amax()) + 2 * eps * scale_max,
         factor * float(base.square().mean().sqrt()) + 0.5 * eps * scale_rms,
         finite,
     )

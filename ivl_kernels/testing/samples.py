@@ -1,0 +1,370 @@
+"""Sample inputs of every public op: one registry for `gpu-check` and whoever else goes through all ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from .. import ops
+from ..ops.tile_router import Attention, Block, Gate
+from .catalogue import MODELS
+
+TOKEN = 7
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a public op.
+
+    Attributes:
+        op: the raw op whose backends are checked (a key of `_library.OPS`).
+        name: what is special about these inputs.
+        make: inputs by name from a generator; floats in float64, a nest of tuples and lists is fine.
+        call: (inputs, backend) -> a tensor or a tuple of tensors.
+        gradients: names of the inputs that get gradients.
+        graph: the op promises that a CUDA graph can capture it.
+        plain: the same by eager torch in the dtype of the inputs, which sets the tolerance; None: the reference does
+            (it computes in float32, so it is the stricter measure).
+    """
+
+    op: str
+    name: str
+    make: Callable[[torch.Generator], dict[str, Any]]
+    call: Callable[[dict[str, Any], str], Any]
+    gradients: tuple[str, ...] = ()
+    graph: bool = False
+    plain: Callable[[dict[str, Any]], Any] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}: {self.name}"
+
+
+def samples(large: bool = False) -> Iterator[Sample]:
+    """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
+    yield from _projector(large)
+    yield from _router(large)
+    yield from _packing(large)
+    yield from _rotary(large)
+    yield from _moe(large)
+
+
+def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def _linear(generator: torch.Generator, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _normal(generator, outputs, inputs, scale=inputs**-0.5), _normal(generator, outputs, scale=0.1)
+
+
+def _projector(large: bool) -> Iterator[Sample]:
+    def make(merge: int, tiles: int, grid: int, widths: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
+        def build(generator: torch.Generator) -> dict[str, Any]:
+            linears = [_linear(generator, o, i) for i, o in zip(widths, widths[1:])]
+            return {
+                "x": _normal(generator, tiles, 1 + grid * grid, widths[0] // merge**2),
+                "norm_weight": 1 + _normal(generator, widths[0], scale=0.1),
+                "norm_bias": _normal(generator, widths[0], scale=0.1),
+                "weights": [w for w, _ in linears],
+                "biases": [b for _, b in linears],
+            }
+
+        return build
+
+    def plain(v: dict[str, Any], merge: int) -> torch.Tensor:
+        tiles, tokens, width = v["x"].shape
+        side = math.isqrt(tokens - 1) // merge
+        rows = v["x"][:, 1:].reshape(tiles, side, merge, side, merge, width).transpose(2, 3).reshape(tiles, side**2, -1)
+        out = functional.layer_norm(rows, rows.shape[-1:], v["norm_weight"], v["norm_bias"], 1e-5)
+        for index, (weight, bias) in enumerate(zip(v["weights"], v["biases"])):
+            out = functional.linear(functional.gelu(out) if index else out, weight, bias)
+        return out
+
+    def call(v: dict[str, Any], backend: str, merge: int) -> torch.Tensor:
+        return ops.pixel_shuffle_mlp(**v, merge=merge, skip=1, backend=backend)
+
+    names = ("x", "norm_weight", "norm_bias", "weights", "biases")
+    for merge in (2, 4):
+        widths = MODELS["InternVL3.5-1B"].projector(merge) if large else ((12 * merge**2,) + (20,) * merge + (28,))
+        tiles, grid = (5, 32) if large else (3, 8)
+        yield Sample(
+            "pixel_shuffle_mlp",
+            f"ratio 1/{merge**2}, class token in place, {tiles} tiles",
+            make(merge, tiles, grid, widths),
+            partial(call, merge=merge),
+            names,
+            graph=True,
+            plain=partial(plain, merge=merge),
+        )
+
+    def into(v: dict[str, Any], backend: str) -> torch.Tensor:
+        tokens = (v["x"].shape[1] - 1) // 4
+        out = v["x"].new_zeros(2 * tokens + 5, v["weights"][-1].shape[0])
+        tiles, rows = torch.tensor([[2, 0], [tokens + 3, 1]], device=out.device)
+        return ops.pixel_shuffle_mlp(**v, skip=1, tile_indices=tiles, out=out, out_rows=rows, backend=backend)
+
+    def plain_into(v: dict[str, Any]) -> torch.Tensor:
+        both = plain(v, 2)
+        pad = both.new_zeros(3, both.shape[-1])
+        return torch.cat([pad[:1], both[0], pad[:2], both[2], pad[:2]])
+
+    widths = MODELS["InternVL3.5-1B"].projector(2) if large else (48, 20, 28)
+    yield Sample(
+        "pixel_shuffle_mlp_into_",
+        "two of the tiles, to their rows of a buffer",
+        make(2, tiles, grid, widths),
+        into,
+        graph=True,
+        plain=plain_into,
+    )
+
+
+def _router(large: bool) -> Iterator[Sample]:
+    width, heads, tokens, tiles = (1024, 16, 1024, 5) if large else (64, 4, 37, 3)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        def norm() -> tuple[torch.Tensor, torch.Tensor]:
+            return 1 + _normal(g, width, scale=0.1), _normal(g, width, scale=0.1)
+
+        return {
+            "z": _normal(g, tiles, 1 + tokens, width),
+            "query": _normal(g, 1, width),
+            "attentions": [
+                Attention(*_linear(g, 3 * width, width), *_linear(g, width, width), *norm()) for _ in range(2)
+            ],
+            "blocks": [Block(*_linear(g, 4 * width, width), *_linear(g, width, 4 * width), *norm()) for _ in range(4)],
+            "gate": Gate(*norm(), *_linear(g, 2, width)),
+        }
+
+    yield Sample(
+        "tile_pool",
+        f"router of {tiles} tiles of {tokens} tokens",
+        make,
+        lambda v, backend: ops.tile_router(*v.values(), skip=1, heads=heads, backend=backend),
+        ("z", "query"),
+    )
+
+
+def _packing(large: bool) -> Iterator[Sample]:
+    block, small, width = (256, 64, 4096) if large else (8, 2, 24)
+
+    def prompt(g: torch.Generator) -> dict[str, Any]:
+        image = [3] + [TOKEN] * (2 * block) + [4]
+        rows = [[5] * 9 + image + [6], [5] * 2 + image + image, [5] * 11]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
+        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        return {"input_ids": ids, "compress": torch.rand(6, generator=g) < 0.5, "attention_mask": mask}
+
+    def embeddings(g: torch.Generator) -> dict[str, Any]:
+        ids = prompt(g)["input_ids"]
+        return {
+            "embeds": _normal(g, *ids.shape, width),
+            "input_ids": ids,
+            "rows": _normal(g, int((ids == TOKEN).sum()), width),
+        }
+
+    yield Sample(
+        "pack_tokens",
+        "three rows, left padding",
+        prompt,
+        lambda v, backend: tuple(
+            t
+            for t in vars(
+                ops.pack_tokens(
+                    v["input_ids"],
+                    v["compress"],
+                    TOKEN,
+                    attention_mask=v["attention_mask"],
+                    tokens_per_tile=block,
+                    compressed_tokens=small,
+                    backend=backend,
+                )
+            ).values()
+            if isinstance(t, torch.Tensor)
+        ),
+    )
+    yield Sample(
+        "place_rows_",
+        f"visual rows of width {width}",
+        embeddings,
+        lambda v, backend: ops.place_rows(**v, token_id=TOKEN, backend=backend),
+        ("embeds", "rows"),
+    )
+
+    def text(g: torch.Generator) -> dict[str, Any]:
+        return {"ids": prompt(g)["input_ids"], "table": _normal(g, TOKEN + 1, width)}
+
+    def embed(v: dict[str, Any], backend: str) -> torch.Tensor:
+        # Rows of placeholders are not initialised by contract: leave them out.
+        return ops.embed_text(v["ids"], v["table"], TOKEN, backend=backend)[v["ids"] != TOKEN]
+
+    yield Sample("embed_text", f"three rows, width {width}", text, embed)
+
+
+def _rotary(large: bool) -> Iterator[Sample]:
+    tokens, q_heads, kv_heads, dim = (1344, 32, 8, 128) if large else (11, 4, 2, 64)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        return {
+            "q": _normal(g, 2, q_heads, tokens, dim),
+            "k": _normal(g, 2, kv_heads, tokens, dim),
+            "q_weight": 1 + _normal(g, dim, scale=0.1),
+            "k_weight": 1 + _normal(g, dim, scale=0.1),
+        }
+
+    # Positions and frequencies are float32 by contract, whatever the dtype of q and k.
+    positions = torch.cumsum(torch.where(torch.arange(tokens) % 3 == 0, 1.0, 1 / 16), 0)
+    frequencies = 1e6 ** (-torch.arange(0, dim, 2).float() / dim)
+
+    def call(v: dict[str, Any], backend: str, normed: bool) -> Any:
+        norms = {"q_weight": v["q_weight"], "k_weight": v["k_weight"]} if normed else {}
+        device = v["q"].device
+        return ops.v2pe_rope(
+            v["q"], v["k"], positions.to(device), frequencies.to(device), **norms, rounding="float32", backend=backend
+        )
+
+    for normed in (False, True):
+        yield Sample(
+            "v2pe_rope",
+            f"fractional positions{', q/k RMSNorm' if normed else ''}, {tokens} tokens",
+            make,
+            partial(call, normed=normed),
+            ("q", "k", "q_weight", "k_weight") if normed else ("q", "k"),
+            graph=True,
+        )
+
+    def in_place(v: dict[str, Any], backend: str) -> Any:
+        q, k = v["q"].clone(), v["k"].clone()
+        device = q.device
+        return ops.v2pe_rope_(q, k, positions.to(device), frequencies.to(device), rounding="float32", backend=backend)
+
+    yield Sample("v2pe_rope_", f"in place, {tokens} tokens", make, in_place)
+
+    def ids(g: torch.Generator) -> dict[str, Any]:
+        return {"input_ids": torch.where(torch.rand(3, 50 * tokens, generator=g) < 0.7, TOKEN, 1)}
+
+    yield Sample(
+        "v2pe_position_ids",
+        "delta 1/16",
+        ids,
+        lambda v, backend: ops.v2pe_position_ids(v["input_ids"], TOKEN, 1 / 16, backend=backend),
+        graph=True,
+    )
+
+
+def _moe(large: bool) -> Iterator[Sample]:
+    # The weights alone: which expert wins a near tie may depend on the rounding of the dtype.
+    def route(v: dict[str, Any], backend: str, top_k: int, **convention: Any) -> torch.Tensor:
+        return ops.moe_routing(v["logits"], top_k, **convention, backend=backend)[1]
+
+    def ids(g: torch.Generator, tokens: int, experts: int, top_k: int) -> dict[str, Any]:
+        return {"ids": torch.randint(0, experts + 1, (tokens, top_k), generator=g)}
+
+    def dispatch(v: dict[str, Any], backend: str, experts: int) -> Any:
+        return tuple(ops.moe_dispatch(v["ids"], experts, tile=16, backend=backend))
+
+    conventions = (("softmax_then_topk", True, 128, 8), ("topk_then_softmax", False, 32, 4))
+    for scoring, renormalize, experts, k in conventions:
+        tokens = 700 if large else 13
+
+        def logits(g: torch.Generator, tokens: int = tokens, experts: int = experts) -> dict[str, Any]:
+            return {"logits": _normal(g, tokens, experts, scale=2.0)}
+
+        yield Sample(
+            "moe_routing",
+            f"{scoring}, {k} of {experts}",
+            logits,
+            partial(route, top_k=k, scoring=scoring, renormalize=renormalize),
+            ("logits",),
+            graph=True,
+        )
+        yield Sample(
+            "moe_dispatch",
+            f"{k} of {experts}",
+            partial(ids, tokens=tokens, experts=experts, top_k=k),
+            partial(dispatch, experts=experts),
+            graph=True,
+        )
+    for activation, layout, biased in (("silu", "concatenated", False), ("gpt_oss", "interleaved", True)):
+        tokens, width, inner, experts, k = (256, 2048, 768, 32, 8) if large else (13, 48, 40, 6, 2)
+
+        def make(
+            g: torch.Generator,
+            layout: str = layout,
+            biased: bool = biased,
+            sizes: tuple[int, ...] = (tokens, width, inner, experts, k),
+        ) -> dict[str, Any]:
+            tokens, width, inner, experts, k = sizes
+            first, second = (2 * inner, width), (width, inner)
+            if layout == "interleaved":
+                first, second = first[::-1], second[::-1]
+            values: dict[str, Any] = {
+                "hidden": _normal(g, tokens, width),
+                "ids": torch.rand(tokens, experts, generator=g).argsort(1)[:, :k].contiguous(),
+                "weights": torch.rand(tokens, k, generator=g, dtype=torch.float64),
+                "gate_up": _normal(g, experts, *first, scale=width**-0.5),
+                "down": _normal(g, experts, *second, scale=inner**-0.5),
+            }
+            if biased:
+                values["gate_up_bias"] = _normal(g, experts, 2 * inner, scale=0.1)
+                values["down_bias"] = _normal(g, experts, width, scale=0.1)
+            return values
+
+        def call(v: dict[str, Any], backend: str, activation: str = activation, layout: str = layout) -> Any:
+            return ops.moe_experts(**v, activation=activation, layout=layout, backend=backend)
+
+        biases = ("gate_up_bias", "down_bias") if biased else ()
+        yield Sample(
+            "moe_experts",
+            f"{activation}, {layout}, {tokens} tokens, {k} of {experts}",
+            make,
+            call,
+            ("hidden", "weights", "gate_up", "down", *biases),
+            graph=True,
+            plain=partial(_plain_experts, activation=activation, layout=layout),
+        )
+        if layout == "concatenated":
+            yield Sample(
+                "moe_experts_list",
+                f"one tensor a matrix, {tokens} tokens, {k} of {experts}",
+                lambda g, make=make: _as_lists(make(g)),  # type: ignore[misc]
+                lambda v, backend: ops.moe_experts_list(**v, backend=backend),
+                ("hidden", "weights", "gate", "up", "down"),
+                plain=_plain_expert_lists,
+            )
+
+
+def _as_lists(v: dict[str, Any]) -> dict[str, Any]:
+    gate, up = v.pop("gate_up").chunk(2, 1)
+    return {**v, "gate": list(gate.contiguous()), "up": list(up.contiguous()), "down": list(v["down"])}
+
+
+def _plain_expert_lists(v: dict[str, Any]) -> torch.Tensor:
+    gate_up = torch.cat([torch.stack(v["gate"]), torch.stack(v["up"])], 1)
+    return _plain_experts({**v, "gate_up": gate_up, "down": torch.stack(v["down"])}, "silu", "concatenated")
+
+
+def _plain_experts(v: dict[str, Any], activation: str, layout: str) -> torch.Tensor:
+    """The loop over experts, every product and activation rounded to the dtype of the inputs."""
+    transposed = layout == "interleaved"
+    out = torch.zeros_like(v["hidden"])
+    for expert in range(v["gate_up"].shape[0]):
+        token, slot = (v["ids"] == expert).nonzero(as_tuple=True)
+        first, second = (v[n][expert].T if transposed else v[n][expert] for n in ("gate_up", "down"))
+        biases = [v[n][expert] if n in v else None for n in ("gate_up_bias", "down_bias")]
+        both = functional.linear(v["hidden"][token], first, biases[0])
+        gate, up = (both[:, ::2], both[:, 1::2]) if transposed else both.chunk(2, -1)
+        if activation == "gpt_oss":
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        else:
+            inner = functional.silu(gate) * up
+        out = out.index_add(0, token, functional.linear(inner, second, biases[1]) * v["weights"][token, slot, None])
+    return out
