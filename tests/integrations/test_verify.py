@@ -43,6 +43,15 @@ def test_forward_only():
     assert report.passed and report.tokens == 0
 
 
+def test_half_precision_is_judged_by_its_layers():
+    model, batch = make("native")
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    report = verify(model.bfloat16(), batch, rounds=0)
+    assert report.passed and not report.tokens_decide
+    report.first_difference = 1
+    assert report.passed and "not held against it" in str(report)
+
+
 def test_a_wrong_kernel_is_seen(monkeypatch):
     model, batch = make("native")
     right = ops.pixel_shuffle_mlp
