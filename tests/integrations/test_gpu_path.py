@@ -1,17 +1,11 @@
 """A patched tiny model on its GPU path: backends chosen as on a GPU, kernels run from PTX in the simulator."""
 
-import importlib.util
-
 import pytest
 import torch
 from gpu import simulated_gpu
 from models import chat_inputs, chat_model, inputs, native_model
 
 from ivl_kernels import patched
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ivl_kernels.ops.pixel_shuffle_mlp.triton") is None, reason="needs the Triton projector"
-)
 
 
 @pytest.mark.parametrize("name", ["native", "repo", "flash"])
