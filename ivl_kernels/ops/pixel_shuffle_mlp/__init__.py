@@ -61,8 +61,8 @@ def pixel_shuffle_mlp(
 
     Gradients flow to x (zero at the skipped tokens and at tiles not chosen), the LayerNorm, every weight and bias, and
     to `out` (zero at the rows written). Sums are taken in float32 (float64 for float64). Kept for the backward: x, the
-    parameters and the input of each GELU; the shuffled, normalised rows are computed again. Deterministic, and on the
-    CPU independent of the number of threads.
+    parameters and the input of each GELU; the shuffled, normalised rows are computed again. Deterministic (but for the
+    gradient of x on a GPU when `tile_indices` names a tile twice), and on the CPU independent of the number of threads.
     Source: `InternVLChatModel.extract_feature` and `pixel_shuffle`, transformers' `InternVLMultiModalProjector`.
 
     Example:
