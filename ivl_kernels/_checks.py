@@ -8,6 +8,8 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = ("float32", "bfloat16", "float16", "float64")
+# What kernels serve that compute in float32: all but float64.
+KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -162,9 +162,6 @@ def sample_photo() -> Path:
     return Path(__file__).parent / "data" / "coffee.jpg"
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Subject:
     """A model with what is needed to ask it about tiles."""
@@ -311,9 +308,6 @@ def _load_chat(path: str, trust_remote_code: bool, dtype: Any) -> Any:
     if not trust_remote_code:
         raise CommandError(f"--model {path}: the checkpoint brings its own code; pass --trust-remote-code to run it")
     return enable_remote_code(path).from_pretrained(path, dtype=dtype)  # type: ignore[attr-defined]
-
-
-# --- Flash --------------------------------------------------------------------------------------------------------
 
 
 def _flash_run(subject: Subject, inputs: dict[str, Any], tokens: int, device: str) -> dict[str, Any]:

@@ -91,9 +91,6 @@ class Adapter:
         return ""
 
 
-# --- what is kept in a patched module -------------------------------------------------------------------------------
-
-
 class _Absent:
     """Marks an attribute that was not in the instance's `__dict__`. A class, so that copies keep its identity."""
 
@@ -187,9 +184,6 @@ def note(module: nn.Module, name: str, value: Any) -> None:
     state = attachment(module)
     if state is not None:
         state.notes[name] = value
-
-
-# --- changes and their exact undoing --------------------------------------------------------------------------------
 
 
 class _Edit:
@@ -307,9 +301,6 @@ class Editor:
         return [text for text in left if text]
 
 
-# --- reports --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Row:
     """One line of a report. `state`: patched, already patched, refused, not found, off, undone or left."""
@@ -412,9 +403,6 @@ def _undo_site(module: nn.Module, key: tuple[str, str]) -> list[str]:
     left = [edit.undo() for edit in reversed(edits)]
     _detach_if_empty(module)
     return [text for text in left if text]
-
-
-# --- patch ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -527,8 +515,6 @@ def patched(model: nn.Module, *, strict: bool = False, backend: str = "", **feat
     finally:
         handle.undo()
 
-
-# --- what adapters share --------------------------------------------------------------------------------------------
 
 PROJECTOR = Feature(True, "pixel shuffle and projector in one op, at every ratio the model has")
 PACKING = Feature(True, "visual rows written over the placeholder tokens by an op, with a count check")

@@ -98,9 +98,6 @@ def _keep_routing(model: nn.Module, inputs: FlashInputs, ids: torch.Tensor, mask
     announce(model, inputs.packed.ids, inputs.packed.attention_mask, inputs.compress)
 
 
-# --- remote code --------------------------------------------------------------------------------------------------
-
-
 def _chat_generate(backend: str) -> Callable[..., Any]:
     def generate_flash(
         inner: Callable[..., Any],
@@ -213,9 +210,6 @@ def _chat_forward(backend: str, layout: Any) -> Callable[..., Any]:
     return forward
 
 
-# --- what both forwards share -------------------------------------------------------------------------------------
-
-
 def _refuse(position_ids: Any, past_key_values: Any) -> None:
     if position_ids is not None:
         raise ValueError(
@@ -249,9 +243,6 @@ def _sequence(inputs: FlashInputs, layout: Any, model: nn.Module) -> dict[str, A
         lengths = {"cu_seq_lens_q": packed.cu_seqlens, "cu_seq_lens_k": packed.cu_seqlens}
         sequence |= lengths | {"max_length_q": packed.max_length, "max_length_k": packed.max_length}
     return sequence
-
-
-# --- transformers-native -------------------------------------------------------------------------------------------
 
 
 class _PromptStreamer:

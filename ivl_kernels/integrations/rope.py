@@ -166,9 +166,6 @@ def _text_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-# --- V2PE -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ContextReport:
     """Tokens and position span of every row of the last prompt, and the step of its visual tokens."""

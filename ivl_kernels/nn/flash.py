@@ -298,9 +298,6 @@ def flash_inputs(
     return FlashInputs(flat.view(embeds.shape), packed, compress, scores, logits)
 
 
-# --- the two model families ---------------------------------------------------------------------------------------
-
-
 def _sequential(module: nn.Module, merge: int, norm: int, *linears: int) -> Projector:
     assert isinstance(module, nn.Sequential)
     return Projector(module, module[norm], tuple(module[i] for i in linears), merge)
@@ -366,8 +363,6 @@ def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
         "InternVLForConditionalGeneration with a FlashVision attached"
     )
 
-
-# --- Flash for transformers-native models ------------------------------------------------------------------------
 
 _GROUPS = ("mlp2", "pooling_before_gating", "gating")
 _KEY = re.compile(rf"^(?:model\.)?(?:flash\.)?((?:{'|'.join(_GROUPS)})\..*)$")
@@ -528,9 +523,6 @@ def _read_tensors(folder: str) -> dict[str, torch.Tensor]:
             with safe_open(os.path.join(folder, name), "pt") as opened:
                 tensors.update({short: opened.get_tensor(key) for key, short in wanted})
     return tensors
-
-
-# --- training seam ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,6 @@ def only_rope(model):
     return patch(model, rope=True)
 
 
-# --- rotary ---------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,9 +135,6 @@ def test_only_this_instance():
     only_rope(model)
     assert vars(modeling_qwen3) == before[0] and modeling_qwen3.Qwen3Attention.forward is before[1]
     assert "forward" not in vars(other.model.language_model.layers[0].self_attn)
-
-
-# --- V2PE -----------------------------------------------------------------------------------------------------------
 
 
 def positions(batch, delta, **options):

@@ -365,9 +365,6 @@ def test_wrong_input_writes_nothing(change, error, message):
     assert torch.equal(q, before)
 
 
-# --- GPU counters: Liger-Kernel's rotary at this shape takes 256,000 warp instructions, 98,304 load sectors -----------
-
-
 def _counted(**options):
     q = torch.randn(1, 256, 32, 128).to(torch.bfloat16).transpose(1, 2)
     k = torch.randn(1, 256, 8, 128).to(torch.bfloat16).transpose(1, 2)

@@ -19,7 +19,6 @@ constexpr int64_t kDotRows = kLanes == 16 ? 6 : 4, kDotColumns = kLanes == 16 ? 
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kAhead = 8;                      // rows of column panels to prefetch
 
-// --- sources of weights: a panel of columns of one expert's matrix ---------------------------------------------------
 
 // Columns are rows of memory: column j of half h is (h ? second : first) + j * stride, contiguous in k.
 template <class T>
@@ -195,7 +194,6 @@ void pack(const ColumnPanel<T>& from, int64_t k, int64_t depth, float* to) {
   }
 }
 
-// --- products ---------------------------------------------------------------------------------------------------------
 
 // c + a b; for units, c + the dot product of the two bfloat16 of each.
 template <class A>
@@ -361,7 +359,6 @@ void stream_rows(int64_t rows, const float* const* a, const T* w, int64_t stride
   }
 }
 
-// --- a product of some rows with a group of panels ---------------------------------------------------------------------
 
 constexpr int64_t kDotLimit = 64;  // rows up to which dot products beat packing
 
@@ -467,7 +464,6 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
   }
 }
 
-// --- the layer ----------------------------------------------------------------------------------------------------------
 
 inline vf sigmoid(vf x) {
   const vi negative = x < vf{};
@@ -697,7 +693,6 @@ void forward(ExpertShape shape, ExpertOptions options, const T* hidden, const fl
 }
 
 
-// --- backward -----------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kSumRows = 128;
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..._checks import FLOATS, check_dtype, check_same, check_shape
+from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
 from ..moe_routing import op as routing
-from ..moe_routing.op import GPU_DTYPES
 
 ACTIVATIONS = ("silu", "gpt_oss")
 LAYOUTS = ("concatenated", "interleaved")
@@ -84,8 +83,8 @@ _experts = Op(
     package=__package__,
     key="hidden",
     implementations=(
-        Implementation("native", "native:moe_experts", ("cpu",), GPU_DTYPES),
-        Implementation("triton", "triton:moe_experts", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("native", "native:moe_experts", ("cpu",), KERNEL_DTYPES),
+        Implementation("triton", "triton:moe_experts", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", "reference:moe_experts"),
     ),
     fake=_fake_forward,
@@ -97,8 +96,8 @@ _experts_backward = Op(
     package=__package__,
     key="hidden",
     implementations=(
-        Implementation("native", "native:moe_experts_backward", ("cpu",), GPU_DTYPES),
-        Implementation("triton", "triton:moe_experts_backward", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("native", "native:moe_experts_backward", ("cpu",), KERNEL_DTYPES),
+        Implementation("triton", "triton:moe_experts_backward", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", "reference:moe_experts_backward"),
     ),
     fake=_fake_backward,
@@ -151,7 +150,7 @@ _list = Op(
     package=__package__,
     key="hidden",
     implementations=(
-        Implementation("native", "native:moe_experts_list", ("cpu",), GPU_DTYPES),
+        Implementation("native", "native:moe_experts_list", ("cpu",), KERNEL_DTYPES),
         Implementation("reference", "reference:moe_experts_list"),
     ),
     fake=_fake_list,
@@ -163,7 +162,7 @@ _list_backward = Op(
     package=__package__,
     key="hidden",
     implementations=(
-        Implementation("native", "native:moe_experts_list_backward", ("cpu",), GPU_DTYPES),
+        Implementation("native", "native:moe_experts_list_backward", ("cpu",), KERNEL_DTYPES),
         Implementation("reference", "reference:moe_experts_list_backward"),
     ),
     fake=_fake_list_backward,

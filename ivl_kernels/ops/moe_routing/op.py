@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from ..._checks import FLOATS, check_dtype, check_same, check_shape
+from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
 
 SCORINGS = ("softmax_then_topk", "topk_then_softmax")
-GPU_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _too_large(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *rest: Any) -> str | None:
@@ -42,9 +41,9 @@ _routing = Op(
     package=__package__,
     key="logits",
     implementations=(
-        Implementation("native", "native:moe_routing", ("cpu",), GPU_DTYPES),
-        Implementation("cuda", "cuda:moe_routing", ("cuda",), GPU_DTYPES, _too_large),
-        Implementation("triton", "triton:moe_routing", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("native", "native:moe_routing", ("cpu",), KERNEL_DTYPES),
+        Implementation("cuda", "cuda:moe_routing", ("cuda",), KERNEL_DTYPES, _too_large),
+        Implementation("triton", "triton:moe_routing", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", "reference:moe_routing"),
     ),
     fake=lambda logits, bias, top_k, scoring, renormalize, backend: (
@@ -59,9 +58,9 @@ _routing_backward = Op(
     package=__package__,
     key="logits",
     implementations=(
-        Implementation("native", "native:moe_routing_backward", ("cpu",), GPU_DTYPES),
-        Implementation("cuda", "cuda:moe_routing_backward", ("cuda",), GPU_DTYPES, _too_large_backward),
-        Implementation("triton", "triton:moe_routing_backward", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("native", "native:moe_routing_backward", ("cpu",), KERNEL_DTYPES),
+        Implementation("cuda", "cuda:moe_routing_backward", ("cuda",), KERNEL_DTYPES, _too_large_backward),
+        Implementation("triton", "triton:moe_routing_backward", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", "reference:moe_routing_backward"),
     ),
     fake=lambda grad, logits, bias, ids, scoring, renormalize, backend: logits.new_empty(logits.shape),

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
+from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
 
 _PARAMETERS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] weights, Tensor[] biases"
 _GEOMETRY = "int merge, int height, int width, int skip, bool transposed, float eps, Tensor? tiles"
-_GPU_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _implementations(function: str) -> tuple[Implementation, ...]:
     return (
         Implementation("native", f"native:{function}", ("cpu",), FLOAT_NAMES),
-        Implementation("triton", f"triton:{function}", ("cuda", "hip"), _GPU_DTYPES),
+        Implementation("triton", f"triton:{function}", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", f"reference:{function}"),
     )
 

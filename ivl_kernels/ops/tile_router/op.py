@@ -9,18 +9,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
+from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import BackendError, Implementation
 from ..._library import Op
 from . import reference
-
-GPU_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _backends(function: str) -> tuple[Implementation, ...]:
     return (
         Implementation("native", f"native:{function}", ("cpu",), FLOAT_NAMES),
-        Implementation("triton", f"triton:{function}", ("cuda", "hip"), GPU_DTYPES),
+        Implementation("triton", f"triton:{function}", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", f"reference:{function}"),
     )
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape, check_tensor, describe
+from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
 from ..._dispatch import Implementation
 from ..._library import Op
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-GPU_NAMES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 1024
 
 _ANGLES = (
@@ -28,7 +27,7 @@ _ANGLES = (
 def _implementations(function: str) -> tuple[Implementation, ...]:
     return (
         Implementation("native", f"native:{function}", ("cpu",), FLOAT_NAMES),
-        Implementation("triton", f"triton:{function}", ("cuda", "hip"), GPU_NAMES),
+        Implementation("triton", f"triton:{function}", ("cuda", "hip"), KERNEL_DTYPES),
         Implementation("reference", f"reference:{function}"),
     )
 
