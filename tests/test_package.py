@@ -150,7 +150,9 @@ try:
 except RuntimeError as error:
     print(error)
 """
-        lines = fresh(code, PYTHONPATH=str(tmp_path)).splitlines()
+        # -S: an editable install of the package would offer its own compiled library.
+        site = [path for path in sys.path if path.endswith("site-packages")]
+        lines = fresh(code, "-S", PYTHONPATH=os.pathsep.join([str(tmp_path), *site])).splitlines()
         assert lines[0] == "[[[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]]"
         warnings = eval(lines[1])
         assert len(warnings) == len(set(warnings)) > 0 and "not built" in warnings[0]
