@@ -29,6 +29,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -430,15 +431,20 @@ def load_cases(ops: Iterable[str], quick: bool, pattern: str = "") -> Iterator[C
 
 
 def run(cases: Iterable[Case], quick: bool = False) -> dict[str, Any]:
-    """Run all cases, printing a line for each; the content of the JSON."""
+    """Run all cases, printing a line for each; the content of the JSON. Interrupted, it keeps the cases it finished."""
     from . import report
 
-    rows = []
-    for case in cases:
-        row = run_case(case, quick)
-        rows.append(row)
-        print(report.line(row), flush=True)
-        gc.collect()
+    rows: list[dict[str, Any]] = []
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for case in cases:
+            rows.append(run_case(case, quick))
+            print(report.line(rows[-1]), flush=True)
+            gc.collect()
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(rows)} cases", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
     rates = {str(d).removeprefix("torch."): gemm_rate(d) for d in sorted({torch.float32} | _dtypes(rows), key=str)}
     return {
         "environment": environment() | {"quick": quick},

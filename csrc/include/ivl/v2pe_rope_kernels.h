@@ -390,27 +390,38 @@ void rope_norm_backward(const RopeArgs& args) {
   using A = typename Arithmetic<T>::type;
   const int64_t half = args.rotary_dim / 2, width = args.head_dim;
   const int64_t chunks = args.batch * ((args.tokens + kChunk - 1) / kChunk);
-  // One partial weight gradient a chunk, added in order: the result does not depend on the threads.
-  std::vector<A> partial(chunks * 2 * width, A(0));
+  // One partial weight gradient a chunk, added in order: the result does not depend on the threads. Sums of a few rows
+  // go to float64, since one long chain of float32 additions over all rows and heads would lose digits.
+  constexpr int kRows = 32;
+  std::vector<double> partial(chunks * 2 * width, 0.0);
   over_chunks<T, A>(args, [&](int64_t b, int64_t first, int64_t count, int64_t chunk, const A* cosine, const A* sine) {
-    A* sums = partial.data() + chunk * 2 * width;
+    double* sums = partial.data() + chunk * 2 * width;
     for (const RopeSide* side : {&args.q, &args.k}) {
+      A recent[kMaxHeadDim] = {};
+      int rows = 0;
+      const auto flush = [&] {
+        for (int64_t i = 0; i < width; ++i) sums[i] += recent[i], recent[i] = A(0);
+        rows = 0;
+      };
       over_rows(*side, count, [&](int64_t n, int64_t h) {
         norm_backward_row<T, A>(row<T>(side->in, side->in_strides, b, h, first + n), row<T>(side->x, side->x_strides, b, h, first + n),
-                                row<T>(side->out, side->out_strides, b, h, first + n), static_cast<const T*>(side->weight), sums,
+                                row<T>(side->out, side->out_strides, b, h, first + n), static_cast<const T*>(side->weight), recent,
                                 cosine + n * half, sine + n * half, half, width, args.eps);
+        if (++rows == kRows) flush();
       });
+      flush();
       sums += width;
     }
   });
-  A *grad_q = static_cast<A*>(args.q.grad_weight), *grad_k = static_cast<A*>(args.k.grad_weight);
-  std::fill(grad_q, grad_q + width, A(0));
-  std::fill(grad_k, grad_k + width, A(0));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+  const auto total = [&](void* to, int64_t side) {
     for (int64_t i = 0; i < width; ++i) {
-      grad_q[i] += partial[chunk * 2 * width + i];
-      grad_k[i] += partial[(chunk * 2 + 1) * width + i];
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(chunk * 2 + side) * width + i];
+      static_cast<A*>(to)[i] = static_cast<A>(sum);
     }
+  };
+  total(args.q.grad_weight, 0);
+  total(args.k.grad_weight, 1);
 }
 
 // Positions up to this are exact in float32 for a step that is a multiple of 2^-12, and else off by at most step / 32.
