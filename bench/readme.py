@@ -34,18 +34,23 @@ def performance() -> str:
         parts += [
             machine,
             "",
-            "| op | case | ours | vs eager | vs torch.compile | x floor | peak memory, ours / eager |",
+            "| op | case | ours | vs eager | vs torch.compile | vs others | x floor | peak memory, ours / eager |",
         ]
-        parts.append("|" + " --- |" * 7)
+        parts.append("|" + " --- |" * 8)
         for row in group:
             ours, eager = row["variants"].get(report.OURS, {}), row["variants"].get("eager", {})
             if "median_ms" not in ours:
                 continue
             ratios = " | ".join(report.ratio_text(row["variants"].get(name, {})) for name in COLUMNS)
+            others = ", ".join(
+                f"{name} {report.ratio_text(variant)}"
+                for name, variant in row["variants"].items()
+                if name not in (report.OURS, *COLUMNS) and "ratio" in variant
+            )
             floor = f"{ours['median_ms'] / row['floor_ms']:.2f}" if row["floor_ms"] else ""
             memory = f"{report.size_text(ours.get('peak_bytes'))} / {report.size_text(eager.get('peak_bytes'))}"
             time = report.time_text(ours["median_ms"])
-            parts.append(f"| {row['op']} | {row['name']} | {time} | {ratios} | {floor} | {memory} |")
+            parts.append(f"| {row['op']} | {row['name']} | {time} | {ratios} | {others} | {floor} | {memory} |")
         parts.append("")
     if not parts:
         return "No results are committed yet.\n"
