@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model
+from packaging.version import Version
 from transformers import DynamicCache
 
 import ivl_kernels
@@ -221,6 +222,8 @@ def test_decoding_steps_are_integer(family):
     expected = greedy_by_hand(model, batch, 0.25)
     handle = patch(model, v2pe=1 / 16)
     assert torch.equal(model.generate(**batch, **GREEDY, v2pe_delta="1/4"), expected)
+    if Version(transformers.__version__) < Version("5"):
+        return  # beams with and without a cache differ there in the stock model too
     beams = dict(num_beams=3, num_return_sequences=2)
     cached = model.generate(**batch, **GREEDY, **beams, v2pe_delta="1/4")
     assert torch.equal(cached, model.generate(**batch, **GREEDY, **beams, v2pe_delta="1/4", use_cache=False))
