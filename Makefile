@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo build test test-matrix bench inspect readme lint clean
+.PHONY: demo build test test-matrix bench gpu-check inspect readme lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ test: $(VENV)/.test-tools build lint
 
 bench: $(VENV)/.test-tools build
 	$(BIN)/ivl-kernels bench
+
+# Proves and times every op on this machine's GPU; DEVICE=cpu rehearses the same code.
+gpu-check: $(VENV)/.test-tools build
+	$(BIN)/ivl-kernels gpu-check --device $(or $(DEVICE),cuda)
 
 # What the compiled GPU kernels cost, without a GPU.
 inspect: $(VENV)/.test-tools build

@@ -15,7 +15,7 @@ CSV_COLUMNS = [
 
 
 def time_text(ms: float) -> str:
-    return f"{ms:.3g} ms" if ms < 1e4 else f"{ms / 1e3:.3g} s"
+    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1e3:.3g} s"
 
 
 def size_text(count: float | None) -> str:
@@ -58,13 +58,20 @@ def _by_op(result: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
         yield op, [row for row in result["rows"] if row["op"] == op]
 
 
+def setup(result: dict[str, Any]) -> str:
+    """Processor, threads, torch and allocator of a run: runs that agree in them may share a table."""
+    env = result["environment"]
+    isa = f", ONEDNN_MAX_CPU_ISA={env['onednn_max_cpu_isa']}" if env.get("onednn_max_cpu_isa") else ""
+    return f"{env['device']}, {env['threads']} threads{isa}, torch {env['torch']}, {env['allocator']} allocator"
+
+
 def machine(result: dict[str, Any]) -> str:
+    """The setup of a run, its commit and date, and the rates measured in it."""
     env, limits = result["environment"], result["limits"]
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits["gemm_flops_per_s"].items())
-    isa = f", ONEDNN_MAX_CPU_ISA={env['onednn_max_cpu_isa']}" if env.get("onednn_max_cpu_isa") else ""
     return (
-        f"{env['device']}, {env['threads']} threads{isa}, torch {env['torch']}, {env['allocator']} allocator, commit "
-        f"{env['commit']}, {env['date']}. Copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s; GEMM {rates}."
+        f"{setup(result)}, commit {env['commit']}, {env['date']}. "
+        f"Copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s; GEMM {rates}."
     )
 
 
