@@ -126,7 +126,7 @@ def csv_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Speed-up bars with spread, roofline scatter, peak memory."""
+    """Speed-up bars with spread, distance to the roof, peak memory; a case is a line through all three."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,16 +135,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
     rows = [row for row in result["rows"] if row["ok"]]
     if not rows:
         return
-    labels = [f"{row['op']}: {row['name']}" for row in rows]
-    height = max(4.0, 0.45 * len(rows) + 1.5)
-    figure, (bars, roof, memory) = plt.subplots(1, 3, figsize=(18, height), width_ratios=[5, 4, 4])
+    several = len({row["op"] for row in rows}) > 1
+    labels = [f"{row['op']}: {row['name']}" if several else row["name"] for row in rows]
+    height = max(4.5, 0.38 * len(rows) + 2)
+    figure, (bars, roof, memory) = plt.subplots(
+        1, 3, figsize=(17, height), width_ratios=[4, 4, 3], layout="constrained"
+    )
     _speedup_bars(bars, rows, labels)
     _roofline(roof, rows, result["limits"])
     _memory_bars(memory, rows)
-    figure.suptitle(machine(result), fontsize=9)
-    figure.tight_layout()
+    title = f"{result['rows'][0]['op']}, " if not several else ""
+    figure.suptitle(title + machine(result), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _case_axis(axes: Any, labels: list[str] | None, count: int) -> None:
+    axes.set_yticks(range(count), labels if labels is not None else [""] * count, fontsize=8)
+    axes.set_ylim(count - 0.4, -0.6)
+    axes.grid(axis="x", linewidth=0.4)
+    axes.set_axisbelow(True)
 
 
 def _speedup_bars(axes: Any, rows: list[dict[str, Any]], labels: list[str]) -> None:
@@ -152,12 +162,15 @@ def _speedup_bars(axes: Any, rows: list[dict[str, Any]], labels: list[str]) -> N
     thick = 0.8 / max(1, len(others))
     for i, name in enumerate(others):
         known = [(y, r["variants"][name]) for y, r in enumerate(rows) if "ratio" in r["variants"].get(name, {})]
-        middle = [v["ratio"] for _, v in known]
+        ratio = [v["ratio"] for _, v in known]
         spread = [[v["ratio"] - v["ratio_q20"] for _, v in known], [v["ratio_q80"] - v["ratio"] for _, v in known]]
-        axes.barh([y + i * thick for y, _ in known], middle, thick, xerr=spread, capsize=2, label=f"vs {name}")
+        at = [y - 0.4 + (i + 0.5) * thick for y, _ in known]
+        axes.barh(at, [r - 1 for r in ratio], thick, left=1, label=f"vs {name}")
+        axes.errorbar(ratio, at, xerr=spread, fmt="none", ecolor="black", capsize=2, linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([y + 0.4 - thick / 2 for y in range(len(rows))], labels, fontsize=8)
-    axes.invert_yaxis()
+    _case_axis(axes, [f"{label}  [{n}]" for n, label in enumerate(labels, 1)], len(rows))
     axes.set_xlabel("speed-up (median, 20-80 % spread); right of the line ours is faster")
     axes.legend(fontsize=8)
 
@@ -165,36 +178,37 @@ def _speedup_bars(axes: Any, rows: list[dict[str, Any]], labels: list[str]) -> N
 def _roofline(axes: Any, rows: list[dict[str, Any]], limits: dict[str, Any]) -> None:
     # Kernels with no matrix product have no place on a FLOP axis: they are drawn at their share of the copy rate.
     bandwidth = limits["copy_bytes_per_s"]
-    known = [row for row in rows if row["flops"] and row["bytes"]]
-    others = [row for row in rows if row["bytes"] and not row["flops"]]
-    if known:
-        intensity = [row["flops"] / row["bytes"] for row in known]
-        span = [min(intensity) / 4, max(intensity) * 4]
-        for dtype, rate in limits["gemm_flops_per_s"].items():
-            corner = rate / bandwidth
-            xs = sorted({span[0], corner, span[1]})
-            axes.loglog(xs, [min(rate, x * bandwidth) / 1e9 for x in xs], label=f"roof {dtype}")
-        for row, x in zip(known, intensity):
-            for name, marker in ((OURS, "o"), ("eager", "x")):
-                ms = row["variants"].get(name, {}).get("median_ms")
-                if ms:
-                    axes.loglog(x, row["flops"] / ms / 1e6, marker, color="C0" if name == OURS else "C3")
-        axes.set_xlabel("FLOP a byte")
-        axes.set_ylabel("GFLOP/s (o ours, x eager)")
-        axes.legend(fontsize=8)
-    elif others:
-        for y, row in enumerate(others):
-            for name, marker in ((OURS, "o"), ("eager", "x")):
-                ms = row["variants"].get(name, {}).get("median_ms")
-                if ms:
-                    axes.plot(row["bytes"] / ms / 1e6, y, marker, color="C0" if name == OURS else "C3")
-        axes.axvline(bandwidth / 1e9, color="black", linewidth=1, label="copy rate")
-        axes.set_yticks(range(len(others)), [row["name"] for row in others], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel("useful GB/s (o ours, x eager)")
-        axes.legend(fontsize=8)
-    else:
-        axes.set_axis_off()
+    known = [(n, row) for n, row in enumerate(rows, 1) if row["flops"] and row["bytes"]]
+    if not known:
+        _copy_rates(axes, rows, bandwidth)
+        return
+    intensity = [row["flops"] / row["bytes"] for _, row in known]
+    span = [min(intensity) / 4, max(intensity) * 4]
+    for dtype, rate in limits["gemm_flops_per_s"].items():
+        xs = sorted({span[0], rate / bandwidth, span[1]})
+        axes.loglog(xs, [min(rate, x * bandwidth) / 1e9 for x in xs], label=f"roof {dtype}")
+    for (n, row), x in zip(known, intensity):
+        for name, marker, color in ((OURS, "o", "C0"), ("eager", "x", "C3")):
+            ms = row["variants"].get(name, {}).get("median_ms")
+            if ms:
+                axes.loglog(x, row["flops"] / ms / 1e6, marker, color=color)
+            if ms and name == OURS:
+                axes.annotate(f"{n}", (x, row["flops"] / ms / 1e6), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("FLOP a byte")
+    axes.set_ylabel("GFLOP/s (o ours, x eager)")
+    axes.legend(fontsize=8)
+
+
+def _copy_rates(axes: Any, rows: list[dict[str, Any]], bandwidth: float) -> None:
+    for y, row in enumerate(rows):
+        for name, marker, color in ((OURS, "o", "C0"), ("eager", "x", "C3")):
+            ms = row["variants"].get(name, {}).get("median_ms")
+            if ms and row["bytes"]:
+                axes.plot(row["bytes"] / ms / 1e6, y, marker, color=color)
+    axes.axvline(bandwidth / 1e9, color="black", linewidth=1, label="copy rate")
+    _case_axis(axes, None, len(rows))
+    axes.set_xlabel("useful GB/s (o ours, x eager)")
+    axes.legend(fontsize=8)
 
 
 def _memory_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -203,9 +217,9 @@ def _memory_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     for i, name in enumerate(names):
         known = [(y, row["variants"].get(name, {}).get("peak_bytes")) for y, row in enumerate(rows)]
         known = [(y, size) for y, size in known if size is not None]
-        axes.barh([y + i * thick for y, _ in known], [size / 1e6 for _, size in known], thick, label=name)
-    axes.set_yticks([])
-    axes.invert_yaxis()
+        at = [y - 0.4 + (i + 0.5) * thick for y, _ in known]
+        axes.barh(at, [size / 1e6 for _, size in known], thick, label=name)
+    _case_axis(axes, [f"[{n}]" for n in range(1, len(rows) + 1)], len(rows))
     axes.set_xlabel("peak memory of one call, MB (result included)")
     axes.legend(fontsize=8)
 
