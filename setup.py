@@ -50,6 +50,11 @@ def sources():
     return sorted(glob.glob("csrc/cpu/*.cpp") + glob.glob("python/*.cpp"))
 
 
+def other_sources():
+    """What the sources include and what nvcc compiles: a source distribution needs it too."""
+    return sorted(glob.glob("csrc/include/**/*.h", recursive=True) + glob.glob("csrc/cuda/*") + glob.glob("python/*.h"))
+
+
 class Build(build_ext):
     """Compile with ninja, so that two cores are used and an unchanged file is not compiled again."""
 
@@ -158,6 +163,6 @@ class Build(build_ext):
 
 # An optional extension: a compiler that fails leaves the pure-Python install.
 setup(
-    ext_modules=[Extension("ivl_kernels._C", sources=sources(), optional=True)],
+    ext_modules=[Extension("ivl_kernels._C", sources=sources(), depends=other_sources(), optional=True)],
     cmdclass={"build_ext": Build},
 )

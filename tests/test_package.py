@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -111,11 +112,25 @@ class TestDoctor:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"
+def source(tmp_path_factory):
+    """A copy of the repository without what was built in it."""
+    copy = tmp_path_factory.mktemp("package") / "source"
     ignore = shutil.ignore_patterns(".git", ".venv*", "build", "out", "_C*", "*.egg-info", ".hypothesis", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    return shutil.copytree(ROOT, copy, ignore=ignore)
+
+
+def test_source_distribution_can_be_compiled(source, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    files = {str(f.relative_to(source)) for part in ("csrc", "python") for f in (source / part).rglob("*.*")}
+    assert files and files <= held
+
+
+@pytest.fixture(scope="module")
+def wheel(source):
+    out = source.parent
     env = {**os.environ, "CXX": "/nowhere/c++", "IVL_BUILD_CUDA": "0"}
     env.pop("IVL_BUILD_CPU", None)
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
