@@ -135,14 +135,17 @@ class Build(build_ext):
             return
         out = self.package_dir() / "_C_cuda"
         out.mkdir(parents=True, exist_ok=True)
+        known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+        archs = [a for a in CUDA_ARCHS if f"sm_{a}" in known]
         headers = max((os.path.getmtime(f) for f in glob.glob("csrc/include/ivl/**/*", recursive=True)), default=0)
 
         def compile_one(source):
             target = out / (Path(source).stem + ".fatbin")
             if target.exists() and target.stat().st_mtime > max(os.path.getmtime(source), headers):
                 return
-            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-            gencode.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+            # PTX of the oldest and the newest, for chips between and after them.
+            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            gencode += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in (archs[0], archs[-1])]
             flags = ["-std=c++17", "-O3", "-lineinfo", "--fmad=true", f"-I{ROOT}/csrc/include"]
             subprocess.check_call([nvcc, "-fatbin", *flags, *gencode, source, "-o", str(target)])
 

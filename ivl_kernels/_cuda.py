@@ -26,13 +26,29 @@ def built() -> list[str]:
 
 def problem() -> str | None:
     """Why the CUDA C++ kernels cannot be launched, or None when they can."""
-    if launcher is not None:
-        return None
+    return None if launcher is not None else _problem()
+
+
+@functools.cache
+def _problem() -> str | None:
     if not built():
         return "the CUDA C++ kernels are not built (install with nvcc present)"
     import torch
 
-    return None if torch.cuda.is_available() else "no CUDA device is available"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    return too_old()
+
+
+@functools.cache
+def too_old() -> str | None:
+    """A GPU of compute capability below 8.0, which the kernels do not serve, or None."""
+    import torch
+
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return None if least >= (8, 0) else f"a GPU has compute capability {least[0]}.{least[1]}, less than 8.0"
 
 
 @functools.cache
@@ -48,14 +64,41 @@ def _check(status: int, what: str) -> None:
 
 
 @functools.cache
-def _function(source: str, kernel: str, device: int, shared_bytes: int) -> ctypes.c_void_p:
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+def _context(device: int) -> ctypes.c_void_p:
+    """The device's primary context, the one that torch uses."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuDeviceGet(ctypes.byref(handle), device), f"device {device}")
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), f"context of device {device}")
+    return context
+
+
+def _enter(device: int) -> None:
+    """Threads of autograd may have no context yet: torch sets one only when the device is not the thread's already."""
+    current = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(current)), "current context")
+    if not current.value:
+        _check(_driver().cuCtxSetCurrent(_context(device)), f"entering device {device}")
+
+
+@functools.cache
+def _module(source: str, device: int) -> ctypes.c_void_p:
+    """Loaded into the current context, which must be the device's."""
+    module = ctypes.c_void_p()
     image = (FATBINS / f"{source}.fatbin").read_bytes()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {source}.fatbin")
-    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()), f"finding kernel {kernel}")
-    if shared_bytes > 48 * 1024:
-        limit = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(_driver().cuFuncSetAttribute(function, limit, shared_bytes), f"shared memory of {kernel}")
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {source}.fatbin on device {device}")
+    return module
+
+
+@functools.cache
+def _function(source: str, kernel: str, device: int) -> ctypes.c_void_p:
+    """Loaded on first use, also while a CUDA graph is captured."""
+    function, mode = ctypes.c_void_p(), ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "relaxed capture mode")
+    try:
+        module = _module(source, device)
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()), f"finding {kernel}")
+    finally:
+        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "capture mode")
     return function
 
 
@@ -83,7 +126,7 @@ def launch(
         block: threads a block.
         args: in parameter order; a tensor passes its address, None a null pointer, int an int64, float a float,
             bool a bool.
-        shared_bytes: dynamic shared memory of a block, in bytes.
+        shared_bytes: dynamic shared memory of a block, up to 48 KB.
     """
     grid = (*grid, 1, 1)[:3]
     if 0 in grid:
@@ -93,15 +136,16 @@ def launch(
         return
     import torch
 
+    if shared_bytes > 48 * 1024:
+        raise ValueError(f"{kernel}: got {shared_bytes} bytes of dynamic shared memory, expected at most 49152")
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     with torch.cuda.device(device):
+        _enter(device.index)
         stream = torch.cuda.current_stream().cuda_stream
         values = [_argument(a) for a in args]
-        pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values])
-        function = _function(source, kernel, device.index or 0, shared_bytes)
-        _check(
-            _driver().cuLaunchKernel(
-                function, *grid, block, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None
-            ),
-            f"launching {kernel}",
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        size = [ctypes.c_uint(n) for n in (*grid, block, 1, 1, shared_bytes)]
+        status = _driver().cuLaunchKernel(
+            _function(source, kernel, device.index), *size, ctypes.c_void_p(stream), pointers, None
         )
+    _check(status, f"launching {kernel} with grid {grid}, block {block}")

@@ -98,7 +98,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    return _cuda.too_old() if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def device_kind(device_type: str) -> str:

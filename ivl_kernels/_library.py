@@ -66,7 +66,11 @@ class Op:
         tensor = values[self._key]
         dtype = str(tensor.dtype).removeprefix("torch.")
         choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
-        return self.function(choice.implementation)(*values)
+        function = self.function(choice.implementation)
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):  # Triton launches on the current device
+                return function(*values)
+        return function(*values)
 
     def function(self, implementation: Implementation) -> Callable[..., Any]:
         """The Python function behind an implementation; imports its module on first use."""

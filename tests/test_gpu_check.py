@@ -1,9 +1,12 @@
 """The GPU check, rehearsed on the CPU: the same code path, and it must be able to fail."""
 
+import importlib
 import json
+import os
 
 import pytest
 import torch
+from gpu import simulated_gpu
 
 from ivl_kernels import _library, cli, gpu_check
 from ivl_kernels.testing.samples import samples
@@ -16,7 +19,8 @@ def test_rehearsal(tmp_path, capsys):
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     statuses = {r["status"] for r in found["results"]}
     assert statuses == {"ok", "skipped"}
-    assert {r["check"] for r in found["results"]} == {"correctness", "CUDA graph", "huge offsets", "sanitizer", "model"}
+    expected = {"correctness", "CUDA graph", "second GPU", "huge offsets", "sanitizer", "model"}
+    assert {r["check"] for r in found["results"]} == expected
     report = (tmp_path / "gpu_check.md").read_text()
     assert "CPU (a rehearsal, no GPU)" in report and "| ok | correctness | pixel_shuffle_mlp" in report
 
@@ -63,3 +67,77 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_a_pattern_that_matches_nothing(tmp_path, capsys):
     assert cli.main(["gpu-check", "--device", "cpu", "--no-bench", "-k", "nothing", "--out", str(tmp_path)]) == 2
     assert "no sample's title contains 'nothing'" in capsys.readouterr().err
+
+
+CAPTURED = [s for s in samples() if s.graph]
+
+
+@pytest.mark.parametrize("sample", CAPTURED, ids=lambda s: s.title)
+def test_what_graphs_promise_touches_the_host_only_once(sample, monkeypatch):
+    """After a first call: no value is read from the device, and nothing is copied to it. Kernels in the simulator."""
+    inputs = gpu_check._cast(sample.make(torch.Generator().manual_seed(0)), torch.bfloat16, "cpu")
+    projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.op")
+    monkeypatch.setattr(projector, "_check_indices", lambda *_: None)  # it is for the CPU
+
+    def refuse(what):
+        return lambda *args, **kwargs: pytest.fail(f"{what} cannot be captured in a CUDA graph")
+
+    def to(tensor, *args, _to=torch.Tensor.to, **kwargs):
+        if "device" in kwargs or any(isinstance(a, str | torch.device) for a in args):
+            refuse("a copy")()
+        return _to(tensor, *args, **kwargs)
+
+    with simulated_gpu(preferred=True) as log, torch.no_grad():
+        expected = sample.call(inputs, "")
+        launches = len(log)
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "cuda", "nonzero"):
+                patch.setattr(torch.Tensor, name, refuse(f"Tensor.{name}"))
+            for name in ("tensor", "as_tensor", "nonzero"):
+                patch.setattr(torch, name, refuse(f"torch.{name}"))
+            patch.setattr(torch.Tensor, "to", to)
+            got = sample.call(inputs, "")
+    assert len(log) == 2 * launches > 0
+    for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected)):
+        assert torch.equal(a, b)
+
+
+def test_huge_checks_run_small():
+    """The same code on the CPU with few elements."""
+    small = dict(elements=2**16)
+    gpu_check._huge_rows("cpu", width=64, **small)
+    gpu_check._huge_tiles("cpu", width=8, **small)
+    gpu_check._huge_rope("cpu", heads=2, **small)
+    gpu_check._huge_experts("cpu", width=32, inner=16, **small)
+
+
+def test_what_breaks_off_is_a_failure(tmp_path, monkeypatch, capsys):
+    def broken(device, pattern):
+        yield gpu_check.Result("first", "one", "ok")
+        raise MemoryError("no memory")
+
+    for name in ("_correctness", "_graphs", "_devices", "_model", "_sanitizer"):
+        monkeypatch.setattr(gpu_check, name, lambda device, pattern: iter(()))
+    monkeypatch.setattr(gpu_check, "_huge", broken)
+    monkeypatch.setattr(gpu_check, "_bench", lambda device, start: 1 / 0)
+    assert cli.main(["gpu-check", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED   broken: broke off MemoryError" in out and "ZeroDivisionError" in out
+    assert "1 ok, 2 failed" in out and "MemoryError" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_sanitizer(tmp_path, monkeypatch):
+    """With a tool that checks its arguments and imports what the command would run."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        """#!/bin/sh
+        [ "$1 $2 $3 $4 $6" = "--tool racecheck --error-exitcode 3 -c" ] && [ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] &&
+        cd / && exec "$5" -c "${7%%;*}"
+        """
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr("ivl_kernels._cuda._problem", lambda: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = list(gpu_check._sanitizer("cuda", "racecheck"))
+    assert [r.status for r in found] == ["ok"], found[0].detail
+    assert [r.status for r in gpu_check._sanitizer("cuda", "memcheck")] == ["FAILED"]  # the arguments are others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ def _linear(generator: torch.Generator, outputs: int, inputs: int) -> tuple[torc
     return _normal(generator, outputs, inputs, scale=inputs**-0.5), _normal(generator, outputs, scale=0.1)
 
 
+@functools.cache
+def _integers(values: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """Copied to a device once: a copy from the host cannot be captured in a CUDA graph."""
+    return torch.tensor(values, device=device)
+
+
 def _projector(large: bool) -> Iterator[Sample]:
     def make(merge: int, tiles: int, grid: int, widths: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
         def build(generator: torch.Generator) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _projector(large: bool) -> Iterator[Sample]:
     def into(v: dict[str, Any], backend: str) -> torch.Tensor:
         tokens = (v["x"].shape[1] - 1) // 4
         out = v["x"].new_zeros(2 * tokens + 5, v["weights"][-1].shape[0])
-        tiles, rows = torch.tensor([[2, 0], [tokens + 3, 1]], device=out.device)
+        tiles, rows = _integers(((2, 0), (tokens + 3, 1)), out.device)
         return ops.pixel_shuffle_mlp(**v, skip=1, tile_indices=tiles, out=out, out_rows=rows, backend=backend)
 
     def plain_into(v: dict[str, Any]) -> torch.Tensor:
@@ -148,6 +155,7 @@ def _router(large: bool) -> Iterator[Sample]:
         make,
         lambda v, backend: ops.tile_router(*v.values(), skip=1, heads=heads, backend=backend),
         ("z", "query"),
+        graph=True,
     )
 
 
@@ -223,12 +231,13 @@ def _rotary(large: bool) -> Iterator[Sample]:
     positions = torch.cumsum(torch.where(torch.arange(tokens) % 3 == 0, 1.0, 1 / 16), 0)
     frequencies = 1e6 ** (-torch.arange(0, dim, 2).float() / dim)
 
+    @functools.cache
+    def angles(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return positions.to(device), frequencies.to(device)
+
     def call(v: dict[str, Any], backend: str, normed: bool) -> Any:
         norms = {"q_weight": v["q_weight"], "k_weight": v["k_weight"]} if normed else {}
-        device = v["q"].device
-        return ops.v2pe_rope(
-            v["q"], v["k"], positions.to(device), frequencies.to(device), **norms, rounding="float32", backend=backend
-        )
+        return ops.v2pe_rope(v["q"], v["k"], *angles(v["q"].device), **norms, rounding="float32", backend=backend)
 
     for normed in (False, True):
         yield Sample(
@@ -242,10 +251,9 @@ def _rotary(large: bool) -> Iterator[Sample]:
 
     def in_place(v: dict[str, Any], backend: str) -> Any:
         q, k = v["q"].clone(), v["k"].clone()
-        device = q.device
-        return ops.v2pe_rope_(q, k, positions.to(device), frequencies.to(device), rounding="float32", backend=backend)
+        return ops.v2pe_rope_(q, k, *angles(q.device), rounding="float32", backend=backend)
 
-    yield Sample("v2pe_rope_", f"in place, {tokens} tokens", make, in_place)
+    yield Sample("v2pe_rope_", f"in place, {tokens} tokens", make, in_place, graph=True)
 
     def ids(g: torch.Generator) -> dict[str, Any]:
         return {"input_ids": torch.where(torch.rand(3, 50 * tokens, generator=g) < 0.7, TOKEN, 1)}
@@ -255,7 +263,6 @@ def _rotary(large: bool) -> Iterator[Sample]:
         "delta 1/16",
         ids,
         lambda v, backend: ops.v2pe_position_ids(v["input_ids"], TOKEN, 1 / 16, backend=backend),
-        graph=True,
     )
 
 

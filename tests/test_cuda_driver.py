@@ -1,0 +1,160 @@
+"""The launches through the CUDA driver, against a driver library that decodes what it is given and simulates it."""
+
+import contextlib
+import ctypes
+import re
+import struct
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import ptxsim
+import pytest
+import torch
+from gpu import CUDA_SOURCES, cuda_ptx
+from ptxsim.sim import load_program
+
+from ivl_kernels import _cuda, _dispatch, _library
+from ivl_kernels.ops import embed_text, moe_dispatch, moe_routing, pack_tokens, place_rows
+
+DRIVER = """
+#include <string.h>
+typedef int (*Launch)(const char*, unsigned*, void*, void**);
+static _Thread_local void* current;
+static _Thread_local int mode;
+static Launch launch;
+int loads;
+void on_launch(Launch f) { launch = f; }
+int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { *context = (void*)(long)(1000 + device); return 0; }
+int cuCtxGetCurrent(void** context) { *context = current; return 0; }
+int cuCtxSetCurrent(void* context) { current = context; return 0; }
+int cuThreadExchangeStreamCaptureMode(int* other) { int old = mode; mode = *other; *other = old; return 0; }
+int cuModuleLoadData(void** module, const unsigned* image) {
+  if (!current) return 201;
+  if (mode != 2) return 900;
+  if (*image != 0xBA55ED50) return 209;
+  ++loads;
+  *module = &loads;
+  return 0;
+}
+int cuModuleGetFunction(void** f, void* module, const char* name) {
+  *f = strdup(name);
+  return module == &loads ? 0 : 400;
+}
+int cuGetErrorString(int status, const char** text) { *text = status == 209 ? "no kernel image" : "other"; return 0; }
+int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** params, void** extra) {
+  unsigned size[] = {gx, gy, gz, bx, by, bz, shared};
+  return !current ? 201 : mode || extra ? 1 : launch(f, size, stream, params);
+}
+"""
+STREAM = 0x7F00DEADBEEF  # needs all of its bits
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Launches go through `_cuda.launch` to the library above; yields it."""
+    source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+    source.write_text(DRIVER)
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", library], check=True)
+    fake, addresses = ctypes.CDLL(str(library)), {}
+    sources = {kernel: s for s in CUDA_SOURCES for kernel in re.findall(r"\.entry (\w+)", cuda_ptx(s))}
+
+    @ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+    )
+    def launch(name, size, stream, params):
+        text, kernel = cuda_ptx(sources[name.decode()]), name.decode()
+        values = []
+        for place, (_, _, _, width) in zip(params, load_program(text, kernel).kparams):
+            value = int.from_bytes(ctypes.string_at(place, width), "little", signed=True)
+            values.append(addresses.get(value, value))
+        ptxsim.run(text, kernel, tuple(size[:3]), tuple(size[3:6]), values, size[6])
+        return 0 if stream == STREAM else 400
+
+    def argument(value, convert=_cuda._argument):
+        if isinstance(value, torch.Tensor) and value.numel():
+            addresses[value.data_ptr()] = value
+        return convert(value)
+
+    for name in CUDA_SOURCES:
+        (tmp_path / f"{name}.fatbin").write_bytes(struct.pack("<I", 0xBA55ED50))
+    for name, value in dict(_problem=lambda: None, _driver=lambda: fake, _argument=argument, FATBINS=tmp_path).items():
+        monkeypatch.setattr(_cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
+    caches = (_cuda._context, _cuda._module, _cuda._function)
+    fake.on_launch(launch)
+    with _dispatch.stand_in("simulator"):
+        yield fake
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_every_op(driver):
+    ids = torch.tensor([[3, 7, 7, 7, 7, 4], [5, 3, 4, 7, 7, 6]])
+    rows, embeds, table = torch.randn(6, 5), torch.randn(2, 6, 5), torch.randn(8, 5)
+    compress, logits = torch.tensor([True, False, True]), torch.randn(5, 40)
+
+    def run(backend):
+        packed = pack_tokens(ids, compress, 7, tokens_per_tile=2, compressed_tokens=1, backend=backend)
+        leaf = logits.clone().requires_grad_()
+        experts, weights = moe_routing(leaf, 3, renormalize=True, backend=backend)
+        with ThreadPoolExecutor(1) as pool:  # as autograd does: a thread without a context
+            pool.submit(weights.square().sum().backward).result()
+        embedded = embed_text(ids, table, 7, backend=backend)[ids != 7]
+        placed = place_rows(embeds, ids, rows, 7, backend=backend)
+        dispatched = moe_dispatch(experts, 40, tile=4, backend=backend)
+        return packed.ids, packed.tile_rows, embedded, placed, *dispatched, weights, leaf.grad
+
+    for got, expected in zip(run("cuda"), run("reference")):
+        torch.testing.assert_close(got, expected)
+    assert ctypes.c_int.in_dll(driver, "loads").value == len(CUDA_SOURCES)  # once a file
+
+
+def test_errors_say_what_failed(driver, monkeypatch, tmp_path):
+    (tmp_path / "moe_routing.fatbin").write_bytes(bytes(4))
+    with pytest.raises(RuntimeError, match=r"loading moe_routing.fatbin on device .*CUDA error 209 \(no kernel image"):
+        moe_routing(torch.randn(2, 4), 1, backend="cuda")
+    (tmp_path / "moe_routing.fatbin").write_bytes(struct.pack("<I", 0xBA55ED50))
+    assert moe_routing(torch.randn(2, 4), 1, backend="cuda")[0].shape == (2, 1)  # nothing of the failure is kept
+    with pytest.raises(ValueError, match="got 50000 bytes of dynamic shared memory"):
+        _cuda.launch("moe_routing", "moe_routing_float32_1", (1,), 32, [], 50000)
+
+
+def test_tensors_on_a_gpu_that_is_not_current(monkeypatch):
+    """Triton launches on the current device: an op must make it the tensors' own."""
+    op, log = _library.OPS["tile_pool"], []
+    implementation = op.implementations[-1]
+
+    @contextlib.contextmanager
+    def enter(device):
+        log.append(f"enter {device}")
+        yield
+        log.append("leave")
+
+    monkeypatch.setattr(_dispatch, "choose", lambda *args: _dispatch.Choice(implementation, ()))
+    monkeypatch.setitem(op._functions, implementation.function, lambda *args: log.append("run"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    for index in (0, 1):
+        op._run(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), dtype=torch.float32), "")
+    assert log == ["run", "enter cuda:1", "run", "leave"]
+
+
+@pytest.mark.parametrize("capability, served", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_old_gpus_are_left_to_the_reference(monkeypatch, capability, served):
+    probes = (_cuda.too_old, _cuda._problem, _dispatch._triton_missing)
+    for probe in probes:
+        probe.cache_clear()
+    monkeypatch.setattr(_cuda, "built", lambda: ["token_packing"])
+    for name, value in dict(is_available=True, device_count=1, get_device_capability=capability).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    try:
+        choice = _library.OPS["place_rows_"].explain("cuda", "float32")
+        assert choice.backend == ("cuda" if served else "reference")
+        assert served or "compute capability 7.5, less than 8.0" in str(choice)
+    finally:
+        for probe in probes:
+            probe.cache_clear()
