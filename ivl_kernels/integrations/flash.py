@@ -292,12 +292,17 @@ def _native_generate(backend: str) -> Callable[..., Any]:
                 kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], ids.cpu())
             if cache is not None:
                 cache._ivl_compress = flash.compress
+            embeds, past = flash.embeds, 0 if cache is None else _length(cache)
+            if past and len(flash.compress) > len(cached) and hasattr(self, "_get_initial_cache_position"):
+                # transformers 4 takes embeddings beside a filled cache only if they are those of its new positions.
+                embeds = embeds[:, past:]
+                kwargs["cache_position"] = torch.arange(past, packed.ids.shape[1], device=embeds.device)
             output = inner(
                 self,
                 None,
                 *args,
                 input_ids=packed.ids,
-                inputs_embeds=flash.embeds,
+                inputs_embeds=embeds,
                 attention_mask=packed.attention_mask,
                 **kwargs,
             )
@@ -341,22 +346,27 @@ def _native_inputs(
             f"pixel_values: got {got} tiles for {tiles} in input_ids, of which the cache holds {old}; expected those "
             "of the new images, or all"
         )
-    compress, fresh = cached, None
+    compress = cached
+    vit = parts.embedding.weight.new_empty(0, 4 * parts.tokens + 1, parts.full.norm.normalized_shape[0] // 4)
     if new:
-        fresh = parts.vision(pixels[-new:])
-        scores = parts.router(fresh, skip=1)[:, 0]
+        vit = parts.vision(pixels[-new:])
+        scores = parts.router(vit, skip=1)[:, 0]
         decided = select_tiles(
             scores,
             relative_threshold=parts.relative_threshold,
             absolute_threshold=parts.absolute_threshold,
         )
         compress = torch.cat([cached, decided])
-    # The tiles in the cache are not projected again: their rows are cut off before the model sees them.
-    width = parts.full.norm.normalized_shape[0] // 4
-    vit = parts.embedding.weight.new_zeros(tiles, 4 * parts.tokens + 1, width)
-    if fresh is not None:
-        vit[old:] = fresh
-    return flash_inputs(parts, ids, vit, attention_mask=mask, compress=compress)
+    inputs = flash_inputs(parts, ids, vit, attention_mask=mask, compress=compress, cached_tiles=old)
+    past, length = _length(cache), inputs.packed.ids.shape[1]
+    held = int((inputs.packed.ids[:, :past] == parts.token_id).sum())
+    expected = parts.tokens * old - (parts.tokens - parts.tokens // 4) * int(cached.sum())
+    if past >= length or held != expected:
+        raise ValueError(
+            f"past_key_values: got {past} positions, {held} of them visual, for a packed prompt of {length}; expected "
+            f"fewer than the prompt has, {expected} of them visual: those of the {old} tiles seen before"
+        )
+    return inputs
 
 
 def _default_mask(model: Any, ids: torch.Tensor, config: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:

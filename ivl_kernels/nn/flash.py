@@ -237,6 +237,7 @@ def flash_inputs(
     labels: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
     compress: torch.Tensor | None = None,
+    cached_tiles: int = 0,
     padding: str = "left",
     pad_id: int = 0,
 ) -> FlashInputs:
@@ -251,6 +252,8 @@ def flash_inputs(
         vit: [T, 1 + n, C] output of the vision transformer for the tiles of the batch, in order of appearance.
         attention_mask, labels, loss_weights, padding, pad_id: as in `ops.pack_tokens`.
         compress: [T] bool decisions; None: the router decides.
+        cached_tiles: the first that many tiles are in a cache already: `vit` is without them, and what `embeds` holds
+            in their rows is undefined. Needs `compress`.
 
     Raises:
         ValueError: the tiles do not fit the placeholders; nothing has been written.
@@ -289,12 +292,10 @@ def flash_inputs(
     )
     embeds = _embed(parts, packed.ids)
     flat = embeds.flatten(0, 1)
-    order = compress.to(torch.uint8).argsort(stable=True)
-    for projector, which in (
-        (parts.full, order[: tiles - packed.compressed_tiles]),
-        (parts.small, order[tiles - packed.compressed_tiles :]),
-    ):
-        flat = _project(parts, projector, vit, which, packed.tile_rows[which], flat)
+    order, rows = compress[cached_tiles:].to(torch.uint8).argsort(stable=True), packed.tile_rows[cached_tiles:]
+    small = packed.compressed_tiles - (int(compress[:cached_tiles].sum()) if cached_tiles else 0)
+    for projector, which in ((parts.full, order[: tiles - small]), (parts.small, order[tiles - small :])):
+        flat = _project(parts, projector, vit, which, rows[which], flat)
     return FlashInputs(flat.view(embeds.shape), packed, compress, scores, logits)
 
 

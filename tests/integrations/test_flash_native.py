@@ -1,5 +1,6 @@
 """Flash on transformers-native models: loading, generation, continuation, forward; against a rendition by hand."""
 
+import copy
 import json
 
 import pytest
@@ -186,16 +187,26 @@ def test_continue_a_chat():
     pixels = torch.cat([batch["pixel_values"], other["pixel_values"]])
     alone = model.generate(**other, **GREEDY)
     decided = torch.cat([decided, torch.tensor(handle.last_routing().images[0].compressed)])
-    expected = expected_tokens(model, {**everything, "pixel_values": pixels}, tiles=5, compress=decided)
-    import copy
-
+    whole = {**everything, "pixel_values": pixels}
+    expected = expected_tokens(model, whole, tiles=5, compress=decided)
+    with torch.no_grad():
+        logits = model(inputs_embeds=by_hand(model, whole, tiles=5, compress=decided)[1]).logits[:, -1]
     for values in (pixels, other["pixel_values"]):
         cache = copy.deepcopy(continued.past_key_values)
-        out = model.generate(**everything, pixel_values=values, past_key_values=cache, **GREEDY)
-        assert torch.equal(out[:, third.shape[1] :], expected)
+        options = dict(past_key_values=cache, return_dict_in_generate=True, output_logits=True)
+        out = model.generate(**everything, pixel_values=values, **options, **GREEDY)
+        torch.testing.assert_close(out.logits[0], logits, rtol=1e-3, atol=1e-4)
+        assert torch.equal(out.sequences[:, third.shape[1] :], expected)
     assert alone.shape[1] == other["input_ids"].shape[1] + NEW
     with pytest.raises(ValueError, match="got 4 tiles for 5 in input_ids, of which the cache holds 3"):
         model.generate(**everything, pixel_values=pixels[:4], past_key_values=continued.past_key_values, **GREEDY)
+    for removed, held, prompt, tiles in ((34, 10, None, pixels), (0, 24, batch["input_ids"].shape[1], pixels[:3])):
+        cache = copy.deepcopy(continued.past_key_values)
+        if removed:
+            cache.crop(-removed)
+        with pytest.raises(ValueError, match=f"past_key_values: got {cache.get_seq_length()} positions, {held} of"):
+            again = {k: v[:, :prompt] for k, v in everything.items()}
+            model.generate(**again, pixel_values=tiles, past_key_values=cache, **GREEDY)
 
 
 def test_continuation_refused():
