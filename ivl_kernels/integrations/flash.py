@@ -267,7 +267,7 @@ def _native_generate(backend: str) -> Callable[..., Any]:
         ids: Any = inputs if inputs is not None else kwargs.get("input_ids")
         pixels, cache = kwargs.get("pixel_values"), kwargs.get("past_key_values")
         on = getattr(self.config, "flash_mode", False) and ids is not None
-        cached = getattr(cache, "_ivl_compress", None) if cache is not None and _length(cache) else None
+        cached: Any = getattr(cache, "_ivl_compress", None) if cache is not None and _length(cache) else None
         given = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
         if not on or given or (pixels is None and cached is None):
             return inner(self, inputs, *args, **kwargs)
