@@ -189,6 +189,22 @@ def test_every_instruction_set(isa, shape, gpt_oss, dtype):
         assert_accurate(value, truth[name], plain[name], name, 2 if value.numel() > 100 else 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gpt_oss", [False, True])
+@pytest.mark.parametrize("tokens", [3, 20, 300])
+@pytest.mark.parametrize("width, inner", [(2880, 32), (32, 2880)])
+def test_long_sums(isa, width, inner, tokens, gpt_oss, dtype):
+    """Sums over many columns or rows are no chains of as many additions: about as near as the BLAS."""
+    case = make(tokens, width, inner, 1, 1, gpt_oss, dtype=dtype, skew="one")
+    wide, grad = case.to(torch.float64), torch.randn(case.hidden.shape).to(dtype)
+    assert_accurate(case.run("native"), wide.run("reference"), eager(case), factor=1.3)
+    got = gradients(case, lambda c: c.run("native"), grad)
+    truth = gradients(wide, lambda c: c.run("reference"), grad.double())
+    plain = gradients(case, eager, grad)
+    for name, value in got.items():
+        assert_accurate(value, truth[name], plain[name], name, 1.3 if value.numel() > 100 else 2)
+
+
 def test_thread_count_does_not_change_the_result():
     case = make(tokens=40, width=96, inner=160, gpt_oss=True)
     grad = torch.randn(case.hidden.shape)

@@ -17,6 +17,7 @@ constexpr int64_t kHalf = kPanel / 2;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kDotRows = kLanes == 16 ? 6 : 4, kDotColumns = kLanes == 16 ? 4 : 2;
 constexpr int64_t kStreamRows = 4;
+constexpr int64_t kChain = 128;                    // additions in a row: sums of sums keep more digits
 constexpr int64_t kAhead = 8;                      // rows of column panels to prefetch
 
 
@@ -241,13 +242,19 @@ void packed_tile(const float* const* a, const float* b, int64_t depth, float* c,
 
 template <class A>
 void packed_rows(int64_t rows, const float* const* a, const float* b, int64_t depth, float* c, bool accumulate) {
-  switch (rows) {
-    case 1: return packed_tile<A, 1>(a, b, depth, c, accumulate);
-    case 2: return packed_tile<A, 2>(a, b, depth, c, accumulate);
-    case 3: return packed_tile<A, 3>(a, b, depth, c, accumulate);
-    case 4: return packed_tile<A, 4>(a, b, depth, c, accumulate);
-    case 5: return packed_tile<A, 5>(a, b, depth, c, accumulate);
-    default: return packed_tile<A, 6>(a, b, depth, c, accumulate);
+  const float* row[kTileRows];
+  std::copy_n(a, rows, row);
+  for (int64_t k = 0; k < depth; k += kChain, b += kChain * kPanel, accumulate = true) {
+    const int64_t deep = std::min(kChain, depth - k);
+    switch (rows) {
+      case 1: packed_tile<A, 1>(row, b, deep, c, accumulate); break;
+      case 2: packed_tile<A, 2>(row, b, deep, c, accumulate); break;
+      case 3: packed_tile<A, 3>(row, b, deep, c, accumulate); break;
+      case 4: packed_tile<A, 4>(row, b, deep, c, accumulate); break;
+      case 5: packed_tile<A, 5>(row, b, deep, c, accumulate); break;
+      default: packed_tile<A, 6>(row, b, deep, c, accumulate);
+    }
+    for (int64_t r = 0; r < rows; ++r) row[r] += deep;
   }
 }
 
@@ -267,50 +274,68 @@ inline void store_sums(float* to, const vf (&v)[kDotColumns]) {
 #endif
 }
 
-// c [R, kDotColumns] (row stride kPanel) = dot products of a's rows with rows of weights, both contiguous in k.
-template <class A, int R, class T>
-void dot_tile(const A* const* a, const T* const* w, int64_t depth, int64_t ahead, float* c) {
+// sums [R, kDotColumns] (+)= dot products, lane by lane, of a's rows with rows of weights, both contiguous in k. When c
+// is not null, the sums of their lanes go there instead (row stride kPanel). Each step fetches its share, one of
+// kShares, of the weights that come next: `next` is where, and is left where the following tile goes on.
+template <class A, int R, int kShares, class T>
+void dot_tile(const A* const* a, const T* const* w, int64_t depth, const char*& next, vf (*sums)[kDotColumns],
+              bool accumulate, float* c) {
   constexpr int step = std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes;
-  vf sums[R][kDotColumns] = {};
+  constexpr int kShare = kDotColumns * step * sizeof(T) / kShares;
+  vf v[R][kDotColumns] = {};
   const A* row[R];
   const T* weight[kDotColumns];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) row[r] = a[r];
 #pragma GCC unroll 4
   for (int j = 0; j < kDotColumns; ++j) weight[j] = w[j];
-  for (int64_t k = 0; k < depth; k += step) {
-    vf v[kDotColumns];
+  const char* fetch = next;
+  for (int64_t k = 0; k < depth; k += step, fetch += kShare) {
+    vf y[kDotColumns];
 #pragma GCC unroll 4
     for (int j = 0; j < kDotColumns; ++j) {
       if constexpr (step == 2 * kLanes) {
-        std::memcpy(&v[j], weight[j] + k, sizeof(vf));
+        std::memcpy(&y[j], weight[j] + k, sizeof(vf));
       } else {
-        v[j] = load(weight[j] + k);
+        y[j] = load(weight[j] + k);
       }
-      __builtin_prefetch(weight[j] + k + ahead);
     }
+#pragma GCC unroll 4
+    for (int line = 0; line < kShare; line += 64) __builtin_prefetch(fetch + line, 0, 2);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       vf x;
       std::memcpy(&x, row[r] + k, sizeof x);
 #pragma GCC unroll 4
-      for (int j = 0; j < kDotColumns; ++j) sums[r][j] = multiply_add<A>(x, v[j], sums[r][j]);
+      for (int j = 0; j < kDotColumns; ++j) v[r][j] = multiply_add<A>(x, y[j], v[r][j]);
     }
   }
+  next = fetch;
 #pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) store_sums(c + r * kPanel, sums[r]);
+  for (int r = 0; r < R; ++r) {
+    if (accumulate)
+#pragma GCC unroll 4
+      for (int j = 0; j < kDotColumns; ++j) v[r][j] += sums[r][j];
+    if (c != nullptr) {
+      store_sums(c + r * kPanel, v[r]);
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < kDotColumns; ++j) sums[r][j] = v[r][j];
+    }
+  }
 }
 
-template <class A, class T>
-void dot_rows(int64_t rows, const A* const* a, const T* const* w, int64_t depth, int64_t ahead, float* c) {
+template <class A, int kShares, class T>
+void dot_rows(int64_t rows, const A* const* a, const T* const* w, int64_t depth, const char*& next,
+              vf (*sums)[kDotColumns], bool accumulate, float* c) {
   switch (rows) {
-    case 1: return dot_tile<A, 1>(a, w, depth, ahead, c);
-    case 2: return dot_tile<A, 2>(a, w, depth, ahead, c);
-    case 3: return dot_tile<A, 3>(a, w, depth, ahead, c);
-    case 4: return dot_tile<A, 4>(a, w, depth, ahead, c);
+    case 1: return dot_tile<A, 1, kShares>(a, w, depth, next, sums, accumulate, c);
+    case 2: return dot_tile<A, 2, kShares>(a, w, depth, next, sums, accumulate, c);
+    case 3: return dot_tile<A, 3, kShares>(a, w, depth, next, sums, accumulate, c);
+    case 4: return dot_tile<A, 4, kShares>(a, w, depth, next, sums, accumulate, c);
 #if IVL_VECTOR_BYTES == 64
-    case 5: return dot_tile<A, 5>(a, w, depth, ahead, c);
-    case 6: return dot_tile<A, 6>(a, w, depth, ahead, c);
+    case 5: return dot_tile<A, 5, kShares>(a, w, depth, next, sums, accumulate, c);
+    case 6: return dot_tile<A, 6, kShares>(a, w, depth, next, sums, accumulate, c);
 #endif
   }
 }
@@ -360,6 +385,7 @@ void stream_rows(int64_t rows, const float* const* a, const T* w, int64_t stride
 }
 
 
+constexpr int64_t kDotBytes = 2048;  // of a row, in a block of several tiles of dot products
 constexpr int64_t kDotLimit = 64;  // rows up to which dot products beat packing
 
 // Packed weights [depth, panels * kPanel] and sums [chunk, panels * kPanel] together fit the L2 cache; `step` rows of
@@ -410,29 +436,51 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
   }
 }
 
+// `after`, when not null, is where the weights of the next product begin, for fetching them ahead.
 template <class A, class T, class Source, class Finish>
 void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, const RowPanel<T>*, Source&& source,
-              Finish&& finish) {
+              Finish&& finish, const void* after = nullptr) {
   if (count > kDotLimit || depth % (std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes) != 0)
     return multiply_packed(rows, count, depth, panels, source, finish);
-  float sums[kDotLimit * kPanel];
+  float c[kDotLimit * kPanel];
+  vf sums[kDotLimit][kDotColumns];
   const int64_t tiles = (count + kDotRows - 1) / kDotRows;
+  // With several tiles, weights and inputs of a block stay in the L1 cache.
+  const int64_t block = tiles == 1 ? kChain * kLanes : kDotBytes / static_cast<int64_t>(sizeof(A));
+  const auto valid_from = [](const RowPanel<T>& panel, int64_t column) {  // columns left in this half
+    return (column < kHalf ? panel.first_columns : panel.second_columns) - column % kHalf;
+  };
+  const auto start = [](const RowPanel<T>& panel, int64_t column) {
+    return (column < kHalf ? panel.first : panel.second) + column % kHalf * panel.stride;
+  };
   for (int64_t p = 0; p < panels; ++p) {
     const RowPanel<T> panel = source(p);
     for (int64_t column = 0; column < kPanel; column += kDotColumns) {
-      const bool second = column >= kHalf;
-      const int64_t place = column - (second ? kHalf : 0), valid = second ? panel.second_columns : panel.first_columns;
-      if (place >= valid) continue;
+      const int64_t valid = valid_from(panel, column);
+      if (valid <= 0) continue;
       const T* w[kDotColumns];
-      for (int64_t j = 0; j < kDotColumns; ++j)
-        w[j] = (second ? panel.second : panel.first) + std::min(place + j, valid - 1) * panel.stride;
-      // The next rows of weights are fetched while these are used for the first time.
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = count * tile / tiles, size = count * (tile + 1) / tiles - begin;
-        dot_rows(size, rows + begin, w, depth, tile == 0 ? kDotColumns * panel.stride : 0, sums + begin * kPanel + column);
+      for (int64_t j = 0; j < kDotColumns; ++j) w[j] = start(panel, column) + std::min(j, valid - 1) * panel.stride;
+      int64_t then = column + kDotColumns;
+      while (then < kPanel && valid_from(panel, then) <= 0) then += kDotColumns;
+      const void* following = then < kPanel ? start(panel, then) : p + 1 < panels ? source(p + 1).first : after;
+      const char* next = static_cast<const char*>(following ? following : w[0]);
+      for (int64_t k = 0; k < depth; k += block) {
+        const int64_t deep = std::min(block, depth - k);
+        const bool last = k + deep == depth;
+        const T* weight[kDotColumns];
+        for (int64_t j = 0; j < kDotColumns; ++j) weight[j] = w[j] + k;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t begin = count * tile / tiles, size = count * (tile + 1) / tiles - begin;
+          const A* row[kDotRows];
+          for (int64_t r = 0; r < size; ++r) row[r] = rows[begin + r] + k;
+          float* to = last ? c + begin * kPanel + column : nullptr;
+          if (tiles == 1) dot_rows<A, 1>(size, row, weight, deep, next, sums, k > 0, to);
+          else if (tiles < 4) dot_rows<A, 2>(size, row, weight, deep, next, sums + begin, k > 0, to);
+          else dot_rows<A, 4>(size, row, weight, deep, next, sums + begin, k > 0, to);
+        }
       }
     }
-    finish(0, count, p, sums);
+    finish(0, count, p, c);
   }
 }
 
@@ -509,6 +557,20 @@ void run_tasks(int64_t count, F&& task) {
   });
 }
 
+// The same for small tasks: task(i, then) may fetch what task `then` (count: none) of the same thread begins with.
+template <class F>
+void run_small_tasks(int64_t count, F&& task) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(thread_count(), count), 1, [&](int64_t, int64_t) {
+    int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+    while (i < count) {
+      const int64_t then = std::min(next.fetch_add(1, std::memory_order_relaxed), count);
+      task(i, then);
+      i = then;
+    }
+  });
+}
+
 // Groups of panels for one task: `panels` cut evenly into pieces of at most `most`, a multiple of the threads.
 struct Groups {
   int64_t panels, count;
@@ -547,7 +609,7 @@ struct ForwardCall {
     }
   }
 
-  void up(int64_t e, int64_t row, int64_t rows, int64_t panel, int64_t panels) const {
+  void up(int64_t e, int64_t row, int64_t rows, int64_t panel, int64_t panels, const void* after) const {
     const int64_t inner = shape.inner;
     const A* const* from = inputs + row;
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
@@ -564,13 +626,13 @@ struct ForwardCall {
         const int64_t column = (panel + p) * kHalf, n = std::min(kHalf, inner - column), start = column * shape.width;
         return RowPanel<T>{experts.gate[e] + start, experts.up[e] + start, shape.width, n, n};
       };
-      multiply(from, rows, shape.width, panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+      multiply(from, rows, shape.width, panels, static_cast<RowPanel<T>*>(nullptr), source, finish, after);
     }
   }
 
   // sums [S, panels * kPanel] += weight * (rows times the panels of `down`)
   void down(int64_t e, const A* const* from, int64_t rows, int64_t panel, int64_t panels, const int32_t* tokens,
-            const float* weights, float* sums) const {
+            const float* weights, float* sums, const void* after) const {
     const int64_t width = shape.width, inner = shape.inner;
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
       for (int64_t i = 0; i < n; ++i, c += kPanel) {
@@ -598,7 +660,7 @@ struct ForwardCall {
         const T* first = experts.down[e] + column * inner;
         return RowPanel<T>{first, first + kHalf * inner, inner, std::min(kHalf, n), std::max<int64_t>(0, n - kHalf)};
       };
-      multiply(from, rows, inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+      multiply(from, rows, inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish, after);
     }
   }
 };
@@ -635,9 +697,12 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
         tasks.push_back({e, row, rows, groups.begin(g), groups.begin(g + 1) - groups.begin(g)});
     }
   }
-  run_tasks(tasks.size(), [&](int64_t i) {
+  const int64_t count = tasks.size();
+  run_small_tasks(count, [&](int64_t i, int64_t then) {
     const UpTask& t = tasks[i];
-    call.up(t.expert, t.row, t.rows, t.panel, t.panels);
+    const void* after = nullptr;
+    if (!experts.interleaved && then < count) after = experts.gate[tasks[then].expert] + tasks[then].panel * kHalf * width;
+    call.up(t.expert, t.row, t.rows, t.panel, t.panels, after);
   });
 
   const int64_t average = used / std::max<int64_t>(1, shape.experts);
@@ -646,10 +711,13 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
     const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel, columns = panels * kPanel;
     const Scratch<float> sums(shape.tokens * columns);
     std::memset(sums.get(), 0, shape.tokens * columns * sizeof(float));
-    for (int64_t e = 0; e < shape.experts; ++e) {
+    for (int64_t e = 0, then; e < shape.experts; e = then) {
+      for (then = e + 1; then < shape.experts && offsets[then] == offsets[then + 1];) ++then;
       const int64_t row = offsets[e], rows = offsets[e + 1] - row;
+      const void* after = nullptr;
+      if (!experts.interleaved && then < shape.experts) after = experts.down[then] + panel * kPanel * inner;
       if (rows > 0)
-        call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums.get());
+        call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums.get(), after);
     }
     for (int64_t t = 0; t < shape.tokens; ++t)
       for (int64_t j = 0; j < columns; j += kLanes) {
@@ -694,8 +762,6 @@ void forward(ExpertShape shape, ExpertOptions options, const T* hidden, const fl
 
 
 
-constexpr int64_t kSumRows = 128;
-
 // result [R, C] (row stride C) = sum over m of left[m][r] * right[m][c].
 template <class A, class T>
 void outer_product(const A* const* left, const A* const* right, int64_t count, int64_t first, int64_t rows, int64_t columns,
@@ -731,10 +797,7 @@ void outer_product(const A* const* left, const A* const* right, int64_t count, i
       const float* a[kTileRows];
       alignas(64) float c[kTileRows * kPanel];
       for (int64_t r = 0; r < size; ++r) a[r] = reinterpret_cast<const float*>(turned.get() + (begin + r) * stride);
-      for (int64_t m = 0; m < deep; m += kSumRows) {  // sums of sums: a long chain of additions loses digits
-        packed_rows<A>(size, a, packed.get() + m * kPanel, std::min(kSumRows, deep - m), c, m > 0);
-        for (int64_t r = 0; r < size; ++r) a[r] += kSumRows;
-      }
+      packed_rows<A>(size, a, packed.get(), deep, c, false);
       for (int64_t r = 0; r < size; ++r)
         for (int64_t j = 0; j < here; j += kLanes) {
           T* to = result + (begin + r) * columns + column + j;
@@ -768,17 +831,30 @@ inline GateGradient gate_gradient(vf gate, vf up, const ExpertOptions& options) 
 // result [columns] = the sum of the rows, each times its scale (null: 1).
 template <class A, class T>
 void column_sums(const A* const* rows, const float* scales, int64_t count, int64_t columns, T* result) {
+  constexpr int64_t kShort = 16;  // chains as short as torch's
   for (int64_t j = 0; j < columns; j += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, columns - j);
     vf total{};
-    for (int64_t first = 0; first < count; first += kSumRows) {
+    for (int64_t first = 0; first < count; first += kShort) {
       vf part{};
-      for (int64_t r = first; r < std::min(first + kSumRows, count); ++r)
+      for (int64_t r = first; r < std::min(first + kShort, count); ++r)
         part = fma(splat(scales ? scales[r] : 1.0f), n == kLanes ? load(rows[r] + j) : load_some(rows[r] + j, n), part);
       total += part;
     }
     store_some(result + j, total, n);
   }
+}
+
+template <class A, class T>
+float dot(const A* a, const T* b, int64_t size) {
+  vf sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= size; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] = fma(load(a + i + j * kLanes), load(b + i + j * kLanes), sums[j]);
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < size; ++i) total += to_float(a[i]) * to_float(b[i]);
+  return total;
 }
 
 template <class T, class A>
@@ -858,7 +934,7 @@ void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, cons
           for (int64_t p = 0; p < inner_panels; ++p) total += dots[row * inner_panels + p];
           if (experts.down_bias) {
             const int64_t e = std::upper_bound(offsets, offsets + shape.experts, row) - offsets - 1;
-            for (int64_t h = 0; h < width; ++h) total += to_float(grads[row][h]) * to_float(experts.down_bias[e * width + h]);
+            total += dot(grads[row], experts.down_bias + e * width, width);
           }
         }
         to.weights[slot] = total;
