@@ -40,9 +40,9 @@ def _first_patch(row, tiles, stride_tile, stride_token, MERGE: tl.constexpr, HEI
 
 @triton.jit
 def _patch(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr):
-    """Offset of feature(s) `k` of a shuffled row from its first patch."""
+    """Offset of the patch of feature(s) `k` of a shuffled row from its first patch."""
     q = k // C
-    return ((q // MERGE) * WIDTH + q % MERGE) * stride_token + k % C
+    return ((q // MERGE) * WIDTH + q % MERGE) * stride_token
 
 
 @triton.jit
@@ -50,18 +50,17 @@ def _features(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.c
     """Feature numbers k .. k + BLOCK and their offsets; one patch when BLOCK divides C."""
     lanes = tl.arange(0, BLOCK)
     if C % BLOCK == 0:
-        return k + lanes, _patch(k, stride_token, C, MERGE, WIDTH) + lanes
+        return k + lanes, _patch(k, stride_token, C, MERGE, WIDTH) + tl.multiple_of(k % C, BLOCK) + lanes
     else:
-        return k + lanes, _patch(k + lanes, stride_token, C, MERGE, WIDTH)
+        return k + lanes, _patch(k + lanes, stride_token, C, MERGE, WIDTH) + (k + lanes) % C
 
 
 @triton.jit
 def _row_features(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                   RUN: tl.constexpr):  # fmt: skip
-    """As `_features`, as runs [BLOCK / RUN, RUN] that each stay within one patch (RUN divides C)."""
-    starts = k + tl.arange(0, BLOCK // RUN) * RUN
-    lanes = tl.arange(0, RUN)[None, :]
-    return starts[:, None] + lanes, _patch(starts, stride_token, C, MERGE, WIDTH)[:, None] + lanes
+    """As `_features`; RUN consecutive features are in one patch (RUN divides C)."""
+    feature = k + tl.arange(0, BLOCK)
+    return feature, tl.max_contiguous(_patch(feature, stride_token, C, MERGE, WIDTH) + feature % C, RUN)
 
 
 @triton.jit
@@ -69,9 +68,9 @@ def _row_statistics(base, stride_token, eps, C: tl.constexpr, MERGE: tl.constexp
                     BLOCK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
     """Mean and 1 / sqrt(variance + eps) of one row, in one pass: Welford's update in each lane, then merged."""
     K: tl.constexpr = C * MERGE * MERGE
-    mean = tl.zeros([BLOCK // RUN, RUN], tl.float32)
-    squares = tl.zeros([BLOCK // RUN, RUN], tl.float32)
-    count = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
     for k in range(0, K, BLOCK):
         feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
         inside = feature < K
@@ -192,7 +191,7 @@ def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.conste
     """activated = gelu(pre), grad *= gelu'(pre) in place, sums [slabs, N] = its column sums. Any may be None."""
     slab = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    total = tl.zeros([BN], tl.float32)
+    total = tl.zeros([BM, BN], tl.float32)
     for first in range(0, SLAB, BM):
         row = (slab * SLAB + first + tl.arange(0, BM)).to(tl.int64)
         mask = (row < M)[:, None] & (column < N)[None, :]
@@ -204,9 +203,9 @@ def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.conste
             slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
             dz = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * slope
             tl.store(grad + at, dz.to(grad.dtype.element_ty), mask=mask)
-            total += tl.sum(tl.where(mask, dz, 0.0), 0)
+            total += tl.where(mask, dz, 0.0)
     if sums is not None:
-        tl.store(sums + slab.to(tl.int64) * N + column, total, mask=column < N)
+        tl.store(sums + slab.to(tl.int64) * N + column, tl.sum(total, 0), mask=column < N)
 
 
 @triton.jit
@@ -222,8 +221,8 @@ def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_
     target = dx + _first_patch(row, tiles, TOKENS * C, C, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, False)
     mean = tl.load(stats + row.to(tl.int64) * 2)
     scale = tl.load(stats + row.to(tl.int64) * 2 + 1)
-    sum_g = tl.zeros([BLOCK // RUN, RUN], tl.float32)
-    sum_gx = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    sum_g = tl.zeros([BLOCK], tl.float32)
+    sum_gx = tl.zeros([BLOCK], tl.float32)
     for k in range(0, K, BLOCK):
         feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
         inside = feature < K
@@ -254,8 +253,8 @@ def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_t
     slab = tl.program_id(0)
     K: tl.constexpr = C * MERGE * MERGE
     feature, offset = _features(tl.program_id(1) * BLOCK, stride_token, C, MERGE, WIDTH, BLOCK)
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
+    weight_sum = tl.zeros([BM, BLOCK], tl.float32)
+    bias_sum = tl.zeros([BM, BLOCK], tl.float32)
     for first in range(0, SLAB, BM):
         row = slab * SLAB + first + tl.arange(0, BM)
         mask = (row < M)[:, None] & (feature < K)[None, :]
@@ -265,11 +264,11 @@ def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_t
         scale = tl.load(stats + row.to(tl.int64) * 2 + 1, mask=row < M, other=0.0)
         value = tl.load(x + base[:, None] + offset[None, :], mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + row.to(tl.int64)[:, None] * K + feature[None, :], mask=mask, other=0.0).to(tl.float32)
-        weight_sum += tl.sum(g * (value - mean[:, None]) * scale[:, None], 0)
-        bias_sum += tl.sum(g, 0)
+        weight_sum += g * (value - mean[:, None]) * scale[:, None]
+        bias_sum += g
     target = sums + slab.to(tl.int64) * (2 * K) + feature
-    tl.store(target, weight_sum, mask=feature < K)
-    tl.store(target + K, bias_sum, mask=feature < K)
+    tl.store(target, tl.sum(weight_sum, 0), mask=feature < K)
+    tl.store(target + K, tl.sum(bias_sum, 0), mask=feature < K)
 
 
 MULTIPROCESSORS = {0: 304, 80: 108, 90: 132, 100: 148, 120: 170}
