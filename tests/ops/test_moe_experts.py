@@ -277,6 +277,8 @@ def test_strided_inputs(backend, gpt_oss):
         return torch.zeros(*t.shape[:-1], t.shape[-1] * 2, dtype=t.dtype)[..., ::2].copy_(t)
 
     case.ids, case.hidden, case.weights = spread(case.ids), spread(case.hidden), spread(case.weights)
+    if gpt_oss:
+        case.gate_up_bias, case.down_bias = spread(case.gate_up_bias), spread(case.down_bias)
     case.gate_up, case.down = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.gate_up, case.down))
     torch.testing.assert_close(case.run(backend), expected)
 

@@ -13,7 +13,7 @@ from ivl_kernels.ops.pixel_shuffle_mlp import native
 from ivl_kernels.testing import assert_accurate as assert_rule
 from ivl_kernels.testing import poisoned
 
-BACKENDS = backends("native", "reference")  # test_pixel_shuffle_mlp_gpu.py has the Triton ones
+BACKENDS = backends("native", "triton", "reference")  # more of Triton in test_pixel_shuffle_mlp_gpu.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ISAS = ["portable", "avx2", "avx512"]
 

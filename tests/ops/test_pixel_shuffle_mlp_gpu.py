@@ -42,6 +42,13 @@ def test_odd_sizes_three_layers(dtype, implicit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_rows_than_one_step_sums(dtype):
+    """From 512 rows on a program that sums over rows takes several steps of 16."""
+    with simulated_gpu():
+        check(make(9, (16, 16), 4, (16, 16), 2, 0, dtype), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_counters(dtype, implicit):
     """Bytes each kernel asks for, sectors used in full, no bank conflicts."""
     tiles, side, channels, hidden, out = 2, 16, 64, 64, 128

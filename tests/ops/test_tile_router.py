@@ -179,7 +179,8 @@ def test_few_rows_triton(backend, dtype, rows, groups, each, width):
     w, b = torch.randn(groups * each, width).to(dtype), torch.randn(groups * each).to(dtype)
     x, y = torch.randn(rows, groups, width), torch.randn(rows, groups, each)
     with poisoned():
-        forward, back = op._linear(x, w, b, backend), op._linear_transposed(y, w, backend)
+        apart = torch.zeros(len(b), 2, dtype=dtype)[:, 0].copy_(b)  # not contiguous
+        forward, back = op._linear(x, w, apart, backend), op._linear_transposed(y, w, backend)
         plain = op._linear(x, w, None, backend)
     atol = (2e-6 if dtype == torch.float32 else 1e-3) * width**0.5 * 4
     exact = reference.few_rows_linear(x.double(), w.double(), b.double())

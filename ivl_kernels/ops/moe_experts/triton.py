@@ -592,6 +592,7 @@ def moe_experts(
     if S * K == 0:
         return out.zero_(), pre
     hidden, weights, gate_up, down = hidden.contiguous(), weights.contiguous(), gate_up.contiguous(), down.contiguous()
+    gate_up_bias, down_bias = (b if b is None else b.contiguous() for b in (gate_up_bias, down_bias))
     target, size = capability(hidden), hidden.element_size()
     rows, num_tiles, busy = _plan(S * K, E)
     common = flags(size, target) | dict(E=E, TALL=target >= 90)
@@ -651,6 +652,7 @@ def moe_experts_backward(
     grad_hidden, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = results
     grad, hidden, weights = grad.contiguous(), hidden.contiguous(), weights.contiguous()
     gate_up, down = gate_up.contiguous(), down.contiguous()
+    down_bias = None if down_bias is None else down_bias.contiguous()
     target, size = capability(hidden), hidden.element_size()
     rows, num_tiles, busy = _plan(S * K, E)
     common = flags(size, target)

@@ -23,7 +23,7 @@ def moe_routing(
     weights = logits.new_empty(tokens, top_k)
     args = [
         logits.contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         ids,
         weights,
         tokens,
@@ -50,7 +50,7 @@ def moe_routing_backward(
     args = [
         grad.contiguous(),
         logits.contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         ids.contiguous(),
         out,
         tokens,

@@ -131,6 +131,7 @@ def moe_routing(
     S, E = logits.shape
     ids = logits.new_empty(S, top_k, dtype=torch.int64)
     weights = logits.new_empty(S, top_k)
+    bias = None if bias is None else bias.contiguous()
     if S:
         width = max(16, triton.next_power_of_2(E))
         rows = max(1, 512 // width)
@@ -152,6 +153,7 @@ def moe_routing_backward(
 ) -> torch.Tensor:
     S, E = logits.shape
     out = torch.empty(S, E, dtype=logits.dtype, device=logits.device)
+    bias = None if bias is None else bias.contiguous()
     if S:
         width = max(16, triton.next_power_of_2(E))
         rows = max(1, 512 // width)

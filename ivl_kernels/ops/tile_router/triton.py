@@ -340,6 +340,7 @@ def few_rows_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None)
     x, w = x.contiguous(), w if w.stride(1) == 1 else w.contiguous()
     (rows, groups, width), outputs = x.shape, w.shape[0]
     each = outputs // groups
+    bias = None if bias is None else bias.contiguous()
     config = linear_config(rows, groups, each, width)
     splits = triton.cdiv(width, config["split_width"])
     out = x.new_empty(splits, rows, outputs)
