@@ -12,6 +12,13 @@ FLOAT_NAMES = ("float32", "bfloat16", "float16", "float64")
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What `torch.autocast` makes of this operand of a linear layer; None where it leaves it as it is."""
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
 def describe(tensor: torch.Tensor) -> str:
     """ "float32 [2, 3] on cpu" """
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"

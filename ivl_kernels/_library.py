@@ -7,6 +7,7 @@ around the op (in the op's own `op.py`): the raw `torch.ops.ivl.*` have none, so
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,10 +68,14 @@ class Op:
         dtype = str(tensor.dtype).removeprefix("torch.")
         choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
         function = self.function(choice.implementation)
-        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-            with torch.cuda.device(tensor.device):  # Triton launches on the current device
-                return function(*values)
-        return function(*values)
+        elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+        if not elsewhere and not torch.is_autocast_enabled(tensor.device.type):
+            return function(*values)
+        with contextlib.ExitStack() as stack:
+            if elsewhere:  # Triton launches on the current device
+                stack.enter_context(torch.cuda.device(tensor.device))
+            stack.enter_context(torch.autocast(tensor.device.type, enabled=False))  # an op chooses its dtypes itself
+            return function(*values)
 
     def function(self, implementation: Implementation) -> Callable[..., Any]:
         """The Python function behind an implementation; imports its module on first use."""

@@ -112,7 +112,10 @@ def _matrices(experts: nn.ModuleList) -> list[list[nn.Parameter]] | None:
 def _block_forward(backend: str) -> Any:
     def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
         matrices = _matrices(self.experts)
-        if matrices is None or hidden_states.dtype != matrices[0][0].dtype or hidden_states.device.type != "cpu":
+        kind = hidden_states.device.type
+        if matrices is None or hidden_states.dtype != matrices[0][0].dtype or kind != "cpu":
+            return inner(self, hidden_states)
+        if torch.is_autocast_enabled(kind):  # the stock loop casts only the experts that it needs
             return inner(self, hidden_states)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits = self.gate(hidden)

@@ -49,7 +49,8 @@ def moe_experts(
 
     Returns:
         [S, H], dtype of `hidden`. Sums are in float32 (float64 for float64 inputs), each token's in the order of its
-        choices.
+        choices. Under `torch.autocast`, from 2 E slots on, everything is first cast to its dtype, as for linear layers;
+        with fewer that would read more weights than the product does.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option does not fit.

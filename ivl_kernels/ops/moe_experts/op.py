@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
+from ..._checks import FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
 from ..moe_routing import op as routing
@@ -299,6 +299,10 @@ def moe_experts(
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    dtype = autocast_dtype(hidden)
+    if dtype is not None and ids.numel() >= 2 * gate_up.shape[0]:  # fewer slots would not read what a cast does
+        hidden, gate_up, down = hidden.to(dtype), gate_up.to(dtype), down.to(dtype)
+        gate_up_bias, down_bias = (b if b is None else b.to(dtype) for b in (gate_up_bias, down_bias))
     experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, layout)
     tile = tile_rows(ids.numel(), experts)
     permutation, inverse, _, offsets, tiles = routing.moe_dispatch(ids, experts, tile, backend)

@@ -52,7 +52,8 @@ def pixel_shuffle_mlp(
         backend: force a backend; empty picks the best.
 
     Returns:
-        [K, h * w / merge^2, H], dtype of x; with `out`, `out` itself.
+        [K, h * w / merge^2, H], dtype of x; with `out`, `out` itself. Under `torch.autocast` everything is first cast to
+        its dtype, as for the linear layers, unless `out` has another.
 
     Raises:
         ValueError: a shape, device or index does not fit (indices are checked on CPU tensors only: on a GPU that would

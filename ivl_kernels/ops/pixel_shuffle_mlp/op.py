@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
+from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op
 
@@ -133,6 +133,11 @@ def pixel_shuffle_mlp(
     check_dtype("x", x, FLOATS)
     if merge < 1:
         raise ValueError(f"merge: got {merge}, expected at least 1")
+    weights, biases = list(weights), list(biases)
+    dtype = autocast_dtype(x)
+    if dtype is not None and (out is None or out.dtype == dtype):
+        x, norm_weight, norm_bias = (t.to(dtype) for t in (x, norm_weight, norm_bias))
+        weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
     patches = x.shape[1] - skip
     if skip < 0 or patches < 0:
         raise ValueError(f"skip: got {skip}, expected 0 to {x.shape[1]}, the tokens of a tile")
@@ -148,7 +153,6 @@ def pixel_shuffle_mlp(
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_shape(name, tensor, (features,))
         check_same(name, tensor, "x", x)
-    weights, biases = list(weights), list(biases)
     if not weights or len(weights) != len(biases):
         raise ValueError(f"biases: got {len(biases)} for {len(weights)} weights, expected as many, and at least one")
     for i, (weight, bias) in enumerate(zip(weights, biases)):
