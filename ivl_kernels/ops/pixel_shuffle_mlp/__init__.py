@@ -52,7 +52,7 @@ def pixel_shuffle_mlp(
         backend: force a backend; empty picks the best.
 
     Returns:
-        [K, h * w / merge^2, H], dtype of x; with `out`, `out` itself. Under `torch.autocast` everything is first cast to
+        [K, h * w / merge^2, H], dtype of x; with `out`, `out` itself. Under `torch.autocast` everything is cast first, to
         its dtype, as for the linear layers, unless `out` has another.
 
     Raises:
