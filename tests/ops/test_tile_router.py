@@ -151,7 +151,15 @@ def test_few_rows_native(isa, dtype, rows, groups, each, width, seed, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "tiles, rows, width, heads",
-    [(2, 37, 40, 4), (1, 130, 300, 16), (1, 390, 20, 3), (2, 33, 1030, 16), (1, 20, 48, 17), (1, 1, 5, 1), (0, 9, 32, 4)],
+    [
+        (2, 37, 40, 4),
+        (1, 130, 300, 16),
+        (1, 390, 20, 3),
+        (2, 33, 1030, 16),
+        (1, 20, 48, 17),
+        (1, 1, 5, 1),
+        (0, 9, 32, 4),
+    ],
 )
 def test_pool_triton(backend, dtype, tiles, rows, width, heads):
     z, u = pool_inputs(tiles, rows + 1, width, heads, dtype)

@@ -52,8 +52,8 @@ def pixel_shuffle_mlp(
         backend: force a backend; empty picks the best.
 
     Returns:
-        [K, h * w / merge^2, H], dtype of x; with `out`, `out` itself. Under `torch.autocast` everything is cast first, to
-        its dtype, as for the linear layers, unless `out` has another.
+        [K, h * w / merge^2, H], dtype of x; with `out`, `out` itself. Under `torch.autocast` all tensors are first cast
+        to its dtype, as for the linear layers, unless `out` has another.
 
     Raises:
         ValueError: a shape, device or index does not fit (indices are checked on CPU tensors only: on a GPU that would
