@@ -135,6 +135,8 @@ def _backends() -> dict[str, Any]:
                     rows[f"{device} {dtype}"] = {"backend": None, "why": str(error)}
                 else:
                     why = "; ".join(f"not {better}: {reason}" for better, reason in choice.passed_over)
+                    if device == "cuda" and choice.backend == "reference" and not why:
+                        why = "the op has no GPU kernel: plain torch"
                     rows[f"{device} {dtype}"] = {"backend": choice.backend, "why": why}
     return table
 

@@ -81,7 +81,8 @@ def moe_experts_list(
         hidden, ids, weights: as in `moe_experts`.
         gate, up: E tensors [I, H] each, the dtype of `hidden`; non-contiguous ones are copied.
         down: E tensors [H, I].
-        backend: force a backend; only the C++ kernels and the reference (which stacks) serve lists.
+        backend: force a backend; only the C++ kernels and the reference serve lists. On a GPU stack the experts once
+            and call `moe_experts`: the reference stacks them at every call and waits for the device.
 
     Returns:
         [S, H], the activation is "silu". Errors, gradients and determinism as in `moe_experts`.
