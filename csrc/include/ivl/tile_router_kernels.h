@@ -413,34 +413,45 @@ int64_t packed_inputs(int64_t rows, int64_t width) {
   return rows * round_up(width, kLanes<A>);
 }
 
-// sums[n][m] = w[n] x[m] for NB rows of w and MB packed rows of x.
+// out[m][n] = w[n] x[m] + bias[n] for NB rows of w and MB packed rows of x. Sums of kDotChain vectors are added up, for
+// the accuracy of long rows.
+constexpr int64_t kDotChain = 64;
+
 template <int NB, int MB, class T, class A>
 inline void dot_block(const T* w, int64_t stride, const A* x, int64_t width, bool prefetch, A* out, int64_t out_stride,
                       const A* bias) {
-  Vec<A> s[NB][MB] = {};
-  int64_t k = 0;
+  Vec<A> sums[NB][MB];
   const T* next = w + NB * stride;
-  for (; k + kLanes<A> <= width; k += kLanes<A>) {
-    Vec<A> value[NB];
+  for (int64_t k0 = 0; k0 == 0 || k0 < width; k0 += kDotChain * kLanes<A>) {
+    Vec<A> s[NB][MB] = {};
+    const int64_t stop = std::min(width, k0 + kDotChain * kLanes<A>);
+    int64_t k = k0;
+    for (; k + kLanes<A> <= stop; k += kLanes<A>) {
+      Vec<A> value[NB];
 #pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) value[n] = widen(w + n * stride + k);
-    if (prefetch)
+      for (int n = 0; n < NB; ++n) value[n] = widen(w + n * stride + k);
+      if (prefetch)
 #pragma GCC unroll 4
-      for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * stride + k, 0, 2);
+        for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * stride + k, 0, 2);
 #pragma GCC unroll 6
-    for (int m = 0; m < MB; ++m, x += kLanes<A>) {
-      const Vec<A> v = load<Vec<A>>(x);
+      for (int m = 0; m < MB; ++m, x += kLanes<A>) {
+        const Vec<A> v = load<Vec<A>>(x);
 #pragma GCC unroll 4
-      for (int n = 0; n < NB; ++n) s[n][m] = fma(value[n], v, s[n][m]);
+        for (int n = 0; n < NB; ++n) s[n][m] = fma(value[n], v, s[n][m]);
+      }
     }
+    if (k < stop)
+      for (int n = 0; n < NB; ++n) {
+        const Vec<A> value = widen_part(w + n * stride + k, stop - k);
+        for (int m = 0; m < MB; ++m) s[n][m] = fma(value, load<Vec<A>>(x + m * kLanes<A>), s[n][m]);
+      }
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n)
+#pragma GCC unroll 6
+      for (int m = 0; m < MB; ++m) sums[n][m] = k0 ? sums[n][m] + s[n][m] : s[n][m];
   }
-  if (k < width)
-    for (int n = 0; n < NB; ++n) {
-      const Vec<A> value = widen_part(w + n * stride + k, width - k);
-      for (int m = 0; m < MB; ++m) s[n][m] = fma(value, load<Vec<A>>(x + m * kLanes<A>), s[n][m]);
-    }
   for (int m = 0; m < MB; ++m)
-    for (int n = 0; n < NB; ++n) out[m * out_stride + n] = total(s[n][m]) + bias[n];
+    for (int n = 0; n < NB; ++n) out[m * out_stride + n] = total(sums[n][m]) + bias[n];
 }
 
 template <int NB, class T, class A>
