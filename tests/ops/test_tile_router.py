@@ -155,6 +155,7 @@ def test_few_rows_native(isa, dtype, rows, groups, each, width, seed, bias):
         (2, 37, 40, 4),
         (1, 130, 300, 16),
         (1, 390, 20, 3),
+        (1, 20, 1000, 16),
         (2, 33, 1030, 16),
         (1, 20, 48, 17),
         (1, 1, 5, 1),
