@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import triton
 from gpu import ROOT
 
 from ivl_kernels import _library
 from ivl_kernels.testing.samples import samples
 
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+    pytest.skip("the interpreter of older versions does not work with NumPy 2.4", allow_module_level=True)
 SUBJECTS = [s.title for s in samples() if any(i.backend == "triton" for i in _library.OPS[s.op].implementations)]
 # The interpreter is chosen when Triton is imported, so in a process of its own.
 CODE = """
@@ -36,4 +39,4 @@ def output():
 
 @pytest.mark.parametrize("title", SUBJECTS)
 def test_as_accurate_as_plain_torch(title, output):
-    assert f"{title} -> " in output, output
+    assert f"{title} -> " in output, output[-3000:]
