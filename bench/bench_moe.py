@@ -37,13 +37,18 @@ def layer(family: str, dtype: torch.dtype, experts: int) -> Any:
     return module
 
 
-def routing(tokens: int, experts: int, top_k: int, skew: str) -> torch.Tensor:
-    scores = torch.rand(tokens, experts, device=device())
+def logits(tokens: int, experts: int, top_k: int, skew: str) -> torch.Tensor:
+    """Router logits, the same in every call: even, all tokens to the same experts, or by Zipf's law."""
+    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).log()
     if skew == "one":
-        scores[:, :top_k] += 1
+        scores[:, top_k:] -= 100
     elif skew == "zipf":
-        scores = scores.log() * torch.arange(1, experts + 1, device=device())
-    return scores.topk(top_k, dim=1).indices
+        scores = scores * torch.arange(1, experts + 1)
+    return scores.to(device())
+
+
+def routing(tokens: int, experts: int, top_k: int, skew: str) -> torch.Tensor:
+    return logits(tokens, experts, top_k, skew).topk(top_k, dim=1).indices
 
 
 def ours(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -56,14 +61,19 @@ def ours(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Te
     return moe_experts(hidden, ids, weights, module.gate_up_proj, module.down_proj, **options)
 
 
+def sample(tokens: int) -> torch.Tensor:
+    """Indices of at most 64 tokens, first and last among them: float64 of a whole long layer takes minutes."""
+    return torch.linspace(0, tokens - 1, min(tokens, 64), device=device()).long()
+
+
 def exact(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """In float64, one expert after the other."""
+    """In float64, one expert after the other; the sampled tokens only."""
+    kept = sample(len(hidden))
+    hidden, ids, weights = hidden[kept], ids[kept], weights[kept]
     out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for e in ids.unique().tolist():
         token, slot = torch.where(ids == e)
-        one = SimpleNamespace(
-            **{name: value[e : e + 1].double() for name, value in module.named_parameters()},
-        )
+        one = SimpleNamespace(**{name: value[e : e + 1].double() for name, value in module.named_parameters()})
         rows = ours(one, hidden[token].double(), torch.zeros_like(token)[:, None], weights[token, slot, None].double())
         out.index_add_(0, token, rows)
     return out
@@ -85,27 +95,63 @@ def make(family: str, tokens: int, dtype: torch.dtype, skew: str = "even") -> Wo
     }
     if tokens == 1:
         variants["batched_mm"] = torch.no_grad()(lambda: batched_mm_experts_forward(*arguments))
-    return Work(variants, truth=torch.no_grad()(lambda: exact(*arguments)))
+    return Work(variants, truth=torch.no_grad()(lambda: exact(*arguments)), select=lambda out: out[sample(tokens)])
 
 
-def make_training(tokens: int, experts: int, dtype: torch.dtype) -> Work:
+def make_layer(tokens: int, dtype: torch.dtype) -> Work:
+    """From router logits to the layer's result, and how long the part before the experts takes by itself."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     shape = MODELS[NAMES["qwen3_moe"]]
-    module = layer("qwen3_moe", dtype, experts).requires_grad_()
+    module = layer("qwen3_moe", dtype, shape.experts)
+    hidden = torch.randn(tokens, shape.hidden, device=device()).to(dtype)
+    scores = logits(tokens, shape.experts, shape.top_k, "even")
+
+    def plain(experts: Any) -> Any:
+        weights, ids = torch.topk(scores.softmax(-1, dtype=torch.float), shape.top_k, dim=-1)
+        return experts(module, hidden, ids, (weights / weights.sum(dim=-1, keepdim=True)).to(dtype))
+
+    def fused() -> torch.Tensor:
+        ids, weights = moe_routing(scores, shape.top_k, renormalize=True)
+        return ours(module, hidden, ids, weights.to(dtype))
+
+    def routing_only() -> torch.Tensor:
+        ids, weights = moe_routing(scores, shape.top_k, renormalize=True)
+        return moe_dispatch(ids, shape.experts).offsets, weights.to(dtype)
+
+    no_grad = torch.no_grad()
+    variants = {
+        "ours": no_grad(fused),
+        "eager": no_grad(lambda: plain(type(module).forward)),
+        "grouped_mm": no_grad(lambda: plain(grouped_mm_experts_forward)),
+        "routing and dispatch alone": no_grad(routing_only),
+    }
+    return Work(
+        variants,
+        truth=no_grad(lambda: plain(exact)),
+        select=lambda out: out[sample(tokens)],
+        unchecked=["routing and dispatch alone"],
+    )
+
+
+def make_training(tokens: int, experts: int, dtype: torch.dtype, frozen: bool) -> Work:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    shape = MODELS[NAMES["qwen3_moe"]]
+    module = layer("qwen3_moe", dtype, experts).requires_grad_(not frozen)
     hidden = torch.randn(tokens, shape.hidden, device=device()).to(dtype).requires_grad_()
     ids = routing(tokens, experts, shape.top_k, "even")
     weights = torch.rand(ids.shape, device=device()).to(dtype).requires_grad_()
     grad = torch.randn(hidden.shape, device=device()).to(dtype)
-    inputs = (hidden, weights, module.gate_up_proj, module.down_proj)
+    inputs = [hidden, weights, *(() if frozen else (module.gate_up_proj, module.down_proj))]
 
     def step(forward: Any) -> Any:
         return lambda: backward(forward(module, hidden, ids, weights), inputs, grad)
 
     def truth() -> Any:
-        double = [t.detach().double().requires_grad_() for t in inputs]
-        out = moe_experts(double[0], ids, double[1], double[2], double[3], backend="reference")
-        return backward(out, double, grad.double())
+        double = [t.detach().double() for t in (hidden, weights, module.gate_up_proj, module.down_proj)]
+        wanted = [t.requires_grad_() for t in double[: len(inputs)]]
+        return backward(moe_experts(double[0], ids, *double[1:], backend="reference"), wanted, grad.double())
 
     variants = {"ours": step(ours), "eager": step(type(module).forward), "grouped_mm": step(grouped_mm_experts_forward)}
     return Work(variants, truth=truth)
@@ -142,7 +188,7 @@ def cases(quick: bool) -> Iterator[Case]:
             for tokens, skew in ((1, "even"), (64, "even"), (320, "even"), (320, "one"), (320, "zipf"), (3400, "even")):
                 if quick and (tokens > 64 or skew != "even"):
                     continue
-                touched = shape.top_k if skew == "one" else min(shape.experts, shape.top_k * tokens)
+                touched = routing(tokens, shape.experts, shape.top_k, skew).unique().numel()
                 name = str(dtype).removeprefix("torch.")
                 yield Case(
                     "moe_experts",
@@ -154,15 +200,28 @@ def cases(quick: bool) -> Iterator[Case]:
                     dtype=dtype,
                     seconds=12.0 if tokens > 1000 else 6.0,
                 )
+            for tokens in () if quick or family == "gpt_oss" else (1, 64, 320, 3400):
+                touched = routing(tokens, shape.experts, shape.top_k, "even").unique().numel()
+                yield Case(
+                    "moe_layer",
+                    f"from router logits, {NAMES[family]} tokens={tokens} {name}",
+                    {"model": NAMES[family], "tokens": tokens, "dtype": name},
+                    lambda t=tokens, d=dtype: make_layer(t, d),
+                    bytes=touched * matrix * dtype.itemsize,
+                    flops=2 * tokens * shape.top_k * matrix,
+                    dtype=dtype,
+                    seconds=9.0 if tokens > 1000 else 4.0,
+                )
     shape = MODELS[NAMES["qwen3_moe"]]
     matrix = 3 * shape.hidden * shape.intermediate
-    for tokens, experts in ((256, 16),) if quick else ((256, 16), (1700, 16)):
+    settings = ((256, False),) if quick else ((256, False), (1700, False), (256, True), (1700, True))
+    for tokens, frozen in settings:
         yield Case(
             "moe_experts",
-            f"forward + backward, {experts} experts, tokens={tokens} float32",
-            {"tokens": tokens, "experts": experts},
-            lambda t=tokens, e=experts: make_training(t, e, torch.float32),
-            flops=6 * tokens * shape.top_k * matrix,
+            f"forward + backward, 16 experts{' (frozen)' if frozen else ''}, tokens={tokens} float32",
+            {"tokens": tokens, "experts": 16, "frozen": frozen},
+            lambda t=tokens, f=frozen: make_training(t, 16, torch.float32, f),
+            flops=(4 if frozen else 6) * tokens * shape.top_k * matrix,
         )
     for tokens in (320,) if quick else (1, 320, 3400):
         yield Case(

@@ -62,6 +62,7 @@ class Work:
         truth: the float64 result, in the same nest; every checked variant may be at most twice as far from it as
             `same_dtype` is. None: results must equal those of `same_dtype` bit for bit.
         same_dtype: the variant whose error sets the tolerance.
+        select: the part of a variant's result that is checked, in the nest of `truth`; everything by default.
         unchecked: variants that compute something else, such as a GEMM-only floor.
         reset: called before every call, untimed; for variants that change their inputs.
     """
@@ -69,6 +70,7 @@ class Work:
     variants: dict[str, Callable[[], Any]]
     truth: Callable[[], Any] | None = None
     same_dtype: str = "eager"
+    select: Callable[[Any], Any] = lambda result: result
     unchecked: Sequence[str] = ()
     reset: Callable[[], None] | None = None
 
@@ -237,7 +239,9 @@ def check(work: Work, timings: dict[str, Timing]) -> None:
         try:
             if work.reset:
                 work.reset()
-            results[name] = [t.detach().clone() for t in tensors(function())]
+            result = function()
+            result = result if name in work.unchecked else work.select(result)
+            results[name] = [t.detach().clone() for t in tensors(result)]
             sync()
         except Exception as error:  # a peer that cannot run is a row of the table, not the end of it
             timings[

@@ -161,7 +161,8 @@ def isa(request):
     module.set_isa(before)
 
 
-# Every form of the products: dot, stream and packed, with whole and broken panels, one and several chunks of rows.
+# Every form of the products: dot, stream and packed, with whole and broken panels, one and several chunks of rows; the
+# last takes several turns in the backward.
 SHAPES = [
     dict(tokens=1, width=192, inner=96, experts=9, top_k=4),
     dict(tokens=7, width=64, inner=64, skew="zipf", outside=0.2),
@@ -170,6 +171,7 @@ SHAPES = [
     dict(tokens=33, width=65, inner=33, experts=3, top_k=3, skew="zipf"),
     dict(tokens=90, width=64, inner=64, experts=2, top_k=2),
     dict(tokens=700, width=64, inner=96, experts=2, top_k=1, skew="one"),
+    dict(tokens=1100, width=40, inner=32, experts=4, top_k=2),
 ]
 
 
@@ -206,7 +208,7 @@ def test_long_sums(isa, width, inner, tokens, gpt_oss, dtype):
 
 
 def test_thread_count_does_not_change_the_result():
-    case = make(tokens=40, width=96, inner=160, gpt_oss=True)
+    case = make(tokens=900, width=96, inner=160, gpt_oss=True)
     grad = torch.randn(case.hidden.shape)
     threads = torch.get_num_threads()
     results = []

@@ -51,41 +51,6 @@ inline void tile_rows(int64_t rows, int64_t depth, const float* a, const float* 
   }
 }
 
-// Elements of the lower (upper) halves of a and b in turn.
-inline vf interleave_low(vf a, vf b) {
-#if IVL_VECTOR_BYTES == 64
-  return __builtin_shuffle(a, b, vi{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-#elif IVL_VECTOR_BYTES == 32
-  return __builtin_shuffle(a, b, vi{0, 8, 1, 9, 2, 10, 3, 11});
-#else
-  return __builtin_shuffle(a, b, vi{0, 4, 1, 5});
-#endif
-}
-inline vf interleave_high(vf a, vf b) {
-#if IVL_VECTOR_BYTES == 64
-  return __builtin_shuffle(a, b, vi{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-#elif IVL_VECTOR_BYTES == 32
-  return __builtin_shuffle(a, b, vi{4, 12, 5, 13, 6, 14, 7, 15});
-#else
-  return __builtin_shuffle(a, b, vi{2, 6, 3, 7});
-#endif
-}
-
-// Rows become columns: log2(kLanes) perfect shuffles.
-inline void transpose(vf (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    vf next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave_low(v[i], v[i + kLanes / 2]);
-      next[2 * i + 1] = interleave_high(v[i], v[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
-  }
-}
-
 // to [depth, kWide] = columns [n, n + columns) of `from`, k in [k, k + depth); missing columns are zero.
 template <class T>
 void pack_columns(ColumnOperand<T> from, int64_t n, int64_t columns, int64_t k, int64_t depth, float* to) {

@@ -37,56 +37,16 @@ struct ColumnPanel {
   bool paired;
 };
 
-inline vf zip_low(vf a, vf b) {
-#if IVL_VECTOR_BYTES == 64
-  return __builtin_shuffle(a, b, vi{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-#elif IVL_VECTOR_BYTES == 32
-  return __builtin_shuffle(a, b, vi{0, 8, 1, 9, 2, 10, 3, 11});
-#else
-  return __builtin_shuffle(a, b, vi{0, 4, 1, 5});
-#endif
+// Columns [column, column + kPanel) of a matrix, as far as there are any: one row of memory each, or neighbours in it.
+template <class T>
+RowPanel<T> row_panel(const T* matrix, int64_t stride, int64_t columns, int64_t column) {
+  const T* first = matrix + column * stride;
+  const int64_t n = std::min(kPanel, columns - column);
+  return {first, first + kHalf * stride, stride, std::min(kHalf, n), std::max<int64_t>(0, n - kHalf)};
 }
-inline vf zip_high(vf a, vf b) {
-#if IVL_VECTOR_BYTES == 64
-  return __builtin_shuffle(a, b, vi{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-#elif IVL_VECTOR_BYTES == 32
-  return __builtin_shuffle(a, b, vi{4, 12, 5, 13, 6, 14, 7, 15});
-#else
-  return __builtin_shuffle(a, b, vi{2, 6, 3, 7});
-#endif
-}
-inline vf even(vf a, vf b) {
-#if IVL_VECTOR_BYTES == 64
-  return __builtin_shuffle(a, b, vi{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
-#elif IVL_VECTOR_BYTES == 32
-  return __builtin_shuffle(a, b, vi{0, 2, 4, 6, 8, 10, 12, 14});
-#else
-  return __builtin_shuffle(a, b, vi{0, 2, 4, 6});
-#endif
-}
-inline vf odd(vf a, vf b) {
-#if IVL_VECTOR_BYTES == 64
-  return __builtin_shuffle(a, b, vi{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
-#elif IVL_VECTOR_BYTES == 32
-  return __builtin_shuffle(a, b, vi{1, 3, 5, 7, 9, 11, 13, 15});
-#else
-  return __builtin_shuffle(a, b, vi{1, 3, 5, 7});
-#endif
-}
-
-// Rows become columns, in log2(kLanes) perfect shuffles.
-inline void transpose_square(vf (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    vf next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = zip_low(v[i], v[i + kLanes / 2]);
-      next[2 * i + 1] = zip_high(v[i], v[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
-  }
+template <class T>
+ColumnPanel<T> column_panel(const T* matrix, int64_t stride, int64_t columns, int64_t column, bool paired = false) {
+  return {matrix + column, stride, std::min(kPanel, columns - column), paired};
 }
 
 inline vf low_halves(vf pair) { return (vf)((vu)pair << 16); }           // bfloat16 at even places, widened
@@ -109,7 +69,7 @@ void pack(const RowPanel<T>& from, int64_t k, int64_t depth, float* to) {
           vf v[kLanes];
 #pragma GCC unroll 16
           for (int j = 0; j < kLanes; ++j) std::memcpy(&v[j], source + j * from.stride + i, sizeof(vf));
-          transpose_square(v);
+          transpose(v);
 #pragma GCC unroll 16
           for (int j = 0; j < kLanes; ++j) {
             if constexpr (units) {
@@ -125,7 +85,7 @@ void pack(const RowPanel<T>& from, int64_t k, int64_t depth, float* to) {
           vf v[kLanes];
 #pragma GCC unroll 16
           for (int j = 0; j < kLanes; ++j) v[j] = load(source + j * from.stride + i);
-          transpose_square(v);
+          transpose(v);
 #pragma GCC unroll 16
           for (int j = 0; j < kLanes; ++j) store(target + (i + j) * kPanel, v[j]);
         }
@@ -209,9 +169,15 @@ inline vf multiply_add(vf a, vf b, vf c) {
   return fma(a, b, c);
 }
 
+// Memory to fetch into the L2 cache while a product runs: in each step of k `count` lines, `apart` bytes from each other.
+struct Fetch {
+  const char* at;
+  int64_t count, step, apart;
+};
+
 // c [R, kPanel] (+)= a's rows [depth] times the packed panel b [depth, kPanel]; depth counts units.
-template <class A, int R>
-void packed_tile(const float* const* a, const float* b, int64_t depth, float* c, bool accumulate) {
+template <class A, int R, int kFetch>
+void packed_tile(const float* const* a, const float* b, int64_t depth, float* c, bool accumulate, const Fetch& fetch) {
   vf sums[R][kParts];
   const float* row[R];
 #pragma GCC unroll 6
@@ -220,10 +186,13 @@ void packed_tile(const float* const* a, const float* b, int64_t depth, float* c,
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) sums[r][p] = vf{};
   }
-  for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+  const char* line = fetch.at;
+  for (int64_t k = 0; k < depth; ++k, b += kPanel, line += fetch.step) {
     vf w[kParts];
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) w[p] = load(b + p * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(line + i * fetch.apart, 0, 2);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const vf x = (vf)(vi{} + reinterpret_cast<const int32_t*>(row[r])[k]);
@@ -240,28 +209,38 @@ void packed_tile(const float* const* a, const float* b, int64_t depth, float* c,
     }
 }
 
+template <class A, int R>
+void packed_tile(const float* const* a, const float* b, int64_t depth, float* c, bool accumulate, const Fetch& fetch) {
+  if (fetch.count == 0) packed_tile<A, R, 0>(a, b, depth, c, accumulate, fetch);
+  else if (fetch.count == 1) packed_tile<A, R, 1>(a, b, depth, c, accumulate, fetch);
+  else if (fetch.count == 2) packed_tile<A, R, 2>(a, b, depth, c, accumulate, fetch);
+  else packed_tile<A, R, 4>(a, b, depth, c, accumulate, fetch);
+}
+
 template <class A>
-void packed_rows(int64_t rows, const float* const* a, const float* b, int64_t depth, float* c, bool accumulate) {
+void packed_rows(int64_t rows, const float* const* a, const float* b, int64_t depth, float* c, bool accumulate,
+                 Fetch fetch = {}) {
   const float* row[kTileRows];
   std::copy_n(a, rows, row);
   for (int64_t k = 0; k < depth; k += kChain, b += kChain * kPanel, accumulate = true) {
     const int64_t deep = std::min(kChain, depth - k);
     switch (rows) {
-      case 1: packed_tile<A, 1>(row, b, deep, c, accumulate); break;
-      case 2: packed_tile<A, 2>(row, b, deep, c, accumulate); break;
-      case 3: packed_tile<A, 3>(row, b, deep, c, accumulate); break;
-      case 4: packed_tile<A, 4>(row, b, deep, c, accumulate); break;
-      case 5: packed_tile<A, 5>(row, b, deep, c, accumulate); break;
-      default: packed_tile<A, 6>(row, b, deep, c, accumulate);
+      case 1: packed_tile<A, 1>(row, b, deep, c, accumulate, fetch); break;
+      case 2: packed_tile<A, 2>(row, b, deep, c, accumulate, fetch); break;
+      case 3: packed_tile<A, 3>(row, b, deep, c, accumulate, fetch); break;
+      case 4: packed_tile<A, 4>(row, b, deep, c, accumulate, fetch); break;
+      case 5: packed_tile<A, 5>(row, b, deep, c, accumulate, fetch); break;
+      default: packed_tile<A, 6>(row, b, deep, c, accumulate, fetch);
     }
     for (int64_t r = 0; r < rows; ++r) row[r] += deep;
+    fetch.at += deep * fetch.step;
   }
 }
 
 // The sums of the lanes of kDotColumns vectors.
 inline void store_sums(float* to, const vf (&v)[kDotColumns]) {
 #if IVL_VECTOR_BYTES == 64
-  const vf a = zip_low(v[0], v[1]) + zip_high(v[0], v[1]), b = zip_low(v[2], v[3]) + zip_high(v[2], v[3]);
+  const vf a = interleave_low(v[0], v[1]) + interleave_high(v[0], v[1]), b = interleave_low(v[2], v[3]) + interleave_high(v[2], v[3]);
   typedef double vd __attribute__((vector_size(64)));
   typedef int64_t vl __attribute__((vector_size(64)));
   const vf low = (vf)__builtin_shuffle((vd)a, (vd)b, vl{0, 8, 1, 9, 2, 10, 3, 11});
@@ -402,16 +381,41 @@ constexpr Blocking blocking(const ColumnPanel<T>*) {
   return {256, 256, 2};
 }
 
+// The share of call `call` of `calls` in fetching the next block of weights, which begins at `from`: whole rows of row
+// panels, one line of every row of column panels. `unit`: the k of a step.
+template <class T>
+Fetch share(const RowPanel<T>& panel, const T* from, int64_t, int64_t call, int64_t calls, int64_t unit) {
+  const int64_t row = kPanel * call / calls, rows = kPanel * (call + 1) / calls - row;
+  if (row >= kHalf) from += panel.second - panel.first - kHalf * panel.stride;
+  const int64_t stride = panel.stride * sizeof(T);
+  return {reinterpret_cast<const char*>(from) + row * stride, rows, static_cast<int64_t>(unit * sizeof(T)), stride};
+}
+template <class T>
+Fetch share(const ColumnPanel<T>& panel, const T* from, int64_t panels, int64_t call, int64_t calls, int64_t unit) {
+  const int64_t all = panels * kPanel * sizeof(T) / 64, line = all * call / calls, lines = all * (call + 1) / calls - line;
+  const int64_t stride = panel.stride * sizeof(T);
+  const char* at = reinterpret_cast<const char*>(from) + line * 64;
+  if (unit == 1) return {at, lines, stride, 64};
+  return {at, lines ? 2 : 0, 2 * stride, stride};
+}
+
+template <class T>
+const T* start(const RowPanel<T>& panel, int64_t k) { return panel.first + k; }
+template <class T>
+const T* start(const ColumnPanel<T>& panel, int64_t k) { return panel.data + k * panel.stride; }
+
 // Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
-// every tile of sums, c [rows, kPanel].
-template <class A, class Source, class Finish>
+// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: those of
+// the next block are fetched while this one's are multiplied.
+template <class A, class T, class Source, class Finish>
 void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source&& source,
-                     Finish&& finish) {
+                     Finish&& finish, const T* after) {
   using Panel = decltype(source(0));
   constexpr Blocking block = blocking(static_cast<Panel*>(nullptr));
   constexpr int64_t unit = std::is_same_v<A, bfloat16> ? 2 : 1;
   const int64_t chunk = std::min(block.chunk, count);
   const Scratch<float> packed(panels * block.depth / unit * kPanel), sums(panels * chunk * kPanel);
+  const Panel front = source(0);
   for (int64_t first = 0; first < count; first += chunk) {
     const int64_t here = std::min(chunk, count - first), tiles = (here + kTileRows - 1) / kTileRows;
     for (int64_t k = 0; k < depth; k += block.depth) {
@@ -422,13 +426,15 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
         for (int64_t p = 0; p < panels; ++p)
           pack<A>(source(p), k + i, step, packed.get() + (p * units + i / unit) * kPanel);
       }
+      const T* next = k + deep < depth ? start(front, k + deep) : first + here < count ? start(front, 0) : after;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t begin = here * tile / tiles, size = here * (tile + 1) / tiles - begin;
         const float* a[kTileRows];
         for (int64_t r = 0; r < size; ++r) a[r] = reinterpret_cast<const float*>(rows[first + begin + r] + k);
         for (int64_t p = 0; p < panels; ++p) {
           float* c = sums.get() + (p * chunk + begin) * kPanel;
-          packed_rows<A>(size, a, packed.get() + p * units * kPanel, units, c, k > 0);
+          const Fetch fetch = next ? share(front, next, panels, tile * panels + p, tiles * panels, unit) : Fetch{};
+          packed_rows<A>(size, a, packed.get() + p * units * kPanel, units, c, k > 0, fetch);
           if (k + deep == depth) finish(first + begin, size, p, c);
         }
       }
@@ -439,9 +445,9 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
 // `after`, when not null, is where the weights of the next product begin, for fetching them ahead.
 template <class A, class T, class Source, class Finish>
 void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, const RowPanel<T>*, Source&& source,
-              Finish&& finish, const void* after = nullptr) {
+              Finish&& finish, const T* after = nullptr) {
   if (count > kDotLimit || depth % (std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes) != 0)
-    return multiply_packed(rows, count, depth, panels, source, finish);
+    return multiply_packed(rows, count, depth, panels, source, finish, after);
   float c[kDotLimit * kPanel];
   vf sums[kDotLimit][kDotColumns];
   const int64_t tiles = (count + kDotRows - 1) / kDotRows;
@@ -462,8 +468,8 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
       for (int64_t j = 0; j < kDotColumns; ++j) w[j] = start(panel, column) + std::min(j, valid - 1) * panel.stride;
       int64_t then = column + kDotColumns;
       while (then < kPanel && valid_from(panel, then) <= 0) then += kDotColumns;
-      const void* following = then < kPanel ? start(panel, then) : p + 1 < panels ? source(p + 1).first : after;
-      const char* next = static_cast<const char*>(following ? following : w[0]);
+      const T* following = then < kPanel ? start(panel, then) : p + 1 < panels ? source(p + 1).first : after;
+      const char* next = reinterpret_cast<const char*>(following ? following : w[0]);
       for (int64_t k = 0; k < depth; k += block) {
         const int64_t deep = std::min(block, depth - k);
         const bool last = k + deep == depth;
@@ -486,12 +492,12 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
 
 template <class A, class T, class Source, class Finish>
 void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, const ColumnPanel<T>*,
-              Source&& source, Finish&& finish) {
+              Source&& source, Finish&& finish, const T* after = nullptr) {
   int64_t columns = 0;
   for (int64_t p = 0; p < panels; ++p) columns += source(p).columns;
   const ColumnPanel<T> front = source(0);
   if (count > kStreamRows || columns % (front.paired ? 2 * kLanes : kLanes) != 0)
-    return multiply_packed(rows, count, depth, panels, source, finish);
+    return multiply_packed(rows, count, depth, panels, source, finish, after);
   const Scratch<float> sums(count * columns), wide(std::is_same_v<A, float> ? 0 : count * depth);
   const float* a[kStreamRows];
   for (int64_t r = 0; r < count; ++r) {
@@ -542,8 +548,8 @@ inline void load_pair(const T* row, int64_t inner, int64_t at, int64_t n, bool i
 template <class T>
 inline void store_pair(T* row, int64_t inner, int64_t at, int64_t n, bool interleaved, vf gate, vf up) {
   if (interleaved) {
-    store_some(row + 2 * at, zip_low(gate, up), std::min<int64_t>(kLanes, 2 * n));
-    if (2 * n > kLanes) store_some(row + 2 * at + kLanes, zip_high(gate, up), 2 * n - kLanes);
+    store_some(row + 2 * at, interleave_low(gate, up), std::min<int64_t>(kLanes, 2 * n));
+    if (2 * n > kLanes) store_some(row + 2 * at + kLanes, interleave_high(gate, up), 2 * n - kLanes);
   } else {
     store_some(row + at, gate, n), store_some(row + inner + at, up, n);
   }
@@ -609,7 +615,7 @@ struct ForwardCall {
     }
   }
 
-  void up(int64_t e, int64_t row, int64_t rows, int64_t panel, int64_t panels, const void* after) const {
+  void up(int64_t e, int64_t row, int64_t rows, int64_t panel, int64_t panels, const T* after) const {
     const int64_t inner = shape.inner;
     const A* const* from = inputs + row;
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
@@ -617,10 +623,9 @@ struct ForwardCall {
     };
     if (experts.interleaved) {
       const auto source = [&](int64_t p) {
-        const int64_t column = (panel + p) * kPanel;
-        return ColumnPanel<T>{experts.gate[e] + column, 2 * inner, std::min(kPanel, 2 * inner - column), true};
+        return column_panel(experts.gate[e], 2 * inner, 2 * inner, (panel + p) * kPanel, true);
       };
-      multiply(from, rows, shape.width, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+      multiply(from, rows, shape.width, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish, after);
     } else {
       const auto source = [&](int64_t p) {
         const int64_t column = (panel + p) * kHalf, n = std::min(kHalf, inner - column), start = column * shape.width;
@@ -632,7 +637,7 @@ struct ForwardCall {
 
   // sums [S, panels * kPanel] += weight * (rows times the panels of `down`)
   void down(int64_t e, const A* const* from, int64_t rows, int64_t panel, int64_t panels, const int32_t* tokens,
-            const float* weights, float* sums, const void* after) const {
+            const float* weights, float* sums, const T* after) const {
     const int64_t width = shape.width, inner = shape.inner;
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
       for (int64_t i = 0; i < n; ++i, c += kPanel) {
@@ -649,25 +654,33 @@ struct ForwardCall {
       }
     };
     if (experts.interleaved) {
-      const auto source = [&](int64_t p) {
-        const int64_t column = (panel + p) * kPanel;
-        return ColumnPanel<T>{experts.down[e] + column, width, std::min(kPanel, width - column), false};
-      };
-      multiply(from, rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+      const auto source = [&](int64_t p) { return column_panel(experts.down[e], width, width, (panel + p) * kPanel); };
+      multiply(from, rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish, after);
     } else {
-      const auto source = [&](int64_t p) {
-        const int64_t column = (panel + p) * kPanel, n = std::min(kPanel, width - column);
-        const T* first = experts.down[e] + column * inner;
-        return RowPanel<T>{first, first + kHalf * inner, inner, std::min(kHalf, n), std::max<int64_t>(0, n - kHalf)};
-      };
+      const auto source = [&](int64_t p) { return row_panel(experts.down[e], inner, width, (panel + p) * kPanel); };
       multiply(from, rows, inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish, after);
     }
   }
 };
 
+// Some rows of an expert times some panels.
 struct UpTask {
   int64_t expert, row, rows, panel, panels;
 };
+
+// Tasks for all rows of the experts [first, last); `columns`: whether weights are column panels.
+inline std::vector<UpTask> list_tasks(const int32_t* offsets, int64_t first, int64_t last, int64_t panels, bool columns) {
+  constexpr int64_t kTaskRows = 2048;
+  std::vector<UpTask> tasks;
+  for (int64_t e = first; e < last; ++e)
+    for (int64_t row = offsets[e]; row < offsets[e + 1]; row += kTaskRows) {
+      const int64_t rows = std::min<int64_t>(kTaskRows, offsets[e + 1] - row);
+      const Groups groups(panels, group_panels(columns, rows));
+      for (int64_t g = 0; g < groups.count; ++g)
+        tasks.push_back({e, row, rows, groups.begin(g), groups.begin(g + 1) - groups.begin(g)});
+    }
+  return tasks;
+}
 
 template <class T, class A>
 void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, const float* weights,
@@ -686,22 +699,13 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
   }
   const ForwardCall<T, A> call{shape, options, experts, inputs.get(), active.get(), pre};
 
-  constexpr int64_t kTaskRows = 2048;
-  std::vector<UpTask> tasks;
-  const int64_t up_panels = (inner + kHalf - 1) / kHalf;
-  for (int64_t e = 0; e < shape.experts; ++e) {
-    for (int64_t row = offsets[e]; row < offsets[e + 1]; row += kTaskRows) {
-      const int64_t rows = std::min<int64_t>(kTaskRows, offsets[e + 1] - row);
-      const Groups groups(up_panels, group_panels(experts.interleaved, rows));
-      for (int64_t g = 0; g < groups.count; ++g)
-        tasks.push_back({e, row, rows, groups.begin(g), groups.begin(g + 1) - groups.begin(g)});
-    }
-  }
+  const std::vector<UpTask> tasks =
+      list_tasks(offsets, 0, shape.experts, (inner + kHalf - 1) / kHalf, experts.interleaved);
   const int64_t count = tasks.size();
   run_small_tasks(count, [&](int64_t i, int64_t then) {
     const UpTask& t = tasks[i];
-    const void* after = nullptr;
-    if (!experts.interleaved && then < count) after = experts.gate[tasks[then].expert] + tasks[then].panel * kHalf * width;
+    const T* after = nullptr;
+    if (then < count) after = experts.gate[tasks[then].expert] + tasks[then].panel * (experts.interleaved ? kPanel : kHalf * width);
     call.up(t.expert, t.row, t.rows, t.panel, t.panels, after);
   });
 
@@ -714,8 +718,8 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
     for (int64_t e = 0, then; e < shape.experts; e = then) {
       for (then = e + 1; then < shape.experts && offsets[then] == offsets[then + 1];) ++then;
       const int64_t row = offsets[e], rows = offsets[e + 1] - row;
-      const void* after = nullptr;
-      if (!experts.interleaved && then < shape.experts) after = experts.down[then] + panel * kPanel * inner;
+      const T* after = nullptr;
+      if (then < shape.experts) after = experts.down[then] + panel * kPanel * (experts.interleaved ? 1 : inner);
       if (rows > 0)
         call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums.get(), after);
     }
@@ -857,175 +861,210 @@ float dot(const A* a, const T* b, int64_t size) {
   return total;
 }
 
+// The backward of the experts [first, last), whose rows alone have their `active` and `change`.
 template <class T, class A>
-void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, const A* hidden, const float* weights,
-                   const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                   const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
-  const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
-  const bool interleaved = experts.interleaved, need_down = to.down != nullptr;
-  const Scratch<const A*> grads(used), inputs(used), actives(used), changes(used);
-  const Scratch<int32_t> tokens(used);
-  const Scratch<float> scales(used);
-  const Scratch<A> change(used * 2 * inner), active(need_down ? used * inner : 0);  // change: the gradient of pre
-  for (int64_t row = 0; row < used; ++row) {
-    const int32_t slot = permutation[row];
-    tokens[row] = static_cast<int32_t>(slot / shape.top_k);
-    scales[row] = weights[slot];
-    inputs[row] = hidden + tokens[row] * width;
-    grads[row] = grad + tokens[row] * width;
-    actives[row] = active.get() + row * inner;
-    changes[row] = change.get() + row * 2 * inner;
-  }
+struct BackwardCall {
+  ExpertShape shape;
+  ExpertOptions options;
+  const int32_t* offsets;
+  const ExpertWeights<T>& experts;
+  const T* pre;
+  const ExpertGradients<T>& to;
+  const A* const* grads;   // by sorted row, as all that follow
+  const A* const* inputs;
+  A* const* actives;       // the activations, times the routing weights; null when `down` needs no gradient
+  A* const* changes;       // the gradients of pre
+  const int32_t* tokens;
+  const float* scales;
+  float* dots;             // [rows, inner_panels()]: parts of the gradients of the routing weights, or null
+  float* hidden_sums;      // [S, H], of the experts so far
+  int64_t first, last;
+
+  int64_t inner_panels() const { return (shape.inner + kPanel - 1) / kPanel; }
 
   // Through the down projection: gradients of the activations, of pre, and a part of the routing weights' per panel.
-  const int64_t inner_panels = (inner + kPanel - 1) / kPanel;
-  const Scratch<float> dots(to.weights ? used * inner_panels : 0);
-  constexpr int64_t kTaskRows = 2048;
-  std::vector<UpTask> tasks;
-  for (int64_t e = 0; e < shape.experts; ++e)
-    for (int64_t row = offsets[e]; row < offsets[e + 1]; row += kTaskRows) {
-      const int64_t rows = std::min<int64_t>(kTaskRows, offsets[e + 1] - row);
-      const Groups groups(inner_panels, group_panels(!interleaved, rows));
-      for (int64_t g = 0; g < groups.count; ++g)
-        tasks.push_back({e, row, rows, groups.begin(g), groups.begin(g + 1) - groups.begin(g)});
-    }
-  run_tasks(tasks.size(), [&](int64_t i) {
-    const UpTask t = tasks[i];
-    const auto finish = [&](int64_t first, int64_t count, int64_t p, const float* c) {
-      const int64_t column = (t.panel + p) * kPanel, columns = std::min(kPanel, inner - column);
-      for (int64_t r = t.row + first; r < t.row + first + count; ++r, c += kPanel) {
-        const vf scale = splat(scales[r]);
-        vf dot{};
-        for (int64_t j = 0; j < columns; j += kLanes) {
-          const int64_t n = std::min<int64_t>(kLanes, columns - j), at = column + j;
-          vf gate, up;
-          load_pair(pre + r * 2 * inner, inner, at, n, interleaved, gate, up);
-          const GateGradient d = gate_gradient(gate, up, options);
-          const vf from = load_some(c + j, n), scaled = scale * from;  // nothing was summed in other columns
-          dot = fma(from, d.active, dot);
-          store_pair(change.get() + r * 2 * inner, inner, at, n, interleaved, scaled * d.gate, scaled * d.up);
-          if (need_down) store_some(active.get() + r * inner + at, scale * d.active, n);
-        }
-        if (to.weights) dots[r * inner_panels + t.panel + p] = sum(dot);
-      }
-    };
-    if (interleaved) {
-      const auto source = [&](int64_t p) {
-        const int64_t column = (t.panel + p) * kPanel, n = std::min(kPanel, inner - column);
-        const T* first = experts.down[t.expert] + column * width;
-        return RowPanel<T>{first, first + kHalf * width, width, std::min(kHalf, n), std::max<int64_t>(0, n - kHalf)};
-      };
-      multiply(grads.get() + t.row, t.rows, width, t.panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
-    } else {
-      const auto source = [&](int64_t p) {
-        const int64_t column = (t.panel + p) * kPanel;
-        return ColumnPanel<T>{experts.down[t.expert] + column, inner, std::min(kPanel, inner - column), false};
-      };
-      multiply(grads.get() + t.row, t.rows, width, t.panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
-    }
-  });
-
-  if (to.weights) {
-    parallel_for(shape.tokens * shape.top_k, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        const int64_t row = inverse[slot];
-        float total = 0;
-        if (row < used) {
-          for (int64_t p = 0; p < inner_panels; ++p) total += dots[row * inner_panels + p];
-          if (experts.down_bias) {
-            const int64_t e = std::upper_bound(offsets, offsets + shape.experts, row) - offsets - 1;
-            total += dot(grads[row], experts.down_bias + e * width, width);
+  void through_down() const {
+    const int64_t width = shape.width, inner = shape.inner, inner_panels = this->inner_panels();
+    const bool interleaved = experts.interleaved;
+    const std::vector<UpTask> tasks = list_tasks(offsets, first, last, inner_panels, !interleaved);
+    run_tasks(tasks.size(), [&](int64_t i) {
+      const UpTask t = tasks[i];
+      const auto finish = [&](int64_t begin, int64_t count, int64_t p, const float* c) {
+        const int64_t column = (t.panel + p) * kPanel, columns = std::min(kPanel, inner - column);
+        for (int64_t r = t.row + begin; r < t.row + begin + count; ++r, c += kPanel) {
+          const vf scale = splat(scales[r]);
+          vf dot{};
+          for (int64_t j = 0; j < columns; j += kLanes) {
+            const int64_t n = std::min<int64_t>(kLanes, columns - j), at = column + j;
+            vf gate, up;
+            load_pair(pre + r * 2 * inner, inner, at, n, interleaved, gate, up);
+            const GateGradient d = gate_gradient(gate, up, options);
+            const vf from = load_some(c + j, n), scaled = scale * from;  // nothing was summed in other columns
+            dot = fma(from, d.active, dot);
+            store_pair(changes[r], inner, at, n, interleaved, scaled * d.gate, scaled * d.up);
+            if (to.down) store_some(actives[r] + at, scale * d.active, n);
           }
+          if (dots) dots[r * inner_panels + t.panel + p] = sum(dot);
         }
-        to.weights[slot] = total;
+      };
+      const T* const down = experts.down[t.expert];
+      if (interleaved) {
+        const auto source = [&](int64_t p) { return row_panel(down, width, inner, (t.panel + p) * kPanel); };
+        multiply(grads + t.row, t.rows, width, t.panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+      } else {
+        const auto source = [&](int64_t p) { return column_panel(down, inner, inner, (t.panel + p) * kPanel); };
+        multiply(grads + t.row, t.rows, width, t.panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
       }
     });
   }
 
-  if (to.hidden) {  // through gate_up, summed over each token's experts
-    const int64_t average = used / std::max<int64_t>(1, shape.experts);
-    const Groups groups((width + kPanel - 1) / kPanel, group_panels(!interleaved, average));
+  // Through gate_up, added to the sums over each token's experts; the last experts' turn writes the result.
+  void through_gate_up() const {
+    const int64_t width = shape.width, inner = shape.inner;
+    const Groups groups((width + kPanel - 1) / kPanel,
+                        group_panels(!experts.interleaved, (offsets[last] - offsets[first]) / (last - first)));
     run_tasks(groups.count, [&](int64_t g) {
-      const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel, columns = panels * kPanel;
+      const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel;
+      const int64_t columns = panels * kPanel, valid = std::min(columns, width - panel * kPanel);
       const Scratch<float> sums(shape.tokens * columns);
-      std::memset(sums.get(), 0, shape.tokens * columns * sizeof(float));
-      for (int64_t e = 0; e < shape.experts; ++e) {
+      if (first == 0) std::memset(sums.get(), 0, shape.tokens * columns * sizeof(float));
+      else
+        for (int64_t t = 0; t < shape.tokens; ++t)
+          std::memcpy(sums.get() + t * columns, hidden_sums + t * width + panel * kPanel, valid * sizeof(float));
+      for (int64_t e = first; e < last; ++e) {
         const int64_t row = offsets[e], rows = offsets[e + 1] - row;
         if (rows == 0) continue;
-        const auto finish = [&](int64_t first, int64_t count, int64_t p, const float* c) {
-          for (int64_t r = row + first; r < row + first + count; ++r, c += kPanel) {
+        const auto finish = [&](int64_t begin, int64_t count, int64_t p, const float* c) {
+          for (int64_t r = row + begin; r < row + begin + count; ++r, c += kPanel) {
             float* sum = sums.get() + (tokens[r] * panels + p) * kPanel;
 #pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part)
               store(sum + part * kLanes, load(sum + part * kLanes) + load(c + part * kLanes));
           }
         };
-        if (interleaved) {
+        if (experts.interleaved) {
           const auto source = [&](int64_t p) {
-            const int64_t column = (panel + p) * kPanel, n = std::min(kPanel, width - column);
-            const T* first = experts.gate[e] + column * 2 * inner;
-            return RowPanel<T>{first, first + kHalf * 2 * inner, 2 * inner, std::min(kHalf, n),
-                               std::max<int64_t>(0, n - kHalf)};
+            return row_panel(experts.gate[e], 2 * inner, width, (panel + p) * kPanel);
           };
-          multiply(changes.get() + row, rows, 2 * inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+          multiply(changes + row, rows, 2 * inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
           continue;
         }
-        const Scratch<const A*> up_changes(rows);
-        for (int64_t r = 0; r < rows; ++r) up_changes[r] = changes[row + r] + inner;
+        const Scratch<const A*> from(rows);
         for (bool up : {false, true}) {
+          for (int64_t r = 0; r < rows; ++r) from[r] = changes[row + r] + (up ? inner : 0);
           const auto source = [&](int64_t p) {
-            const int64_t column = (panel + p) * kPanel;
-            return ColumnPanel<T>{(up ? experts.up[e] : experts.gate[e]) + column, width,
-                                  std::min(kPanel, width - column), false};
+            return column_panel((up ? experts.up : experts.gate)[e], width, width, (panel + p) * kPanel);
           };
-          const A* const* from = up ? up_changes.get() : changes.get() + row;
-          multiply(from, rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+          multiply(from.get(), rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
         }
       }
-      for (int64_t t = 0; t < shape.tokens; ++t)
-        for (int64_t j = 0; j < columns; j += kLanes) {
-          const int64_t column = panel * kPanel + j, n = std::min<int64_t>(kLanes, width - column);
-          if (n > 0) store_some(to.hidden + t * width + column, load(sums.get() + t * columns + j), n);
-        }
+      for (int64_t t = 0; t < shape.tokens; ++t) {
+        const float* from = sums.get() + t * columns;
+        const int64_t at = t * width + panel * kPanel;
+        if (last < shape.experts) std::memcpy(hidden_sums + at, from, valid * sizeof(float));
+        else
+          for (int64_t j = 0; j < valid; j += kLanes)
+            store_some(to.hidden + at + j, load(from + j), std::min<int64_t>(kLanes, valid - j));
+      }
     });
   }
 
   // Gradients of the matrices and biases: outer products over an expert's rows, in blocks of rows of the result.
-  struct OuterTask {
-    int64_t expert, kind, first, rows;
-  };
-  std::vector<OuterTask> outer;
-  constexpr int64_t kBlock = 96;
-  const int64_t up_rows = interleaved ? width : inner, down_rows = interleaved ? inner : width;
-  for (int64_t e = 0; e < shape.experts; ++e) {
-    if (to.gate)
-      for (int64_t kind = 0; kind < (interleaved ? 1 : 2); ++kind)
-        for (int64_t r = 0; r < up_rows; r += kBlock) outer.push_back({e, kind, r, std::min(kBlock, up_rows - r)});
-    if (to.down)
-      for (int64_t r = 0; r < down_rows; r += kBlock) outer.push_back({e, 2, r, std::min(kBlock, down_rows - r)});
-    if (to.gate_up_bias || to.down_bias) outer.push_back({e, 3, 0, 0});
-  }
-  run_tasks(outer.size(), [&](int64_t i) {
-    const OuterTask t = outer[i];
-    const int64_t row = offsets[t.expert], rows = offsets[t.expert + 1] - row;
-    if (t.kind == 3) {
-      if (T* bias = to.gate_up_bias) column_sums(changes.get() + row, nullptr, rows, 2 * inner, bias + t.expert * 2 * inner);
-      if (T* bias = to.down_bias) column_sums(grads.get() + row, scales.get() + row, rows, width, bias + t.expert * width);
-    } else if (t.kind == 2) {
-      const int64_t columns = interleaved ? width : inner;
-      T* result = to.down[t.expert] + t.first * columns;
-      const A *const *left = actives.get() + row, *const *right = grads.get() + row;
-      if (!interleaved) std::swap(left, right);
-      if (rows) outer_product(left, right, rows, t.first, t.rows, columns, result);
-      else std::memset(static_cast<void*>(result), 0, t.rows * columns * sizeof(T));
-    } else {
-      const int64_t columns = interleaved ? 2 * inner : width;
-      T* result = (t.kind == 1 ? to.up : to.gate)[t.expert] + t.first * columns;
-      const A *const *left = changes.get() + row, *const *right = inputs.get() + row;
+  void matrices() const {
+    const int64_t width = shape.width, inner = shape.inner;
+    const bool interleaved = experts.interleaved;
+    struct Task {
+      int64_t expert, kind, first, rows;
+    };
+    std::vector<Task> tasks;
+    constexpr int64_t kBlock = 96;
+    const int64_t up_rows = interleaved ? width : inner, down_rows = interleaved ? inner : width;
+    for (int64_t e = first; e < last; ++e) {
+      if (to.gate)
+        for (int64_t kind = 0; kind < (interleaved ? 1 : 2); ++kind)
+          for (int64_t r = 0; r < up_rows; r += kBlock) tasks.push_back({e, kind, r, std::min(kBlock, up_rows - r)});
+      if (to.down)
+        for (int64_t r = 0; r < down_rows; r += kBlock) tasks.push_back({e, 2, r, std::min(kBlock, down_rows - r)});
+      if (to.gate_up_bias || to.down_bias) tasks.push_back({e, 3, 0, 0});
+    }
+    run_tasks(tasks.size(), [&](int64_t i) {
+      const Task t = tasks[i];
+      const int64_t row = offsets[t.expert], rows = offsets[t.expert + 1] - row;
+      if (t.kind == 3) {
+        if (T* bias = to.gate_up_bias) column_sums(changes + row, nullptr, rows, 2 * inner, bias + t.expert * 2 * inner);
+        if (T* bias = to.down_bias) column_sums(grads + row, scales + row, rows, width, bias + t.expert * width);
+        return;
+      }
+      const bool down = t.kind == 2;
+      const int64_t columns = down ? (interleaved ? width : inner) : (interleaved ? 2 * inner : width);
+      T* result = (down ? to.down : t.kind == 1 ? to.up : to.gate)[t.expert] + t.first * columns;
+      if (rows == 0) {
+        std::memset(static_cast<void*>(result), 0, t.rows * columns * sizeof(T));
+        return;
+      }
+      const A *const *left = (down ? grads : changes) + row, *const *right = (down ? actives : inputs) + row;
       if (interleaved) std::swap(left, right);
-      const int64_t first = t.first + (t.kind == 1 ? inner : 0);
-      if (rows) outer_product(left, right, rows, first, t.rows, columns, result);
-      else std::memset(static_cast<void*>(result), 0, t.rows * columns * sizeof(T));
+      outer_product(left, right, rows, t.first + (t.kind == 1 ? inner : 0), t.rows, columns, result);
+    });
+  }
+};
+
+template <class T, class A>
+void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, const A* hidden, const float* weights,
+                   const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
+                   const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
+  const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
+  // Experts take turns, as many at a time as have kTurn rows a thread: `active` and `change` are as large as one turn's.
+  constexpr int64_t kTurn = 1024;
+  std::vector<int64_t> turns{0};
+  int64_t most = 0;
+  for (int64_t e = 1; e <= shape.experts; ++e) {
+    if (e < shape.experts && offsets[e + 1] - offsets[turns.back()] <= kTurn * thread_count()) continue;
+    most = std::max<int64_t>(most, offsets[e] - offsets[turns.back()]);
+    turns.push_back(e);
+  }
+  const Scratch<const A*> grads(used), inputs(used);
+  const Scratch<A*> actives(used), changes(used);
+  const Scratch<int32_t> tokens(used);
+  const Scratch<float> scales(used);
+  const Scratch<A> change(most * 2 * inner), active(to.down ? most * inner : 0);
+  for (size_t turn = 0; turn + 1 < turns.size(); ++turn)
+    for (int64_t row = offsets[turns[turn]]; row < offsets[turns[turn + 1]]; ++row) {
+      const int32_t slot = permutation[row];
+      const int64_t place = row - offsets[turns[turn]];
+      tokens[row] = static_cast<int32_t>(slot / shape.top_k);
+      scales[row] = weights[slot];
+      inputs[row] = hidden + tokens[row] * width;
+      grads[row] = grad + tokens[row] * width;
+      actives[row] = active.get() + place * inner;
+      changes[row] = change.get() + place * 2 * inner;
+    }
+  const int64_t inner_panels = (inner + kPanel - 1) / kPanel;
+  const Scratch<float> dots(to.weights ? used * inner_panels : 0);
+  const bool in_place = std::is_same_v<T, float> || !to.hidden || turns.size() == 2;
+  const Scratch<float> hidden_sums(in_place ? 0 : shape.tokens * width);
+  BackwardCall<T, A> call{shape, options, offsets, experts, pre, to, grads.get(), inputs.get(), actives.get(),
+                          changes.get(), tokens.get(), scales.get(), to.weights ? dots.get() : nullptr,
+                          in_place ? reinterpret_cast<float*>(to.hidden) : hidden_sums.get(), 0, 0};
+  for (size_t turn = 0; turn + 1 < turns.size(); ++turn) {
+    call.first = turns[turn], call.last = turns[turn + 1];
+    call.through_down();
+    if (to.hidden) call.through_gate_up();
+    call.matrices();
+  }
+  if (!to.weights) return;
+  parallel_for(shape.tokens * shape.top_k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const int64_t row = inverse[slot];
+      float total = 0;
+      if (row < used) {
+        for (int64_t p = 0; p < inner_panels; ++p) total += dots[row * inner_panels + p];
+        if (experts.down_bias) {
+          const int64_t e = std::upper_bound(offsets, offsets + shape.experts, row) - offsets - 1;
+          total += dot(grads[row], experts.down_bias + e * width, width);
+        }
+      }
+      to.weights[slot] = total;
     }
   });
 }
