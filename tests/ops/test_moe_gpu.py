@@ -39,12 +39,24 @@ def gradients(case, run):
         dict(tokens=70, width=32, inner=32, experts=7, top_k=1, dtype=BF16, skew="one"),
         dict(tokens=90, width=48, inner=32, experts=9, top_k=2, dtype=BF16, skew="zipf", outside=0.2, gpt_oss=True),
         dict(tokens=260, width=32, inner=16, experts=1, top_k=1, dtype=BF16),
-        dict(tokens=1, width=64, inner=48, experts=20, top_k=4, dtype=BF16),
+        dict(tokens=1, width=64, inner=48, experts=20, top_k=4, dtype=BF16, bias=True),  # several column tiles
+        dict(tokens=70, width=32, inner=128, experts=1, top_k=1, dtype=BF16, bias=True),  # tiles stored in halves
         dict(tokens=5, width=32, inner=16, experts=4, top_k=2, dtype=BF16, outside=1.0),
     ],
     ids=lambda options: "-".join(str(v).removeprefix("torch.") for v in options.values()),
 )
 def test_accurate_from_ptx(options):
+    check_accurate(options)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_accurate_with_the_weights_on_the_tall_side(tokens, monkeypatch):
+    """As from compute capability 9.0 on; compiled for 8.0 all the same."""
+    monkeypatch.setattr(kernels, "capability", lambda tensor: 90)
+    check_accurate(dict(tokens=tokens, width=72, inner=40, experts=6, top_k=3, dtype=BF16, bias=True))
+
+
+def check_accurate(options):
     case = make(**options)
     with simulated_gpu(preferred=True) as log, poisoned():
         out, grads = gradients(case, lambda leaves: leaves.run())
