@@ -18,6 +18,7 @@ constexpr int64_t kTileRows = 6;
 constexpr int64_t kDotRows = kLanes == 16 ? 6 : 4, kDotColumns = kLanes == 16 ? 4 : 2;
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kChain = 128;                    // additions in a row: sums of sums keep more digits
+constexpr int64_t kStreamAhead = 16;               // rows fetched ahead by stream
 constexpr int64_t kAhead = 8;                      // rows of column panels to prefetch
 
 
@@ -133,6 +134,31 @@ void pack_row(const ColumnPanel<T>& from, const T* row, float* to) {
   }
 }
 
+// Two rows of a column panel as a row of units, in the panel's order; `second` may be null for zeros.
+inline void pack_units(const ColumnPanel<bfloat16>& from, const bfloat16* first, const bfloat16* second, float* to) {
+  bfloat16 whole[2][kPanel];
+  if (from.columns < kPanel || second == nullptr) {
+    std::memset(static_cast<void*>(whole), 0, sizeof whole);
+    std::memcpy(whole[0], first, from.columns * sizeof(bfloat16));
+    if (second) std::memcpy(whole[1], second, from.columns * sizeof(bfloat16));
+    first = whole[0], second = whole[1];
+  }
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts / 2; ++part) {
+    vu a, b;  // each lane two neighbouring columns
+    std::memcpy(&a, first + 2 * part * kLanes, sizeof a);
+    std::memcpy(&b, second + 2 * part * kLanes, sizeof b);
+    const vf evens = (vf)((a & 0xffffu) | (b << 16)), odds = (vf)((a >> 16) | (b & 0xffff0000u));
+    if (from.paired) {
+      store(to + part * kLanes, evens);
+      store(to + kHalf + part * kLanes, odds);
+    } else {
+      store(to + 2 * part * kLanes, interleave_low(evens, odds));
+      store(to + (2 * part + 1) * kLanes, interleave_high(evens, odds));
+    }
+  }
+}
+
 template <class A, class T>
 void pack(const ColumnPanel<T>& from, int64_t k, int64_t depth, float* to) {
   const T* row = from.data + k * from.stride;
@@ -140,16 +166,8 @@ void pack(const ColumnPanel<T>& from, int64_t k, int64_t depth, float* to) {
     for (int64_t j = 0; j < kPanel; j += 64 / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(row + (i + kAhead) * from.stride + j);
   if constexpr (std::is_same_v<A, bfloat16>) {
-    for (int64_t i = 0; i < depth; i += 2, row += 2 * from.stride, to += kPanel) {
-      alignas(64) float pair[2][kPanel];
-      pack_row(from, row, pair[0]);
-      pack_row(from, row + from.stride, pair[1]);
-#pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        const vu low = (vu)load(pair[0] + part * kLanes) >> 16, high = (vu)load(pair[1] + part * kLanes);
-        store(to + part * kLanes, (vf)(low | high));
-      }
-    }
+    for (int64_t i = 0; i < depth; i += 2, row += 2 * from.stride, to += kPanel)
+      pack_units(from, row, row + from.stride, to);
   } else {
     for (int64_t i = 0; i < depth; ++i, row += from.stride, to += kPanel) pack_row(from, row, to);
   }
@@ -169,7 +187,7 @@ inline vf multiply_add(vf a, vf b, vf c) {
   return fma(a, b, c);
 }
 
-// Memory to fetch into the L2 cache while a product runs: in each step of k `count` lines, `apart` bytes from each other.
+// Memory to fetch into the L2 cache while a product runs: in each step of k `count` lines, `apart` bytes apart.
 struct Fetch {
   const char* at;
   int64_t count, step, apart;
@@ -240,7 +258,8 @@ void packed_rows(int64_t rows, const float* const* a, const float* b, int64_t de
 // The sums of the lanes of kDotColumns vectors.
 inline void store_sums(float* to, const vf (&v)[kDotColumns]) {
 #if IVL_VECTOR_BYTES == 64
-  const vf a = interleave_low(v[0], v[1]) + interleave_high(v[0], v[1]), b = interleave_low(v[2], v[3]) + interleave_high(v[2], v[3]);
+  const vf a = interleave_low(v[0], v[1]) + interleave_high(v[0], v[1]);
+  const vf b = interleave_low(v[2], v[3]) + interleave_high(v[2], v[3]);
   typedef double vd __attribute__((vector_size(64)));
   typedef int64_t vl __attribute__((vector_size(64)));
   const vf low = (vf)__builtin_shuffle((vd)a, (vd)b, vl{0, 8, 1, 9, 2, 10, 3, 11});
@@ -320,11 +339,15 @@ void dot_rows(int64_t rows, const A* const* a, const T* const* w, int64_t depth,
 }
 
 // c [R, columns] += a's rows times w [depth, columns] (row stride `stride`), columns % kLanes == 0.
+// Rows are fetched kStreamAhead before their use, at the end those of the next weights, at `after`.
 template <int R, class T>
-void stream_tile(const float* const* a, const T* w, int64_t stride, int64_t depth, int64_t columns, float* c) {
+void stream_tile(const float* const* a, const T* w, int64_t stride, int64_t depth, int64_t columns, const T* after,
+                 float* c) {
   constexpr int kDeep = 4;
   int64_t k = 0;
   for (; k + kDeep <= depth; k += kDeep, w += kDeep * stride) {
+    const int64_t beyond = k + kStreamAhead - depth;
+    const T* fetch = beyond < 0 || after == nullptr ? w + kStreamAhead * stride : after + beyond * stride;
     vf x[R][kDeep];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -335,7 +358,7 @@ void stream_tile(const float* const* a, const T* w, int64_t stride, int64_t dept
 #pragma GCC unroll 4
       for (int d = 0; d < kDeep; ++d) {
         v[d] = load(w + d * stride + j);
-        __builtin_prefetch(w + (d + kDeep) * stride + j);
+        __builtin_prefetch(fetch + d * stride + j, 0, 2);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -354,12 +377,12 @@ void stream_tile(const float* const* a, const T* w, int64_t stride, int64_t dept
 
 template <class T>
 void stream_rows(int64_t rows, const float* const* a, const T* w, int64_t stride, int64_t depth, int64_t columns,
-                 float* c) {
+                 const T* after, float* c) {
   switch (rows) {
-    case 1: return stream_tile<1>(a, w, stride, depth, columns, c);
-    case 2: return stream_tile<2>(a, w, stride, depth, columns, c);
-    case 3: return stream_tile<3>(a, w, stride, depth, columns, c);
-    default: return stream_tile<4>(a, w, stride, depth, columns, c);
+    case 1: return stream_tile<1>(a, w, stride, depth, columns, after, c);
+    case 2: return stream_tile<2>(a, w, stride, depth, columns, after, c);
+    case 3: return stream_tile<3>(a, w, stride, depth, columns, after, c);
+    default: return stream_tile<4>(a, w, stride, depth, columns, after, c);
   }
 }
 
@@ -392,7 +415,8 @@ Fetch share(const RowPanel<T>& panel, const T* from, int64_t, int64_t call, int6
 }
 template <class T>
 Fetch share(const ColumnPanel<T>& panel, const T* from, int64_t panels, int64_t call, int64_t calls, int64_t unit) {
-  const int64_t all = panels * kPanel * sizeof(T) / 64, line = all * call / calls, lines = all * (call + 1) / calls - line;
+  const int64_t all = panels * kPanel * sizeof(T) / 64, line = all * call / calls;
+  const int64_t lines = all * (call + 1) / calls - line;
   const int64_t stride = panel.stride * sizeof(T);
   const char* at = reinterpret_cast<const char*>(from) + line * 64;
   if (unit == 1) return {at, lines, stride, 64};
@@ -509,7 +533,7 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
     }
   }
   std::memset(sums.get(), 0, count * columns * sizeof(float));
-  stream_rows(count, a, front.data, front.stride, depth, columns, sums.get());
+  stream_rows(count, a, front.data, front.stride, depth, columns, after, sums.get());
   alignas(64) float c[kStreamRows * kPanel];
   for (int64_t p = 0; p < panels; ++p) {
     const ColumnPanel<float> natural{nullptr, 0, source(p).columns, front.paired};
@@ -705,7 +729,8 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
   run_small_tasks(count, [&](int64_t i, int64_t then) {
     const UpTask& t = tasks[i];
     const T* after = nullptr;
-    if (then < count) after = experts.gate[tasks[then].expert] + tasks[then].panel * (experts.interleaved ? kPanel : kHalf * width);
+    if (then < count)
+      after = experts.gate[tasks[then].expert] + tasks[then].panel * (experts.interleaved ? kPanel : kHalf * width);
     call.up(t.expert, t.row, t.rows, t.panel, t.panels, after);
   });
 
@@ -721,7 +746,8 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
       const T* after = nullptr;
       if (then < shape.experts) after = experts.down[then] + panel * kPanel * (experts.interleaved ? 1 : inner);
       if (rows > 0)
-        call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums.get(), after);
+        call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums.get(),
+                  after);
     }
     for (int64_t t = 0; t < shape.tokens; ++t)
       for (int64_t j = 0; j < columns; j += kLanes) {
@@ -784,13 +810,7 @@ void outer_product(const A* const* left, const A* const* right, int64_t count, i
       float* to = packed.get() + m * kPanel;
       const ColumnPanel<A> panel{nullptr, 0, here, false};
       if constexpr (units) {
-        alignas(64) float pair[2][kPanel] = {};
-        pack_row(panel, right[2 * m] + column, pair[0]);
-        if (2 * m + 1 < count) pack_row(panel, right[2 * m + 1] + column, pair[1]);
-#pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part)
-          store(to + part * kLanes,
-                (vf)((vu)load(pair[0] + part * kLanes) >> 16 | (vu)load(pair[1] + part * kLanes)));
+        pack_units(panel, right[2 * m] + column, 2 * m + 1 < count ? right[2 * m + 1] + column : nullptr, to);
       } else {
         pack_row(panel, right[m] + column, to);
       }
