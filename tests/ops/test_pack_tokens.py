@@ -201,7 +201,10 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
             with monkeypatch.context() as patch:
                 for read in ("tolist", "item", "__bool__", "__int__"):
                     patch.setattr(torch.Tensor, read, lambda *_: pytest.fail("a host read"))
-                packed = pack_tokens(*args, attention_mask=ids != PAD, capacity=True, backend="cuda")
+                with poisoned():
+                    packed = pack_tokens(*args, attention_mask=ids != PAD, capacity=True, backend="cuda")
+            # Whoever writes there before the check stays inside the buffer.
+            assert 0 <= packed.tile_rows.min() <= packed.tile_rows.max() < packed.ids.numel()
             with pytest.raises(ValueError, match=message):
                 packed.check()
 
