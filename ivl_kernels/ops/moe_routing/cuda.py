@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import _cuda
@@ -10,29 +12,33 @@ WARPS = 8
 SLOTS = 4096  # of one dispatch block, at most
 
 
-def _kernel(name: str, logits: torch.Tensor) -> str:
-    count = next(n for n in (1, 4, 16) if logits.shape[1] <= 32 * n)
-    return f"{name}_{str(logits.dtype).removeprefix('torch.')}_{count}"
+def _lanes(logits: torch.Tensor, top_k: int) -> tuple[int, int]:
+    """Lanes of a token, and scores of a lane: 16 of them cost fewer instructions than 16 lanes do."""
+    experts = logits.shape[1]
+    lanes = max(_power_of_2(-(-experts // 16)), _power_of_2(top_k))
+    return lanes, next(n for n in (16 // logits.element_size(), 8, 16) if lanes * n >= experts)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _launch(name: str, logits: torch.Tensor, top_k: int, before: list[Any], after: list[Any]) -> None:
+    tokens, experts = logits.shape
+    lanes, each = _lanes(logits, top_k)
+    kernel = f"{name}_{str(logits.dtype).removeprefix('torch.')}_{each}"
+    args = [*before, tokens, experts, top_k, lanes, *after]
+    _cuda.launch("moe_routing", kernel, (-(-tokens * lanes // 128),), 128, args)
 
 
 def moe_routing(
     logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring: str, renormalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, experts = logits.shape
+    tokens = logits.shape[0]
     ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
     weights = logits.new_empty(tokens, top_k)
-    args = [
-        logits.contiguous(),
-        None if bias is None else bias.contiguous(),
-        ids,
-        weights,
-        tokens,
-        experts,
-        top_k,
-        scoring == "topk_then_softmax",
-        renormalize,
-    ]
-    _cuda.launch("moe_routing", _kernel("moe_routing", logits), (-(-tokens // 4),), 128, args)
+    before = [logits.contiguous(), None if bias is None else bias.contiguous(), ids, weights]
+    _launch("moe_routing", logits, top_k, before, [scoring == "topk_then_softmax", renormalize])
     return ids, weights
 
 
@@ -44,21 +50,16 @@ def moe_routing_backward(
     scoring: str,
     renormalize: bool,
 ) -> torch.Tensor:
-    tokens, experts = logits.shape
-    out = torch.empty(tokens, experts, dtype=logits.dtype, device=logits.device)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     over_all = scoring == "softmax_then_topk" and not renormalize
-    args = [
+    before = [
         grad.contiguous(),
         logits.contiguous(),
         None if bias is None else bias.contiguous(),
         ids.contiguous(),
         out,
-        tokens,
-        experts,
-        ids.shape[1],
-        over_all,
     ]
-    _cuda.launch("moe_routing", _kernel("moe_routing_backward", logits), (-(-tokens // 4),), 128, args)
+    _launch("moe_routing_backward", logits, ids.shape[1], before, [over_all])
     return out
 
 
@@ -71,14 +72,13 @@ def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.
     ids, kind = ids.contiguous(), str(ids.dtype).removeprefix("torch.")
     blocks = max(1, -(-slots // SLOTS))
     warps = min(WARPS, max(1, -(-slots // 128)))
-    run = -(-slots // (blocks * warps * 32)) * 32
+    run = -(-slots // (blocks * warps * 64)) * 64
+    shared = 4 * (warps + 3) * (num_experts + 1) + 3 * 2 * warps * run
     block_counts = None
     if blocks > 1:
         block_counts = permutation.new_empty(blocks, num_experts + 1)
         args = [ids, slots, num_experts, run, block_counts]
-        shared = 4 * warps * (num_experts + 1)
         _cuda.launch("moe_routing", f"moe_dispatch_count_{kind}", (blocks,), 32 * warps, args, shared)
     args = [ids, slots, num_experts, run, block_counts, permutation, inverse, counts, offsets, tiles, num_tiles, tile]
-    shared = 4 * (warps + 2) * (num_experts + 1)
     _cuda.launch("moe_routing", f"moe_dispatch_place_{kind}", (blocks,), 32 * warps, args, shared)
     return permutation, inverse, counts, offsets, tiles

@@ -1,4 +1,4 @@
-"""MoE routing and dispatch on GPUs without CUDA C++ (AMD): one program a few tokens, one program an expert."""
+"""MoE routing and dispatch on GPUs without CUDA C++ (AMD): one program a few tokens or 1,024 slots."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def moe_routing_backward_kernel(
     bias,  # [E] or None
     ids,  # [S, TOP_K]
     out,  # [S, E], written
-    S, E: tl.constexpr, TOP_K: tl.constexpr, OVER_ALL: tl.constexpr, E_POW2: tl.constexpr, BS: tl.constexpr,
+    S, E: tl.constexpr, TOP_K: tl.constexpr, OVER_ALL: tl.constexpr, K_POW2: tl.constexpr, E_POW2: tl.constexpr,
+    BS: tl.constexpr,
 ):  # fmt: skip
     """OVER_ALL: the softmax ran over all experts; otherwise over the picked ones."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)
@@ -66,11 +67,15 @@ def moe_routing_backward_kernel(
     score = _scores(logits, bias, s, S, E, E_POW2)
     picked = tl.zeros([BS, E_POW2], dtype=tl.int1)
     from_out = tl.zeros([BS, E_POW2], dtype=tl.float32)
+    choice = tl.arange(0, K_POW2)[None, :]
+    at = s.to(tl.int64)[:, None] * TOP_K + choice
+    live = (s < S)[:, None] & (choice < TOP_K)
+    chosen = tl.load(ids + at, mask=live, other=0).to(tl.int32)
+    slope = tl.load(grad + at, mask=live, other=0.0).to(tl.float32)
     for j in tl.static_range(TOP_K):
-        at = s.to(tl.int64) * TOP_K + j
-        here = e[None, :] == tl.load(ids + at, mask=s < S, other=0)[:, None]
+        here = e[None, :] == tl.sum(tl.where(choice == j, chosen, 0), 1)[:, None]
         picked = picked | here
-        from_out += tl.where(here, tl.load(grad + at, mask=s < S, other=0.0).to(tl.float32)[:, None], 0.0)
+        from_out += tl.where(here, tl.sum(tl.where(choice == j, slope, 0.0), 1)[:, None], 0.0)
     if not OVER_ALL:
         score = tl.where(picked, score, -float("inf"))
     weight = tl.exp(score - tl.max(score, 1)[:, None])
@@ -86,43 +91,70 @@ def _expert(ids, i, slots, E: tl.constexpr):
     return tl.where((expert < 0) | (expert > E), E, expert).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["slots", "num_tiles"])
-def moe_dispatch_kernel(
-    ids,  # [slots]
-    permutation, inverse, counts, offsets, tiles,  # as in `Dispatch`, written
-    slots, num_tiles, E: tl.constexpr, TILE: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["slots"])
+def moe_dispatch_count_kernel(
+    ids, block_counts, slots, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Program e places the slots of expert e; program E those without an expert. Each reads all ids, twice."""
-    me = tl.program_id(0)
+    """block_counts [blocks, E + 1]: slots of each expert, and without one, among BLOCK slots."""
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    count = tl.histogram(_expert(ids, i, slots, E), E_POW2)
     e = tl.arange(0, E_POW2)
-    count = tl.zeros([E_POW2], dtype=tl.int32)
-    for start in range(0, slots, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        expert = _expert(ids, i, slots, E)
-        count += tl.histogram(expert, E_POW2)
-    count = tl.where(e < E, count, 0)
-    first = tl.sum(tl.where(e < me, count, 0))
-    mine = tl.sum(tl.where(e == me, count, 0))
-    tl.store(offsets + me, first)
-    if me < E:
-        tl.store(counts + me, mine)
-    if TILE > 0:
-        needed = (count + TILE - 1) // TILE
-        first_tile = tl.sum(tl.where(e < me, needed, 0))
-        last_tile = tl.where(me == E, num_tiles, first_tile + tl.sum(tl.where(e == me, needed, 0)))
-        for start in range(first_tile, last_tile, BLOCK):
-            t = start + tl.arange(0, BLOCK)
-            step = tl.where(me == E, 0, TILE)
-            tl.store(tiles + 2 * t, tl.zeros([BLOCK], tl.int32) + me, mask=t < last_tile)
-            tl.store(tiles + 2 * t + 1, first + (t - first_tile) * step, mask=t < last_tile)
+    # Slots past the end were counted as slots without an expert.
+    count -= tl.where(e == E, tl.maximum((block + 1) * BLOCK - slots, 0), 0)
+    tl.store(block_counts + block * (E + 1) + e, count, mask=e <= E)
+
+
+@triton.jit(do_not_specialize=["blocks", "num_tiles"])
+def moe_dispatch_scan_kernel(
+    block_counts, counts, offsets, tiles, blocks, num_tiles, E: tl.constexpr, TILE: tl.constexpr, E_POW2: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """One program. block_counts becomes, for a slot of a block, row minus place among the block's in expert order."""
+    e = tl.arange(0, E_POW2)
+    total = tl.zeros([E_POW2], dtype=tl.int32)
+    for block in range(0, blocks):
+        total += tl.load(block_counts + block * (E + 1) + e, mask=e <= E, other=0)
+    first = tl.cumsum(total, 0) - total
+    tl.store(offsets + e, first, mask=e <= E)
+    tl.store(counts + e, total, mask=e < E)
     row = first
-    for start in range(0, slots, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        here = (_expert(ids, i, slots, E) == me) & (i < slots)
-        at = row + tl.cumsum(here.to(tl.int32), 0) - 1
-        tl.store(permutation + at, i, mask=here)
-        tl.store(inverse + i, at, mask=here)
-        row += tl.sum(here.to(tl.int32))
+    for block in range(0, blocks):
+        at = block_counts + block * (E + 1) + e
+        here = tl.load(at, mask=e <= E, other=0)
+        tl.store(at, row - (tl.cumsum(here, 0) - here), mask=e <= E)
+        row += here
+    if TILE > 0:
+        needed = tl.where(e < E, (total + TILE - 1) // TILE, 0)
+        past = tl.cumsum(needed, 0)
+        for start in range(0, num_tiles, TILES):
+            t = start + tl.arange(0, TILES)
+            # The expert of a tile: as many as have all their tiles before it; E at most.
+            expert = tl.sum(((past[None, :] <= t[:, None]) & (e < E)[None, :]).to(tl.int32), 1)
+            mine = e[None, :] == expert[:, None]
+            begin = tl.sum(tl.where(mine, first[None, :], 0), 1)
+            step = tl.sum(tl.where(mine & (e < E)[None, :], t[:, None] - (past - needed)[None, :], 0), 1)
+            both = tl.join(expert, begin + step * TILE)
+            at = tl.join(2 * t, 2 * t + 1)
+            tl.store(tiles + at, both, mask=tl.join(t < num_tiles, t < num_tiles))
+
+
+@triton.jit(do_not_specialize=["slots"])
+def moe_dispatch_place_kernel(
+    ids, shift, permutation, inverse, slots, E: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """shift: what the scan left. Sorted by expert and back, so that both results are written in runs."""
+    block = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    i = block * BLOCK + place
+    expert = tl.where(i < slots, _expert(ids, i, slots, E), E + 1)
+    order = tl.sort(expert * BLOCK + place)
+    expert, at = order // BLOCK, order % BLOCK
+    live = expert <= E
+    row = place + tl.load(shift + block * (E + 1) + expert, mask=live, other=0)
+    tl.store(permutation + row, block * BLOCK + at, mask=live)
+    back = tl.sort(at.to(tl.int64) * 4294967296 + row)
+    tl.store(inverse + i, (back & 0x7FFFFFFF).to(tl.int32), mask=i < slots)
 
 
 def moe_routing(
@@ -156,11 +188,12 @@ def moe_routing_backward(
     bias = None if bias is None else bias.contiguous()
     if S:
         width = max(16, triton.next_power_of_2(E))
-        rows = max(1, 512 // width)
+        choices = triton.next_power_of_2(ids.shape[1])
+        rows = max(1, 512 // width, 128 // choices)  # choices for every thread, so that none is loaded twice
         moe_routing_backward_kernel[(triton.cdiv(S, rows),)](
             grad.contiguous(), logits.contiguous(), bias, ids.contiguous(), out, S, E=E, TOP_K=ids.shape[1],
-            OVER_ALL=scoring == "softmax_then_topk" and not renormalize, E_POW2=width, BS=rows, num_warps=4,
-            enable_fp_fusion=True,
+            OVER_ALL=scoring == "softmax_then_topk" and not renormalize, K_POW2=choices,
+            E_POW2=width, BS=rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -170,9 +203,24 @@ def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.
     num_tiles = slots // tile + num_experts if tile else 0
     sizes = ((slots,), (slots,), (num_experts,), (num_experts + 1,), (num_tiles, 2))
     permutation, inverse, counts, offsets, tiles = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
-    moe_dispatch_kernel[(num_experts + 1,)](
-        ids.contiguous(), permutation, inverse, counts, offsets, tiles, slots, num_tiles, E=num_experts, TILE=tile,
-        E_POW2=triton.next_power_of_2(num_experts + 1), BLOCK=min(1024, max(128, triton.next_power_of_2(slots))),
-        num_warps=4, enable_fp_fusion=True,
+    ids = ids.contiguous()
+    # A slot a thread: neighbours in a warp then read and write neighbours, masked or not.
+    block = min(1024, max(128, triton.next_power_of_2(slots)))
+    warps = block // (64 if torch.version.hip else 32)
+    blocks = triton.cdiv(slots, block)
+    shift = permutation.new_empty(blocks, num_experts + 1)
+    width = triton.next_power_of_2(num_experts + 1)
+    common = dict(E=num_experts, enable_fp_fusion=True)
+    if blocks:
+        moe_dispatch_count_kernel[(blocks,)](
+            ids, shift, slots, E_POW2=width, BLOCK=block, num_warps=warps, **common
+        )  # fmt: skip
+    moe_dispatch_scan_kernel[(1,)](
+        shift, counts, offsets, tiles, blocks, num_tiles, TILE=tile, E_POW2=width, TILES=max(16, 4096 // width),
+        num_warps=4, **common,
     )  # fmt: skip
+    if blocks:
+        moe_dispatch_place_kernel[(blocks,)](
+            ids, shift, permutation, inverse, slots, BLOCK=block, num_warps=warps, **common
+        )  # fmt: skip
     return permutation, inverse, counts, offsets, tiles
