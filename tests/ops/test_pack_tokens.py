@@ -257,19 +257,20 @@ def test_compile(capacity):
 
 
 def test_counters():
-    """Each id is read by the count, by the scan (with its neighbour) and by the write; nothing else is large."""
+    """The scan reads ids and mask once, the write the ids that stay; between them go 8 bytes for 32 tokens."""
     ids, mask = example((4, 4, 4))
     compress = torch.arange(12) % 2 == 0
     with simulated_gpu() as log:
         packed = pack_tokens(ids, compress, TOKEN, attention_mask=mask.bool(), backend="cuda")
-    count, scan, write = log
-    n = ids.numel()
-    assert count.global_load_bytes == 8 * n + int((ids == TOKEN).sum())
-    assert scan.unique_load_bytes <= 9 * n + 100
-    assert scan.global_store_bytes <= 5 * n + 40 * 3 + 8 * 12
+    scan, write = log
+    n, kept = ids.numel(), int(packed.keep.sum())
+    words = 8 * 3 * -(-ids.shape[1] // 32)
+    assert scan.unique_load_bytes <= 9 * n + 12 + 8 * 3
+    assert scan.global_store_bytes == n + words + (5 + 1) * 8 * 3 + 8 * 12
+    assert write.unique_load_bytes <= 8 * kept + words + 5 * 8 * 3 + 8 * 12
     assert write.global_store_bytes == 4 * 8 * packed.ids.numel() + 8 * 12
     # A warp stores 32 bools to one sector: that is all the bytes it has.
-    assert write.store_efficiency > 0.9 and scan.store_efficiency > 0.75
+    assert write.store_efficiency > 0.9 and scan.store_efficiency > 0.5
     assert all(report.shared_races == 0 for report in log)
 
 

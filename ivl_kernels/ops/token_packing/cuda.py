@@ -18,9 +18,7 @@ def _positions(input_ids: torch.Tensor, token_id: int, rows: int) -> torch.Tenso
     n = input_ids.numel()
     chunks = -(-n // CHUNK)
     counts = input_ids.new_empty(chunks)
-    _cuda.launch(
-        "token_packing", "count_tokens", (chunks,), SCAN_THREADS, [input_ids, None, counts, CHUNK, n, token_id]
-    )
+    _cuda.launch("token_packing", "count_tokens", (chunks,), SCAN_THREADS, [input_ids, counts, CHUNK, n, token_id])
     positions = input_ids.new_empty(rows)
     args = [input_ids, counts, positions, CHUNK, n, token_id, rows]
     _cuda.launch("token_packing", "list_tokens", (chunks,), SCAN_THREADS, args)
@@ -75,15 +73,13 @@ def pack_tokens(
 ) -> Pieces:
     batch, columns = input_ids.shape
     tiles = compress.shape[0]
-    counts, status = input_ids.new_empty(batch), input_ids.new_empty(batch, STATUS)
+    size = -(-columns // 32)
+    status, words = input_ids.new_empty(batch, STATUS), input_ids.new_empty(batch, size)
     keep = torch.empty_like(input_ids, dtype=torch.bool)
-    place = torch.empty_like(input_ids, dtype=torch.int32)
-    tile_source = input_ids.new_full((tiles,), -1)
-    count_args = [input_ids, mask, counts, columns, input_ids.numel(), token_id]
-    _cuda.launch("token_packing", "count_tokens", (batch,), SCAN_THREADS, count_args)
-    scan_args = [input_ids, mask, compress, counts, keep, place, status, tile_source]
+    tile_source, counts = input_ids.new_full((tiles + batch,), -1).split((tiles, batch))
+    scan_args = [input_ids, mask, compress, counts, keep, words, status, tile_source]
     sizes = [columns, tiles, token_id, full, small, vocabulary]
-    _cuda.launch("token_packing", "pack_scan", (batch,), SCAN_THREADS, [*scan_args, *sizes])
+    _cuda.launch("token_packing", "pack_scan", (batch,), SCAN_THREADS, [*scan_args, *sizes], 12 * size)
     rows = None
     if not capacity:
         rows = status.tolist()
@@ -96,7 +92,7 @@ def pack_tokens(
     if input_ids.numel():
         blocks = -(-columns // WRITE_THREADS)
         planes = [*integers.unbind(0), *([None] if labels is None else [])]
-        write_args = [input_ids, labels, weights, place, status, tile_source, *planes, new_weights, tile_rows]
+        write_args = [input_ids, labels, weights, words, status, tile_source, *planes, new_weights, tile_rows]
         options = [batch, columns, width, tiles, PADDINGS.index(padding), pad_id]
         _cuda.launch("token_packing", "pack_write", (blocks, batch), WRITE_THREADS, [*write_args, *options])
     return integers, new_weights, keep, status, tile_rows, report_of(rows, batch)

@@ -65,6 +65,11 @@ def _fake_pack(
     return integers, new_weights, keep, status, tile_rows, report
 
 
+def _too_long(input_ids: torch.Tensor, *rest: Any) -> str | None:
+    columns = input_ids.shape[1]
+    return f"a block holds rows of up to 262,144 tokens, not {columns}" if columns > 262144 else None
+
+
 _pack_tokens = Op(
     "pack_tokens(Tensor input_ids, Tensor? mask, Tensor compress, Tensor? labels, Tensor? loss_weights, int token_id, "
     "int tokens_per_tile, int compressed_tokens, int vocabulary, str padding, bool capacity, int pad_id, str backend) "
@@ -73,7 +78,7 @@ _pack_tokens = Op(
     key="input_ids",
     implementations=(
         Implementation("native", "native:pack_tokens", ("cpu",)),
-        Implementation("cuda", "cuda:pack_tokens", ("cuda",)),
+        Implementation("cuda", "cuda:pack_tokens", ("cuda",), unless=_too_long),
         Implementation("reference", "reference:pack_tokens"),
     ),
     fake=_fake_pack,
