@@ -94,7 +94,15 @@ def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, stride_ti
     row = tl.program_id(0)
     K: tl.constexpr = C * MERGE * MERGE
     base = x + _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
-    mean, scale = _row_statistics(base, stride_token, eps, C, MERGE, WIDTH, BLOCK, RUN)
+    if BLOCK >= K:
+        feature, offset = _row_features(0, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
+        inside = feature < K
+        whole = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(whole) / K
+        spread = tl.where(inside, whole - mean, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(spread * spread) / K + eps)
+    else:
+        mean, scale = _row_statistics(base, stride_token, eps, C, MERGE, WIDTH, BLOCK, RUN)
     if stats is not None:
         tl.store(stats + row.to(tl.int64) * 2, mean)
         tl.store(stats + row.to(tl.int64) * 2 + 1, scale)
@@ -102,7 +110,7 @@ def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, stride_ti
         for k in range(0, K, BLOCK):
             feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
             inside = feature < K
-            value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+            value = whole if BLOCK >= K else tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
             weight = tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
             bias = tl.load(norm_bias + feature, mask=inside, other=0.0).to(tl.float32)
             value = (value - mean) * scale * weight + bias
@@ -209,6 +217,18 @@ def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.conste
 
 
 @triton.jit
+def _centred_and_gradient(k, base, grad_row, norm_weight, mean, scale, stride_token, C: tl.constexpr,
+                          MERGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                          RUN: tl.constexpr):  # fmt: skip
+    """Of the features from k on: the normalised value, and the gradient times the norm's weight (0 past the end)."""
+    feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
+    inside = feature < C * MERGE * MERGE
+    centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
+    g = tl.load(grad_row + feature, mask=inside, other=0.0).to(tl.float32)
+    return centred, g * tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_tile, stride_token, C: tl.constexpr,
                                  MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
                                  TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -221,27 +241,34 @@ def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_
     target = dx + _first_patch(row, tiles, TOKENS * C, C, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, False)
     mean = tl.load(stats + row.to(tl.int64) * 2)
     scale = tl.load(stats + row.to(tl.int64) * 2 + 1)
-    sum_g = tl.zeros([BLOCK], tl.float32)
-    sum_gx = tl.zeros([BLOCK], tl.float32)
+    grad_row = grad + row.to(tl.int64) * K
+    if BLOCK >= K:
+        all_centred, all_g = _centred_and_gradient(
+            0, base, grad_row, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
+        )  # fmt: skip
+        mean_g = tl.sum(all_g) / K
+        mean_gx = tl.sum(all_g * all_centred) / K
+    else:
+        sum_g = tl.zeros([BLOCK], tl.float32)
+        sum_gx = tl.zeros([BLOCK], tl.float32)
+        for k in range(0, K, BLOCK):
+            centred, g = _centred_and_gradient(
+                k, base, grad_row, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
+            )  # fmt: skip
+            sum_g += g
+            sum_gx += g * centred
+        mean_g = tl.sum(sum_g) / K
+        mean_gx = tl.sum(sum_gx) / K
     for k in range(0, K, BLOCK):
-        feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
-        inside = feature < K
-        centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
-        g = tl.load(grad + row.to(tl.int64) * K + feature, mask=inside, other=0.0).to(tl.float32)
-        g *= tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
-        sum_g += g
-        sum_gx += g * centred
-    mean_g = tl.sum(sum_g) / K
-    mean_gx = tl.sum(sum_gx) / K
-    for k in range(0, K, BLOCK):
-        feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
-        inside = feature < K
-        centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
-        g = tl.load(grad + row.to(tl.int64) * K + feature, mask=inside, other=0.0).to(tl.float32)
-        g *= tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
+        if BLOCK >= K:
+            centred, g = all_centred, all_g
+        else:
+            centred, g = _centred_and_gradient(
+                k, base, grad_row, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
+            )  # fmt: skip
         value = (g - mean_g - centred * mean_gx) * scale
-        _, place = _row_features(k, C, C, MERGE, WIDTH, BLOCK, RUN)
-        tl.store(target + place, value.to(dx.dtype.element_ty), mask=inside)
+        feature, place = _row_features(k, C, C, MERGE, WIDTH, BLOCK, RUN)
+        tl.store(target + place, value.to(dx.dtype.element_ty), mask=feature < K)
 
 
 @triton.jit
@@ -318,10 +345,13 @@ def implicit(columns: int, config: dict, itemsize: int) -> bool:
 
 
 def row_config(features: int, channels: int, target: int) -> dict:
-    """One program a row: BLOCK features at a time, 8 a thread, in runs of consecutive channels."""
-    block = min(1024, triton.next_power_of_2(features))
+    """One program a row, which it holds when registers allow, else BLOCK features at a time; runs stay in one patch."""
+    block = triton.next_power_of_2(features)
+    warps = max(1, min(16, block // 512))
+    if block > 16384:
+        block, warps = 1024, 4
     run = min(block, channels & -channels)
-    return dict(BLOCK=block, RUN=run, num_warps=max(1, block // (256 if target else 512)), enable_fp_fusion=True)
+    return dict(BLOCK=block, RUN=run, num_warps=warps if target else max(1, warps // 2), enable_fp_fusion=True)
 
 
 def slab_config(rows: int, columns: int) -> tuple[dict, int]:
