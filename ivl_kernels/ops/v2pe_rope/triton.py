@@ -103,7 +103,8 @@ def _angles(
         position = tl.load(rows, inside, 0.0)
         frequency = tl.load(second + i, fits, 0.0)
         sin, cos = _sin_cos(position[:, None] * frequency[None, :])
-        cos, sin = cos * scale, sin * scale
+        if scale is not None:
+            cos, sin = cos * scale, sin * scale
     if INVERSE:
         sin = -sin
     if ROUND:
@@ -114,13 +115,17 @@ def _angles(
 
 
 @triton.jit
-def _rotate(a, b, cos, sin, ROUND: tl.constexpr, PACKED: tl.constexpr):
+def _rotate(a, b, cos, sin, ROUND: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr):
+    """With a table the bits are those of the eager chain: every product is rounded."""
     if ROUND:
         u = _minus(_times(a, cos, PACKED), _times(b, sin, PACKED), PACKED)
         v = _plus(_times(b, cos, PACKED), _times(a, sin, PACKED), PACKED)
-    else:
+    elif TABLE:
         u = a * cos - b * sin
         v = b * cos + a * sin
+    else:
+        u = tl.fma(a, cos, -sin * b)
+        v = tl.fma(b, cos, a * sin)
     return u, v
 
 
@@ -128,7 +133,7 @@ def _rotate(a, b, cos, sin, ROUND: tl.constexpr, PACKED: tl.constexpr):
 def _heads(
     x, y, weight, cos, sin, begin, end, x_batch, x_head, x_token, y_batch, y_head, y_token, b, n, inside, eps,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
-    NORM: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr,
+    NORM: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     dtype = x.dtype.element_ty
     i = tl.arange(0, BLOCK)
@@ -174,7 +179,7 @@ def _heads(
                     rest = (rest * weight_rest.to(tl.float32)).to(dtype)
         elif not ROUND:
             a, b_ = a.to(tl.float32), b_.to(tl.float32)
-        u, v = _rotate(a, b_, cos, sin, ROUND, PACKED)
+        u, v = _rotate(a, b_, cos, sin, ROUND, PACKED, TABLE)
         tl.store(out + to_a, u.to(dtype), mask)
         tl.store(out + to_a + HALF, v.to(dtype), mask)
         if REST > 0:
@@ -202,12 +207,12 @@ def rope_kernel(
     _heads(
         q, q_out, q_weight, cos, sin, split * Q_HEADS // SPLITS, (split + 1) * Q_HEADS // SPLITS,
         q_batch, q_head, q_token, qo_batch, qo_head, qo_token, b, n, inside, eps,
-        DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED,
+        DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
     )  # fmt: skip
     _heads(
         k, k_out, k_weight, cos, sin, split * K_HEADS // SPLITS, (split + 1) * K_HEADS // SPLITS,
         k_batch, k_head, k_token, ko_batch, ko_head, ko_token, b, n, inside, eps,
-        DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED,
+        DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
     )  # fmt: skip
 
 
@@ -340,7 +345,7 @@ def _launch(
     grid = (triton.cdiv(tokens, options["TOKENS"]), batch, options["SPLITS"])
     rope_kernel[grid](
         q, k, q_out, k_out, q_weight, k_weight, first, second, tokens,
-        0 if first.shape[0] == 1 else first.stride(0), first.stride(1), scale, eps,
+        0 if first.shape[0] == 1 else first.stride(0), first.stride(1), None if scale == 1 else scale, eps,
         *_strides(heads_dim, q, k, q_out, k_out), **constants(q, k, rotary_dim, heads_dim),
         TABLE=table, NORM=q_weight is not None, ROUND=round and q.element_size() == 2, INVERSE=inverse,
         PACKED=_packed(q), **options, enable_fp_fusion=False,
@@ -381,7 +386,7 @@ def norm_backward(
     if q.numel() + k.numel():
         norm_backward_kernel[(blocks, batch)](
             grad_q, grad_k, q, k, *out, q_weight, k_weight, partial, first, second, tokens,
-            0 if first.shape[0] == 1 else first.stride(0), first.stride(1), scale, eps,
+            0 if first.shape[0] == 1 else first.stride(0), first.stride(1), None if scale == 1 else scale, eps,
             *_strides(heads_dim, grad_q, grad_k, q, k, *out), **constants(q, k, rotary_dim, heads_dim),
             TABLE=table, ROUND=round and q.element_size() == 2, **options, enable_fp_fusion=False,
         )  # fmt: skip
