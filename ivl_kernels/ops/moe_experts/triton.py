@@ -116,7 +116,7 @@ def _gate_up_store(
 ):  # fmt: skip
     """The activation of interleaved (gate, up) columns, the first of which belongs to column `first` of I."""
     BN: tl.constexpr = acc.shape[1] // 2
-    if acc.shape[0] * BN >= 64 * 128:
+    if acc.shape[0] * BN >= 64 * 64:
         left, right = _halves(acc)
         middle = first + BN // 2
         _gate_up_store(left, bias, act, pre, row, live, first, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
@@ -291,7 +291,7 @@ def _down_backward_store(
     """From the gradient of the activation without the weight; returns these columns' share of the weight's gradient."""
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
-    if BM * BN >= 64 * 128:
+    if BM * BN >= 64 * 64:
         left, right = _halves(acc)
         middle = first + BN // 2
         share = _down_backward_store(
@@ -500,7 +500,7 @@ SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
 
 def _pipeline(rows: int, columns: int, steps: int, itemsize: int, target: int) -> tuple[int, int]:
     """Depth of a step along K and number of stages: as deep as shared memory and the length of K give reason to."""
-    depth = 128 // itemsize
+    depth = 128 // itemsize if target in SHARED else 64 // itemsize  # small ones: registers spill before stages fit
     limit = SHARED.get(target, SHARED_SMALL)
     while depth > 16 and 2 * (rows + columns) * depth * itemsize > limit:
         depth //= 2
