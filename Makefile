@@ -34,9 +34,9 @@ bench: $(VENV)/.test-tools build
 gpu-check: $(VENV)/.test-tools build
 	$(BIN)/ivl-kernels gpu-check --device $(or $(DEVICE),cuda)
 
-# What the compiled GPU kernels cost, without a GPU.
+# What the compiled GPU kernels cost, without a GPU. OP, ARCH, SHAPE and DTYPE narrow it (SHAPE: see --help); all takes hours.
 inspect: $(VENV)/.test-tools build
-	$(BIN)/python -m bench.inspect
+	$(BIN)/python -m bench.inspect $(OP:%=--op %) $(ARCH:%=--arch %) $(SHAPE:%=--shape %) $(DTYPE:%=--dtype %)
 
 # The generated tables of README and docs.
 readme: $(VENV)/.test-tools

@@ -1,33 +1,37 @@
 """What the compiled GPU kernels cost, without a GPU: `python -m bench.inspect` (or `make inspect`).
 
-Two views of every kernel that an op launches:
+Two views of every kernel that an op launches, forward and backward:
 
-* counters of the PTX simulator at a scaled-down shape: bytes requested, sectors, distinct bytes against the least
-  possible, instructions an element, tensor-core FLOPs, bank conflicts. The same for Liger-Kernel's kernels, and for
-  transformers' eager chain the PyTorch kernels with the bytes of their shapes.
-* machine code for each target at the real shape: registers, spills, shared memory, occupancy, access widths.
+* counters of the PTX simulator at scaled-down shapes (widths of a model, few tokens): bytes requested, sectors,
+  distinct bytes against the least possible, instructions an element, tensor-core FLOPs, bank conflicts. The same for
+  Liger-Kernel's kernels, and for transformers' eager chain the PyTorch kernels with the bytes of their shapes.
+* machine code for each target at the catalogue's shapes: registers, spills, shared memory, occupancy, access widths.
 
-And the roofline time of the op at the real shape on known GPUs. `--check` compares with the committed baseline.
+And the roofline time of the op at those shapes on known GPUs. Results merge into the JSON of earlier runs, so it can be
+run op by op. `--check` compares with the committed baseline.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
+import os
 import re
-import shutil
-import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from ivl_kernels.testing.catalogue import MODELS, ModelShape
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "bench" / "results" / "inspect.json"
@@ -38,214 +42,315 @@ sys.path.insert(0, str(ROOT / "tests"))  # the simulator is a tool of the tests
 GPUS = {"A100": (2039, 312), "H100": (3350, 989), "H200": (4800, 989), "B200": (8000, 2250)}
 # Multiprocessor limits by target: threads, shared memory in KiB, blocks; 65536 registers everywhere. CUDA C++
 # programming guide, table of technical specifications per compute capability.
-SM_LIMITS = {80: (2048, 164, 32), 90: (2048, 228, 32), 100: (2048, 228, 32), 120: (1536, 100, 24)}
+SM_LIMITS = {
+    80: (2048, 164, 32), 86: (1536, 100, 16), 89: (1536, 100, 24), 90: (2048, 228, 32), 100: (2048, 228, 32),
+    120: (1536, 100, 24),
+}  # fmt: skip
+TARGETS = (*SM_LIMITS, "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What a memory-bound op may move, over the least possible: distinct bytes, and sectors requested.
+UNIQUE_LIMIT, SECTOR_LIMIT = 1.05, 1.15
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a model and how much goes through it; `real`: memory is reserved, nothing touches it."""
+
+    name: str
+    model: ModelShape
+    tokens: int = 3392
+    tiles: int = 13
+    side: int = 32  # patches a side of a tile
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    real: bool = False
+
+    def fill(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.dtype
+        return torch.empty(*shape, dtype=dtype) if self.real else torch.randn(*shape).to(dtype)
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize
 
 
 @dataclass
 class Job:
-    """One call: the function, the least bytes it must move, its FLOPs, its elements, and how eager does the same."""
+    """One call: the function, the least bytes that its launches must move, its FLOPs and elements, who else does it.
+
+    leaves: inputs with gradients; empty: there is no backward of ours.
+    """
 
     call: Callable[[], Any]
-    bytes: int
+    least: int
+    elements: int
     flops: int = 0
-    elements: int = 1
+    leaves: Sequence[torch.Tensor] = ()
+    least_backward: int = 0
     eager: Callable[[], Any] | None = None
     peers: dict[str, Callable[[], Any]] | None = None
 
 
-def fill(*shape: int, real: bool, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Random numbers at the scaled shape; at the real one, memory that is reserved and never touched."""
-    return torch.randn(*shape).to(dtype) if not real else torch.empty(*shape, dtype=dtype)
-
-
-def _place_rows(real: bool) -> Job:
+def _place_rows(s: Shape) -> Job:
     from bench.bench_token_packing import TOKEN
     from ivl_kernels.ops import place_rows
 
-    tokens, rows, width = (3392, 3328, 4096) if real else (96, 64, 1024)
-    ids = torch.full((1, tokens), TOKEN)
+    rows, width = s.tokens * 7 // 8, s.model.hidden
+    ids = torch.full((1, s.tokens), TOKEN)
     ids[:, rows:] = 1
-    embeds, values = fill(1, tokens, width, real=real), fill(rows, width, real=real)
+    embeds, values = s.fill(1, s.tokens, width), s.fill(rows, width)
 
     def eager() -> torch.Tensor:
         mask = (ids == TOKEN).unsqueeze(-1).expand_as(embeds)
         return embeds.masked_scatter(mask, values)
 
-    least = 2 * rows * width * 2 + tokens * 8
-    return Job(lambda: place_rows(embeds, ids, values, TOKEN, inplace=True), least, 0, rows * width, eager)
+    least = 2 * rows * width * s.size + 8 * s.tokens
+    return Job(
+        lambda: place_rows(embeds.detach(), ids, values, TOKEN, inplace=True), least, rows * width, leaves=[values],
+        least_backward=least, eager=eager,
+    )  # fmt: skip
 
 
-def _pack_tokens(real: bool) -> Job:
+def _embed_text(s: Shape) -> Job:
+    from bench.bench_token_packing import TOKEN
+    from ivl_kernels.ops import embed_text
+
+    ids = torch.full((1, s.tokens), TOKEN)
+    text = s.tokens // 2
+    ids[:, :text] = torch.arange(text)
+    table = s.fill(s.tokens, s.model.hidden)
+    least = 2 * text * s.model.hidden * s.size + 8 * s.tokens
+    return Job(lambda: embed_text(ids, table, TOKEN), least, text * s.model.hidden)
+
+
+def _pack_tokens(s: Shape) -> Job:
     from bench.bench_token_packing import TOKEN
     from ivl_kernels.ops import pack_tokens
 
-    batch, tiles, text = (8, 13, 64) if real else (2, 3, 16)
-    ids = torch.full((batch, text + 256 * tiles), TOKEN)
+    batch, tiles, text = s.batch, s.tiles, s.tokens - 256 * s.tiles
+    ids = torch.full((batch, s.tokens), TOKEN)
     ids[:, :8] = ids[:, -(text - 8) :] = 1
     compress = torch.arange(batch * tiles) % 2 == 0
     kept = batch * text + int(torch.where(compress, 64, 256).sum())
-    # ids in; ids, mask, position ids and origin out, and a byte a token for what stayed.
-    least = ids.numel() * 8 + 4 * 8 * kept + ids.numel()
-    return Job(lambda: pack_tokens(ids, compress, TOKEN, capacity=True), least, 0, ids.numel())
+    # Ids in, those that stay twice: where the first goes depends on the last id, and a batch does not fit on the chip.
+    # Ids, mask, position ids and origin out, a byte a token for what stayed; a row for each tile.
+    least = ids.numel() * (8 + 4 * 8 + 1) + 8 * kept + batch * tiles * (1 + 8)
+    return Job(lambda: pack_tokens(ids, compress, TOKEN, capacity=True), least, ids.numel())
 
 
-def _router(real: bool) -> Job:
+def _router(s: Shape) -> Job:
     from ivl_kernels.nn import TileRouter
+    from ivl_kernels.ops.tile_router import triton as kernels
 
-    tiles, tokens, width, heads = (13, 1024, 1024, 16) if real else (2, 64, 256, 4)
-    router = TileRouter(width, heads, dtype=torch.bfloat16).eval()
-    z = fill(tiles, tokens + 1, width, real=real)
-    # Two attentions read z once each, one of them for three rounds; weights of 2 attentions and 4 blocks once.
-    weights = (2 * 4 * width * width + 4 * 8 * width * width + 2 * width) * 2
-    least = 4 * tiles * tokens * width * 2 + weights
+    tiles, tokens, width, heads = s.tiles, s.side**2, s.model.vision, 16
+    router = TileRouter(width, heads, dtype=s.dtype).eval()
+    z = s.fill(tiles, tokens + 1, width)
+    # Four rounds of attention, each after the one before: z and the weights of an attention once a round, then the
+    # blocks. In float32: the queries in, a partial sum from each program out and in, the pooled rows out and in.
+    weights = (4 * 4 + 4 * 8) * width * width * s.size
+    splits = -(-tokens // kernels.pool_config(tokens, width, tiles)["split_rows"])
+    between = 4 * heads * width * 4 * tiles * (2 + 2 * splits + 2)
+    least = 4 * tiles * tokens * width * s.size + weights + between
 
     def eager() -> Any:
         from ivl_kernels.testing.shipped import ShippedRouter
 
-        shipped = ShippedRouter(width, heads).eval().to(torch.bfloat16)
-        return shipped(z)
+        with mock.patch("ivl_kernels.testing.shipped.checkpoint", lambda f, *rest, **_: f(*rest)):
+            return ShippedRouter(width, heads).eval().to(s.dtype)(z)
 
     return Job(
-        torch.no_grad()(lambda: router(z, skip=1)), least, 4 * 4 * tiles * tokens * width * heads,
-        tiles * tokens * width, torch.no_grad()(eager),
+        lambda: router(z, skip=1), least, tiles * tokens * width, 4 * 4 * tiles * tokens * width * heads,
+        leaves=[z, *router.parameters()] if not s.real else [z], least_backward=least, eager=eager,
     )  # fmt: skip
 
 
-def _moe_shape(real: bool) -> tuple[int, int, int, int, int]:
-    """Tokens, width, inner width, experts, experts a token: Qwen3-30B-A3B, or a small one."""
-    return (1024, 2048, 768, 128, 8) if real else (64, 256, 128, 8, 2)
+def _pool(s: Shape) -> Job:
+    """The pooling of one round: what the router's time goes into."""
+    from ivl_kernels.ops.tile_router import triton as kernels
+    from ivl_kernels.ops.tile_router.op import _Pool
+
+    tiles, tokens, width, heads = s.tiles, s.side**2, s.model.vision, 16
+    z, u = s.fill(tiles, tokens, width), s.fill(tiles, heads, width, dtype=torch.float32)
+    fused = width <= kernels.CHUNK * kernels.FUSED_CHUNKS[s.size]
+    splits = -(-tokens // kernels.pool_config(tokens, width, tiles)["split_rows"])
+    # Fused: z once, a partial sum from each program out and in. Else z twice, scores out, weights in.
+    least = z.numel() * s.size * (1 if fused else 2) + 4 * tiles * heads * (width * 2 + 2)
+    least += 4 * tiles * heads * (2 * splits * (width + 2) if fused else 2 * tokens)
+    # Scores with queries and gradients, then the sum: z twice, two scores out, a slope in.
+    least_backward = 2 * z.numel() * s.size + 4 * tiles * heads * (3 * tokens + 3 * width)
+    flops = 4 * heads * z.numel()
+    return Job(lambda: _Pool.apply(z, u, ""), least, z.numel(), flops, leaves=[u, z], least_backward=least_backward)
 
 
-def _moe_routing(real: bool) -> Job:
+def _moe_routing(s: Shape) -> Job:
     from ivl_kernels.ops import moe_routing
 
-    tokens, _, _, experts, top_k = _moe_shape(real)
-    logits = fill(tokens, experts, real=real)
+    tokens, experts, top_k = s.tokens, s.model.experts, s.model.top_k
+    logits = s.fill(tokens, experts)
+    gpt_oss = s.model.family == "gpt_oss"
+    options: dict[str, Any] = {"scoring": "topk_then_softmax"} if gpt_oss else {"renormalize": True}
 
     def eager() -> Any:
         values, ids = logits.float().softmax(-1).topk(top_k, dim=-1)
         return (values / values.sum(-1, keepdim=True)).to(logits.dtype), ids
 
-    least = tokens * experts * 2 + tokens * top_k * (8 + 2)
-    return Job(lambda: moe_routing(logits, top_k, renormalize=True), least, 0, tokens * experts, eager)
+    chosen = tokens * top_k * (8 + s.size)
+    return Job(
+        lambda: moe_routing(logits, top_k, **options), tokens * experts * s.size + chosen, tokens * experts,
+        leaves=[logits], least_backward=2 * tokens * experts * s.size + chosen, eager=eager,
+    )  # fmt: skip
 
 
-def _moe_dispatch(real: bool) -> Job:
+def _expert_ids(s: Shape) -> torch.Tensor:
+    return torch.rand(s.tokens, s.model.experts).topk(s.model.top_k).indices
+
+
+def _moe_dispatch(s: Shape) -> Job:
     from ivl_kernels.ops import moe_dispatch
+    from ivl_kernels.ops.moe_experts.op import tile_rows
+    from ivl_kernels.ops.moe_routing.cuda import SLOTS
 
-    tokens, _, _, experts, top_k = _moe_shape(real)
-    ids = torch.rand(tokens, experts).topk(top_k).indices
-    least = tokens * top_k * 8 * 3
-    return Job(lambda: moe_dispatch(ids, experts), least, 0, tokens * top_k)
+    ids, experts = _expert_ids(s), s.model.experts
+    slots = ids.numel()
+    tile = tile_rows(slots, experts)
+    # Above what one block holds, ids are read twice: the first row of an expert depends on all of them.
+    reads = 1 if slots <= SLOTS else 2
+    least = slots * (8 * reads + 2 * 4) + 4 * (2 * experts + 1) + 8 * (slots // tile + experts)
+    return Job(lambda: moe_dispatch(ids, experts, tile=tile), least, slots)
 
 
-def _moe_experts(real: bool) -> Job:
+def _moe_experts(s: Shape) -> Job:
     from ivl_kernels.ops import moe_experts
 
-    tokens, width, inner, experts, top_k = _moe_shape(real)
-    ids = torch.rand(tokens, experts).topk(top_k).indices
-    hidden, weights = fill(tokens, width, real=real), fill(tokens, top_k, real=real)
-    gate_up, down = fill(experts, 2 * inner, width, real=real), fill(experts, width, inner, real=real)
-    slots = tokens * top_k
-    least = (3 * experts * inner * width + slots * (2 * inner + 2 * width) + 2 * tokens * width) * 2
+    tokens, width, inner = s.tokens, s.model.hidden, s.model.intermediate
+    experts, top_k, gpt_oss = s.model.experts, s.model.top_k, s.model.family == "gpt_oss"
+    ids = _expert_ids(s)
+    hidden, weights = s.fill(tokens, width), s.fill(tokens, top_k)
+    sizes = [(width, 2 * inner), (inner, width)] if gpt_oss else [(2 * inner, width), (width, inner)]
+    gate_up, down = (s.fill(experts, *size) for size in sizes)
+    biases = [s.fill(experts, 2 * inner), s.fill(experts, width)] if gpt_oss else []
+    options: dict[str, Any] = {}
+    if gpt_oss:
+        options = dict(zip(("gate_up_bias", "down_bias"), biases), activation="gpt_oss", layout="interleaved")
+    slots, used = tokens * top_k, ids.unique().numel()
+    matrices = 3 * inner * width
+    # `act` [slots, I] and a row [slots, H] for the gather-sum go out and in; ids, their dispatch and weights.
+    small = slots * (8 + 4 * 4 + s.size)
+    least = s.size * (used * matrices + 2 * slots * (inner + width) + 2 * tokens * width) + small
+    # Gradient of pre out and in twice, its input and the weighted activation; both weight gradients; rows as before.
+    least_backward = small + s.size * (
+        (used + experts) * matrices + slots * (2 * inner * 4 + 2 * inner + 2 * width) + 4 * tokens * width
+    )
 
     def eager() -> torch.Tensor:
         out = torch.zeros_like(hidden)
         for e in range(experts):
             token, slot = torch.where(ids == e)
             gate, up = torch.nn.functional.linear(hidden[token], gate_up[e]).chunk(2, dim=-1)
-            value = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[e])
-            out.index_add_(0, token, (value * weights[token, slot, None]).to(out.dtype))
+            y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[e])
+            out.index_add_(0, token, y * weights[token, slot, None])
         return out
 
-    def liger() -> Any:
+    def liger() -> torch.Tensor:
+        os.environ["LIGER_FUSED_MOE_AUTOTUNE"] = "0"  # its own single configuration
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
-        return LigerFusedMoEFunction.apply(hidden, gate_up, down, ids.int(), weights.float())
+        return LigerFusedMoEFunction.apply(hidden, gate_up, down, ids.int(), weights)
 
     return Job(
-        lambda: moe_experts(hidden, ids, weights, gate_up, down), least, 6 * slots * inner * width, tokens * width,
-        eager, {"liger": liger},
+        lambda: moe_experts(hidden, ids, weights, gate_up, down, **options), least, slots * width, 2 * slots * matrices,
+        leaves=[hidden, weights, gate_up, down, *biases], least_backward=least_backward,
+        eager=None if gpt_oss else eager, peers=None if gpt_oss else {"liger": liger},
     )  # fmt: skip
 
 
-def _rope(norm: bool) -> Callable[[bool], Job]:
-    def make(real: bool) -> Job:
-        v2pe_rope = importlib.import_module("ivl_kernels.ops").v2pe_rope
-        tokens, q_heads, kv_heads, dim = (3392, 32, 8, 128) if real else (48, 8, 2, 128)
-        q, k = fill(1, q_heads, tokens, dim, real=real), fill(1, kv_heads, tokens, dim, real=real)
-        w = fill(dim, real=real)
-        inv_freq = 1e6 ** (-torch.arange(0, dim, 2) / dim)
-        positions = torch.arange(tokens, dtype=torch.float32)[None]
-        angles = torch.outer(positions[0], inv_freq).repeat(1, 2)[None]
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+def _rope(norm: bool, s: Shape) -> Job:
+    from ivl_kernels.ops import v2pe_rope
 
-        def rms(x: torch.Tensor) -> torch.Tensor:
-            y = x.float()
-            return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    q_heads, kv_heads, dim = s.model.q_heads, s.model.kv_heads, s.model.head_dim
+    q, k = s.fill(1, q_heads, s.tokens, dim), s.fill(1, kv_heads, s.tokens, dim)
+    w = s.fill(dim)
+    inv_freq = 1e6 ** (-torch.arange(0, dim, 2) / dim)
+    positions = torch.arange(s.tokens, dtype=torch.float32)[None]
+    angles = torch.outer(positions[0], inv_freq).repeat(1, 2)[None]
+    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
 
-        def rotate(x: torch.Tensor) -> torch.Tensor:
-            a, b = x.chunk(2, dim=-1)
-            return x * cos[:, None] + torch.cat((-b, a), dim=-1) * sin[:, None]
+    def rms(x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-        def eager() -> Any:
-            x, y = (rms(q), rms(k)) if norm else (q, k)
-            return rotate(x), rotate(y)
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-b, a), dim=-1) * sin[:, None]
 
-        def liger() -> Any:
-            from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-            from liger_kernel.ops.rope import LigerRopeFunction
+    def eager() -> Any:
+        x, y = (rms(q), rms(k)) if norm else (q, k)
+        return rotate(x), rotate(y)
 
-            x, y = q, k
-            if norm:
-                x, y = (LigerRMSNormFunction.apply(t, w, 1e-6, 0.0, "llama", False) for t in (q, k))
-            return LigerRopeFunction.apply(x.clone(), y.clone(), cos, sin)
+    def liger() -> Any:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
 
-        weights = {"q_weight": w, "k_weight": w} if norm else {}
-        count = (q_heads + kv_heads) * tokens * dim
-        return Job(
-            lambda: v2pe_rope(q, k, positions, inv_freq, **weights), 2 * count * 2 + tokens * 4, 0, count, eager,
-            {"liger": liger},
-        )  # fmt: skip
+        x, y = q, k
+        if norm:
+            x, y = (LigerRMSNormFunction.apply(t, w, 1e-6, 0.0, "llama", False) for t in (q, k))
+        return LigerRopeFunction.apply(x.clone(), y.clone(), cos, sin)
 
-    return make
-
-
-def _projector(merge: int) -> Callable[[bool], Job]:
-    def make(real: bool) -> Job:
-        from ivl_kernels.ops import pixel_shuffle_mlp
-        from ivl_kernels.testing import MODELS
-
-        tiles, side, vision = (13, 32, 1024) if real else (1, 8, 64)
-        widths = MODELS["InternVL3.5-8B"].projector(merge) if real else (vision * merge * merge, 64, 64)
-        x = fill(tiles, side * side + 1, vision, real=real)
-        norm, bias = fill(widths[0], real=real), fill(widths[0], real=real)
-        weights = [fill(o, i, real=real) for i, o in zip(widths, widths[1:])]
-        biases = [fill(o, real=real) for o in widths[1:]]
-        rows = tiles * (side // merge) ** 2
-        products = sum(i * o for i, o in zip(widths, widths[1:]))
-        least = 2 * (rows * widths[0] + products + rows * sum(2 * w for w in widths[1:-1]) + rows * widths[-1])
-
-        def eager() -> torch.Tensor:
-            y = x[:, 1:].reshape(tiles, side, side // merge, vision * merge).permute(0, 2, 1, 3).contiguous()
-            y = y.view(tiles, side // merge, side // merge, -1).permute(0, 2, 1, 3).contiguous().flatten(0, 2)
-            y = torch.nn.functional.layer_norm(y, y.shape[-1:], norm, bias)
-            for i, (w, b) in enumerate(zip(weights, biases)):
-                y = torch.nn.functional.linear(torch.nn.functional.gelu(y) if i else y, w, b)
-            return y
-
-        return Job(
-            lambda: pixel_shuffle_mlp(x, norm, bias, weights, biases, merge=merge, skip=1), least, 2 * rows * products,
-            rows * widths[-1], eager,
-        )  # fmt: skip
-
-    return make
+    weights = {"q_weight": w, "k_weight": w} if norm else {}
+    count, angle_bytes = (q_heads + kv_heads) * s.tokens * dim, 4 * (s.tokens + dim // 2)
+    return Job(
+        lambda: v2pe_rope(q, k, positions, inv_freq, **weights), 2 * count * s.size + angle_bytes, count,
+        leaves=[q, k, *([w] if norm else [])], least_backward=(3 if norm else 2) * count * s.size + angle_bytes,
+        eager=eager, peers={"liger": liger},
+    )  # fmt: skip
 
 
-def _swiglu(real: bool) -> Job:
+def _projector(merge: int, s: Shape) -> Job:
+    from ivl_kernels.ops import pixel_shuffle_mlp
+    from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
+
+    tiles, side, vision = s.tiles, s.side, s.model.vision
+    widths = s.model.projector(merge)
+    x = s.fill(tiles, side * side + 1, vision)
+    norm, bias = s.fill(widths[0]), s.fill(widths[0])
+    weights = [s.fill(o, i) for i, o in zip(widths, widths[1:])]
+    biases = [s.fill(o) for o in widths[1:]]
+    cells = (side // merge) ** 2
+    rows = tiles * cells
+    out, starts = s.fill(rows, widths[-1]), torch.arange(tiles) * cells
+    products = sum(i * o for i, o in zip(widths, widths[1:]))
+    hidden = sum(widths[1:-1])
+    # The tokens twice: a row's statistics need all of it before its first product. Then weights once, hidden rows out
+    # and in, rows out into the embeddings.
+    least = s.size * (rows * (2 * widths[0] + 2 * hidden + widths[-1]) + products + 2 * widths[0] + sum(widths[1:]))
+    # Our passes between the vendor's products. GELU: pre and gradient in, gradient and activation out. Rows again: x
+    # in, rows out. LayerNorm: x and gradient in, gradient out, then both in again for its parameters, sums over rows.
+    # The parameters in, and for sums over rows a partial one in float32 from each slab.
+    slabs = -(-rows // kernels.slab_config(rows, 1)[0]["SLAB"])
+    least_backward = s.size * (rows * (4 * hidden + 7 * widths[0]) + 3 * widths[0])
+    least_backward += 4 * slabs * (2 * widths[0] + hidden) + 4 * 2 * 3 * rows
+
+    def eager() -> torch.Tensor:
+        y = x[:, 1:].reshape(tiles, side, side // merge, vision * merge).permute(0, 2, 1, 3).contiguous()
+        y = y.view(tiles, side // merge, side // merge, -1).permute(0, 2, 1, 3).contiguous().flatten(0, 2)
+        y = torch.nn.functional.layer_norm(y, y.shape[-1:], norm, bias)
+        for i, (w, b) in enumerate(zip(weights, biases)):
+            y = torch.nn.functional.linear(torch.nn.functional.gelu(y) if i else y, w, b)
+        return y
+
+    def call() -> torch.Tensor:
+        into = {"out": out.detach(), "out_rows": starts}
+        return pixel_shuffle_mlp(x, norm, bias, weights, biases, merge=merge, skip=1, **into)
+
+    return Job(
+        call, least, rows * widths[-1], 2 * rows * products, leaves=[x, norm, bias, *weights, *biases],
+        least_backward=least_backward, eager=eager,
+    )  # fmt: skip
+
+
+def _liger_swiglu(s: Shape) -> Job:
     """Liger's SwiGLU alone, whose work our experts do in the epilogue of the first product."""
-    tokens, _, inner, _, top_k = _moe_shape(real)
-    gate, up = (fill(tokens * top_k, inner, real=real) for _ in range(2))
+    gate, up = (s.fill(s.tokens * s.model.top_k, s.model.intermediate) for _ in range(2))
 
     def liger() -> Any:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -255,28 +360,115 @@ def _swiglu(real: bool) -> Job:
     def eager() -> torch.Tensor:
         return torch.nn.functional.silu(gate) * up
 
-    return Job(liger, 3 * gate.numel() * 2, 0, gate.numel(), eager)
+    size = gate.numel() * s.size
+    return Job(liger, 3 * size, gate.numel(), leaves=[gate, up], least_backward=5 * size, eager=eager)
 
 
-# name -> (job, backends that launch GPU kernels). The name's first word is the op.
-SUBJECTS: dict[str, tuple[Callable[[bool], Job], tuple[str, ...]]] = {
-    "pixel_shuffle_mlp 1/4": (_projector(2), ("triton",)),
-    "pixel_shuffle_mlp 1/16": (_projector(4), ("triton",)),
-    "tile_router": (_router, ("triton",)),
-    "pack_tokens": (_pack_tokens, ("cuda",)),
-    "place_rows": (_place_rows, ("cuda", "triton")),
-    "v2pe_rope": (_rope(False), ("triton",)),
-    "v2pe_rope with norm": (_rope(True), ("triton",)),
-    "moe_routing": (_moe_routing, ("cuda", "triton")),
-    "moe_dispatch": (_moe_dispatch, ("cuda", "triton")),
-    "moe_experts": (_moe_experts, ("triton",)),
-    "liger swiglu": (_swiglu, ("liger",)),
-}
+def _liger_rms_norm(s: Shape) -> Job:
+    """Liger's RMSNorm alone over the heads of q, whose work our rotary does on the way."""
+    x, w = s.fill(s.model.q_heads * s.tokens, s.model.head_dim), s.fill(s.model.head_dim)
+
+    def liger() -> Any:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        return LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
+
+    size = x.numel() * s.size
+    return Job(liger, 2 * size, x.numel(), leaves=[x, w], least_backward=3 * size)
+
+
+def _any(model: ModelShape) -> bool:
+    return True
+
+
+def _scaled(model: str, tokens: int = 48, widths: dict[str, int] | None = None, **more: Any) -> Shape:
+    """A few tokens through the model; `widths` replaces sizes of the model."""
+    changes = widths or {}
+    name = ", ".join([model, *(f"{k} {v}" for k, v in ({"tokens": tokens} | more | changes).items())])
+    return Shape(name, replace(MODELS[model], **changes), tokens, **more)
+
+
+A1, A8, A38 = "InternVL3-1B", "InternVL3.5-8B", "InternVL3.5-38B"
+MOE, OSS = "InternVL3.5-30B-A3B", "InternVL3.5-GPT-OSS-20B-A4B"
+_ROPE = (_scaled(A8, 96), _scaled(A1, 77), _scaled(OSS, 70), _scaled(A8, 3))
+_ROWS = (_scaled(A8, 64), _scaled(A1, 61), _scaled(OSS, 40))
+_NARROW = dict(hidden=256)
+_PROJECTED = (
+    _scaled(A8, widths=_NARROW, tiles=2, side=16), _scaled(A38, widths=_NARROW, tiles=3, side=4),
+    _scaled(A1, widths=dict(hidden=200), tiles=3, side=8),
+)  # fmt: skip
+_SMALL_EXPERTS = dict(hidden=256, intermediate=128, experts=16, top_k=4)
+_EXPERTS = (
+    _scaled(MOE, 64, _SMALL_EXPERTS), _scaled(MOE, 512, _SMALL_EXPERTS),
+    _scaled(OSS, 61, dict(hidden=200, intermediate=104, experts=6)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An op, or a way to call it.
+
+    small: the simulated shapes. varies: what of a model its machine code depends on; models that agree share a row, and
+    those where one of them is 0 are left out. tokens: at the real shapes. memory_bound: the limits apply.
+    """
+
+    make: Callable[[Shape], Job]
+    backends: tuple[str, ...]
+    small: tuple[Shape, ...]
+    varies: tuple[str, ...]
+    tokens: tuple[int, ...] = (3392,)
+    memory_bound: bool = True
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+
+
+# The name's first word is the op. Integer ops have no dtype: they are counted once, as bf16.
+SUBJECTS: dict[str, Subject] = {
+    "pixel_shuffle_mlp 1/4": Subject(
+        functools.partial(_projector, 2), ("triton",), _PROJECTED, ("vision", "hidden"), memory_bound=False
+    ),
+    "pixel_shuffle_mlp 1/16": Subject(
+        functools.partial(_projector, 4), ("triton",), _PROJECTED, ("vision", "hidden"), memory_bound=False
+    ),
+    "tile_router": Subject(
+        _router, ("triton",),
+        (_scaled(A8, widths=dict(vision=256), tiles=2, side=16), _scaled(A8, widths=dict(vision=272), tiles=1, side=8)),
+        ("flash", "vision"), memory_bound=False,
+    ),
+    "tile_router pooling": Subject(
+        _pool, ("triton",), (_scaled(A8, tiles=2, side=16), _scaled(A38, tiles=1, side=12)), ("flash", "vision")
+    ),
+    "pack_tokens": Subject(
+        _pack_tokens, ("cuda",), (_scaled(A8, 1600, tiles=6), _scaled(A8, 572, tiles=2, batch=3)), (), (3392, 12800),
+        dtypes=("bf16",),
+    ),
+    "place_rows": Subject(_place_rows, ("cuda", "triton"), _ROWS, ("hidden",)),
+    "embed_text": Subject(_embed_text, ("cuda",), _ROWS, ("hidden",)),
+    "v2pe_rope": Subject(
+        functools.partial(_rope, False), ("triton",), _ROPE, ("q_heads", "kv_heads", "head_dim"), (1, 3392, 12800)
+    ),
+    "v2pe_rope with norm": Subject(
+        functools.partial(_rope, True), ("triton",), _ROPE[:1], ("qk_norm", "q_heads", "kv_heads", "head_dim"),
+        (1, 3392, 12800),
+    ),
+    "moe_routing": Subject(
+        _moe_routing, ("cuda", "triton"), (_scaled(MOE, 64), _scaled(OSS, 37)), ("experts", "top_k")
+    ),
+    "moe_dispatch": Subject(
+        _moe_dispatch, ("cuda", "triton"), (_scaled(MOE, 512), _scaled(OSS, 37), _scaled(MOE, 1030)),
+        ("experts", "top_k"), (64, 3392), dtypes=("bf16",),
+    ),
+    "moe_experts": Subject(
+        _moe_experts, ("ours",), _EXPERTS, ("experts", "hidden", "intermediate", "top_k"), (1, 64, 1024, 4096),
+        memory_bound=False,
+    ),
+    "liger swiglu": Subject(_liger_swiglu, ("liger",), _EXPERTS[:2], ("experts",), ()),
+    "liger rms_norm": Subject(_liger_rms_norm, ("liger",), _ROPE[:1], ("head_dim",), ()),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """`backend` for the ops that have it, else the best GPU backend."""
+    """`backend` for the ops that have it, else the best GPU backend; "ours": the best for each."""
     from ivl_kernels import _dispatch
 
     choose = _dispatch.choose
@@ -289,26 +481,42 @@ def forced(backend: str) -> Iterator[None]:
         yield
 
 
-def counters(job: Job, backend: str) -> list[dict[str, Any]]:
+def run(job: Job, call: Callable[[], Any], direction: str, log: list[Any]) -> list[Any]:
+    """Calls forward, and backward when asked; the entries of `log` that the direction made."""
+    from bench.runner import tensors
+
+    if direction == "forward":
+        with torch.no_grad():
+            call()
+        return log
+    for leaf in job.leaves:
+        leaf.requires_grad_()
+    outs = [t for t in tensors([call()]) if t.requires_grad]
+    begin = len(log)
+    torch.autograd.grad(outs, list(job.leaves), [torch.ones_like(t) for t in outs], allow_unused=True)
+    for leaf in job.leaves:
+        leaf.requires_grad_(False)
+    return log[begin:]
+
+
+def directions(job: Job) -> tuple[str, ...]:
+    return ("forward", "backward") if job.leaves else ("forward",)
+
+
+def counters(job: Job, backend: str, direction: str, call: Callable[[], Any] | None = None) -> list[dict[str, Any]]:
     """One row a launch, from the simulator."""
     from gpu import simulated_gpu
 
     with simulated_gpu(preferred=True) as log, forced(backend):
-        job.call()
-    return [_counted(report) for report in log]
+        return [_counted(report) for report in run(job, call or job.call, direction, log)]
 
 
 def _counted(report: Any) -> dict[str, Any]:
     return {
         "kernel": report.kernel,
-        "grid": list(report.grid),
-        "load_bytes": report.global_load_bytes,
-        "store_bytes": report.global_store_bytes,
-        "sectors": report.global_load_sectors + report.global_store_sectors,
+        "requested_bytes": report.global_load_bytes + report.global_store_bytes,
+        "sector_bytes": 32 * (report.global_load_sectors + report.global_store_sectors),
         "unique_bytes": report.unique_load_bytes + report.unique_store_bytes,
-        "unique_sectors": report.unique_load_sectors + report.unique_store_sectors,
-        "load_efficiency": report.load_efficiency,
-        "store_efficiency": report.store_efficiency,
         "instructions": report.warp_instructions,
         "thread_instructions": sum(report.thread_instructions.values()),
         "mma_flops": report.mma_flops,
@@ -317,27 +525,36 @@ def _counted(report: Any) -> dict[str, Any]:
     }
 
 
-def totals(rows: list[dict[str, Any]], job: Job) -> dict[str, Any]:
-    """Sums over an op's launches."""
-
-    def add(key: str) -> int:
-        return sum(row[key] for row in rows)
-
+def totals(launches: list[dict[str, Any]], job: Job, direction: str) -> dict[str, Any]:
+    """Sums over an op's launches; for each kernel launches, sectors over distinct bytes, and bank conflicts."""
+    total = {key: sum(row[key] for row in launches) for key in _counted_keys}
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for row in launches:
+        kernels.setdefault(row["kernel"], []).append(row)
     return {
-        "launches": len(rows),
-        "requested_bytes": add("load_bytes") + add("store_bytes"),
-        "sectors": add("sectors"),
-        "unique_bytes": add("unique_bytes"),
-        "unique_over_least": add("unique_bytes") / job.bytes,
-        "sector_bytes_over_least": 32 * add("sectors") / job.bytes,
-        "instructions": add("instructions"),
-        "thread_instructions_per_element": add("thread_instructions") / job.elements,
-        "mma_flops": add("mma_flops"),
-        "bank_conflicts": add("bank_conflicts"),
+        "launches": len(launches),
+        **total,
+        "least": job.least if direction == "forward" else job.least_backward,
+        "elements": job.elements,
+        "kernels": {
+            name: {
+                "launches": len(rows),
+                "sector_bytes": sum(row["sector_bytes"] for row in rows),
+                "unique_bytes": sum(row["unique_bytes"] for row in rows),
+                "mma": any(row["mma_flops"] for row in rows),
+            }
+            for name, rows in kernels.items()
+        },
     }
 
 
-def eager_chain(function: Callable[[], Any]) -> list[dict[str, Any]]:
+_counted_keys = (
+    "requested_bytes", "sector_bytes", "unique_bytes", "instructions", "thread_instructions", "mma_flops",
+    "bank_conflicts", "shared_races",
+)  # fmt: skip
+
+
+def eager_chain(job: Job, direction: str) -> list[dict[str, Any]]:
     """The kernels that PyTorch launches, each with the bytes of its distinct inputs and outputs; views are free."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -355,12 +572,40 @@ def eager_chain(function: Callable[[], Any]) -> list[dict[str, Any]]:
                 rows.append({"kernel": name, "bytes": sum(touched.values())})
             return out
 
+    assert job.eager is not None
     with Recorder():
-        function()
+        return run(job, job.eager, direction, rows)
+
+
+def counted_rows(name: str, shape: Shape) -> list[dict[str, Any]]:
+    """One row for each direction and each of ours, Liger-Kernel's and eager's ways to do it."""
+    subject = SUBJECTS[name]
+    torch.manual_seed(0)
+    job = subject.make(shape)
+    whos: list[tuple[str, Callable[[], Any]]] = [(backend, job.call) for backend in subject.backends]
+    whos += (job.peers or {}).items()
+    rows = []
+    for direction in directions(job):
+        key = {"op": name, "shape": shape.name, "dtype": _dtype_name(shape.dtype), "direction": direction}
+        for who, call in whos:
+            rows.append({**key, "who": who, **totals(counters(job, who, direction, call), job, direction)})
+        if job.eager:
+            chain = eager_chain(job, direction)
+            least = job.least if direction == "forward" else job.least_backward
+            counts = dict(Counter(row["kernel"] for row in chain))
+            requested = sum(row["bytes"] for row in chain)
+            rows.append(
+                {**key, "who": "eager", "launches": len(chain), "requested_bytes": requested, "least": least,
+                 "kernels": counts}
+            )  # fmt: skip
     return rows
 
 
-ACCESS = re.compile(r"\b(ld|st)\.global((?:\.[\w:]+)*?)(?:\.v(\d+))?\.[bfus](\d+)\b")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+ACCESS = re.compile(r"\b(ld|st)\.global((?:\.[A-Za-z_]\w*(?:::\w+)*)*?)(?:\.v(\d+))?\.[bfus](\d+)\b")
 
 
 def access_widths(ptx: str) -> dict[str, int]:
@@ -368,9 +613,12 @@ def access_widths(ptx: str) -> dict[str, int]:
     found: Counter[str] = Counter()
     for kind, _, vector, bits in ACCESS.findall(ptx):
         found[f"{kind}{int(vector or 1) * int(bits) // 8}"] += 1
-    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^]]*\],\s*(?:0x)?([0-9a-f]+)", ptx):
-        found[f"ld{int(size, 16)}"] += 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|[0-9]+)", ptx):
+        found[f"ld{int(size, 0)}"] += 1
     return dict(sorted(found.items()))
+
+
+TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 
 
 def occupancy(target: int, threads: int, registers: int, shared: int) -> float:
@@ -392,39 +640,67 @@ def as_target(target: Any) -> Iterator[None]:
             for function, answer in answers.items():
                 if name.startswith("ivl_kernels.ops.") and hasattr(module, function):
                     stack.enter_context(mock.patch.object(module, function, answer))
+        if isinstance(target, str):
+            stack.enter_context(mock.patch.object(torch.version, "hip", "stands in"))
         yield
 
 
-def machine_code(job: Job, backend: str, target: Any) -> list[dict[str, Any]]:
-    """One row a launch: what the compiler made of it for this target. CUDA C++ launches are read from the build."""
+@contextlib.contextmanager
+def no_products() -> Iterator[None]:
+    """The vendor's products give memory that nothing wrote: only shapes matter where nothing runs."""
+
+    def into(out: torch.Tensor) -> torch.Tensor:
+        return out
+
+    products: dict[str, Callable[..., torch.Tensor]] = {
+        "mm": lambda a, b: a.new_empty(a.shape[0], b.shape[1]),
+        "mm.out": lambda a, b, *, out: into(out),
+        "addmm": lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]),
+        "addmm.out": lambda c, a, b, *, out, **_: into(out),
+        "bmm": lambda a, b: a.new_empty(a.shape[0], a.shape[1], b.shape[2]),
+        "baddbmm": lambda c, a, b, **_: a.new_empty(a.shape[0], a.shape[1], b.shape[2]),
+    }
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, function in products.items():
+            library.impl(name, function, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def machine_code(job: Job, backend: str, target: Any, direction: str) -> list[dict[str, Any]]:
+    """One row a launch: what the compiler made of it for this target."""
     import aot
 
     from ivl_kernels import _dispatch
 
-    cuda: list[dict[str, Any]] = []
+    log: list[Any] = []
 
     def launch(source: str, kernel: str, grid: Any, block: int, args: Any, shared: int) -> None:
-        usage = cuda_resources(source).get((target, kernel), {})
-        if usage:
-            cuda.append({"kernel": kernel, "target": target, "threads": block, **usage})
+        row = dict(cuda_resources(source, target)[kernel])
+        row["shared"] += shared
+        log.append({"kernel": kernel, "target": target, "threads": block, **row})
 
     with (
         as_target(target),
-        aot.compiling(target) as log,
+        aot.compiling(target, log),
+        no_products(),
         _dispatch.stand_in("simulator", launch, preferred=True),
         forced(backend),
     ):
-        job.call()
-    rows = [_described(entry, target) for entry in log] + cuda
+        made = run(job, job.call, direction, log)
+    rows = [entry if isinstance(entry, dict) else _described(entry, target) for entry in made]
     for row in rows:
         if target in SM_LIMITS and row.get("threads"):
-            row["occupancy"] = occupancy(target, row["threads"], row["registers"], row["shared"])
+            row["occupancy"] = round(occupancy(target, row["threads"], row["registers"], row["shared"]), 3)
     counts = Counter(json.dumps(row) for row in rows)
     return [{**json.loads(row), "launches": count} for row, count in counts.items()]
 
 
 def _described(entry: Any, target: Any) -> dict[str, Any]:
-    mma = entry.count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", entry.asm)
     return {
         "kernel": entry.kernel,
@@ -433,231 +709,317 @@ def _described(entry: Any, target: Any) -> dict[str, Any]:
         "registers": entry.registers,
         "spills": entry.spills,
         "shared": entry.shared,
-        "tensor_core_instructions": mma,
+        "tensor_core_instructions": entry.count(TENSOR_CORES),
         "widths": access_widths(entry.asm),
     }
 
 
-def cuda_resources(source: str) -> dict[tuple[int, str], dict[str, int]]:
-    """(target, kernel) -> registers, spills and shared bytes of csrc/cuda/<source>.cu as built."""
-    from ivl_kernels import _cuda
+@functools.cache
+def cuda_resources(source: str, target: int) -> dict[str, dict[str, Any]]:
+    """kernel -> registers, spills, static shared bytes and access widths of csrc/cuda/<source>.cu."""
+    from gpu import cuda_ptx
+    from ptxsim.frontend import resources
 
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        import triton
-
-        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    image = _cuda.FATBINS / f"{source}.fatbin"
-    if not image.exists():
-        return {}
-    text = subprocess.run([tool, "-res-usage", str(image)], capture_output=True, text=True, check=True).stdout
-    found, arch, name = {}, 0, ""
-    for line in text.splitlines():
-        if match := re.search(r"arch = sm_(\d+)", line):
-            arch = int(match.group(1))
-        elif match := re.search(r"Function (\w+):", line):
-            name = match.group(1)
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            registers, stack, shared, local = map(int, match.groups())
-            found[arch, name] = {"registers": registers, "spills": local, "stack": stack, "shared": shared}
-    return found
+    ptx = cuda_ptx(source, f"sm_{target}")
+    entries = {re.match(r"\w+", part)[0]: part for part in ptx.split(".entry ")[1:]}  # type: ignore[index]
+    return {
+        kernel: {
+            "registers": used["registers"],
+            "spills": used["spill_stores"] + used["spill_loads"],
+            "shared": used["static_shared"],
+            "tensor_core_instructions": 0,
+            "widths": access_widths(entries[kernel]),
+        }
+        for kernel, used in resources(ptx).items()
+    }
 
 
-def roofline(job: Job) -> dict[str, float]:
+def real_shapes(name: str, asked: Sequence[str]) -> Iterator[tuple[Shape, list[str]]]:
+    """Shapes at which the machine code can differ, each with the models that share it; sizes asked for as they are."""
+    subject = SUBJECTS[name]
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for text in asked or MODELS:
+        shape = asked_shape(text)
+        sizes = tuple(getattr(shape.model, field) for field in subject.varies)
+        if not all(sizes):
+            continue
+        if "=" in text:
+            yield replace(shape, real=True), [shape.name]
+        else:
+            groups.setdefault(sizes, []).append(text)
+    for sharing in groups.values():
+        for tokens in subject.tokens:
+            batch = 8 if name == "pack_tokens" else 1
+            yield Shape(sharing[0], MODELS[sharing[0]], tokens, batch=batch, real=True), sharing
+
+
+def machine_rows(name: str, shape: Shape, models: list[str], targets: Sequence[Any]) -> list[dict[str, Any]]:
+    subject = SUBJECTS[name]
+    job = subject.make(shape)
+    key = {"op": name, "models": models, "tokens": shape.tokens, "dtype": _dtype_name(shape.dtype)}
+    return [
+        {**key, "direction": direction, "backend": backend, **row}
+        for target in targets
+        for backend in subject.backends
+        for direction in directions(job)
+        if not (isinstance(target, str) and backend == "cuda")
+        for row in machine_code(job, backend, target, direction)
+    ]
+
+
+def roofline_row(name: str, shape: Shape) -> dict[str, Any]:
     """Least microseconds on each GPU: bytes over bandwidth or FLOPs over the tensor cores' peak."""
-    return {gpu: max(job.bytes / rate / 1e3, job.flops / peak / 1e6) for gpu, (rate, peak) in GPUS.items()}
+    job = SUBJECTS[name].make(shape)
+    times = {gpu: max(job.least / rate / 1e3, job.flops / peak / 1e6) for gpu, (rate, peak) in GPUS.items()}
+    return {
+        "op": name, "shape": shape.name if "tokens" in shape.name else f"{shape.name}, tokens {shape.tokens}",
+        "bytes": job.least, "flops": job.flops, "microseconds": times,
+    }  # fmt: skip
 
 
-def inspect_subject(name: str, targets: Sequence[Any]) -> dict[str, Any]:
-    make, backends = SUBJECTS[name]
-    small = make(False)
-    result: dict[str, Any] = {"name": name, "least_bytes": small.bytes, "who": {}, "machine": {}}
-    for backend in backends:
-        rows = counters(small, backend)
-        result["who"][backend] = {"total": totals(rows, small), "launches": rows}
-    for peer, call in (small.peers or {}).items():
-        rows = counters(Job(call, small.bytes, small.flops, small.elements), "")
-        result["who"][peer] = {"total": totals(rows, small), "launches": rows}
-    if small.eager:
-        chain = eager_chain(small.eager)
-        result["eager"] = {"launches": len(chain), "bytes": sum(row["bytes"] for row in chain), "kernels": chain}
-    real = make(True)
-    result["roofline_us"] = roofline(real)
-    result["real"] = {"bytes": real.bytes, "flops": real.flops}
-    for target in targets:
-        for backend in backends:
-            if backend != "liger" and not (isinstance(target, str) and backend == "cuda"):
-                result["machine"].setdefault(backend, []).extend(machine_code(real, backend, target))
+# What names a row of each table: rows of an earlier run with the same name are replaced.
+KEYS = {
+    "counters": ("op", "shape", "dtype", "direction", "who"),
+    "machine": ("op", "models", "tokens", "dtype", "direction", "backend", "target"),
+    "roofline": ("op", "shape"),
+}
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def merge(old: Tables, new: Tables) -> Tables:
+    """The rows of both; where a name is in both, the new ones."""
+    result: Tables = {}
+    for table, key in KEYS.items():
+        names = [str([row[k] for k in key]) for row in new.get(table, [])]
+        kept = [row for row in old.get(table, []) if str([row[k] for k in key]) not in names]
+        order = list(SUBJECTS)
+        result[table] = sorted(
+            (row for row in [*kept, *new.get(table, [])] if row["op"] in order), key=lambda row: order.index(row["op"])
+        )
     return result
 
 
-def available() -> list[str]:
-    """Subjects whose GPU backend is there."""
-    import ivl_kernels.ops as ops
-    from ivl_kernels._library import OPS
-
-    names = []
-    for name in SUBJECTS:
-        op = name.split()[0]
-        modules = [ROOT / "ivl_kernels" / "ops" / folder for folder in (op, "token_packing")]
-        present = hasattr(ops, op) or op in OPS or op == "liger"
-        if op == "pixel_shuffle_mlp":
-            present = (modules[0] / "triton.py").exists()
-        if present:
-            names.append(name)
-    return names
+# Counters that must not grow by more than the margin; spills and lost tensor-core instructions never.
+GUARDED = ("requested_bytes", "sector_bytes", "unique_bytes", "instructions", "bank_conflicts", "launches")
 
 
-# Counters that must not grow by more than the margin; those of the machine code are exact.
-GUARDED = ("requested_bytes", "sectors", "unique_bytes", "instructions", "bank_conflicts", "launches")
-
-
-def check(new: list[dict[str, Any]], old: list[dict[str, Any]], margin: float) -> list[str]:
+def check(new: Tables, old: Tables, margin: float) -> list[str]:
     """What got worse by more than `margin` (a share), or spills now and did not."""
-    before = {row["name"]: row for row in old}
     worse = []
-    for row in new:
-        earlier = before.get(row["name"])
-        if earlier is None:
-            continue
-        for who, entry in row["who"].items():
-            was = earlier["who"].get(who, {}).get("total")
-            if was is None or who == "liger":
-                continue
+
+    def pairs(table: str, extra: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        key = (*KEYS[table], *extra)
+        before = {str([row[k] for k in key]): row for row in old[table]}
+        for row in new.get(table, []):
+            name = str([row[k] for k in key])
+            if name in before:
+                yield ", ".join(str(row[k]) for k in key), row, before[name]
+
+    for name, row, was in pairs("counters"):
+        if row["who"] not in ("liger", "eager"):
             for key in GUARDED:
-                if entry["total"][key] > was[key] * (1 + margin) + 0.5:
-                    worse.append(f"{row['name']}, {who}: {key} {was[key]} -> {entry['total'][key]}")
-        for who, entries in row["machine"].items():
-            spilled = sum(e["spills"] for e in earlier["machine"].get(who, []))
-            if sum(e["spills"] for e in entries) > spilled and earlier["machine"].get(who):
-                worse.append(f"{row['name']}, {who}: spills")
+                if row[key] > was[key] * (1 + margin) + 0.5:
+                    worse.append(f"{name}: {key} {was[key]} -> {row[key]}")
+    for name, row, was in pairs("machine", ("kernel",)):
+        if row["spills"] > was["spills"]:
+            worse.append(f"{name}: spills {was['spills']} -> {row['spills']} bytes")
+        if bool(row["tensor_core_instructions"]) < bool(was["tensor_core_instructions"]):
+            worse.append(f"{name}: no tensor-core instructions")
     return worse
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "# What the GPU kernels cost",
-        "",
-        "Counters of the PTX simulator at a scaled-down shape, bfloat16. `least` is the bytes that any implementation",
-        "must move; sectors are before any cache. Eager: the kernels that PyTorch launches, bytes from their shapes.",
-        "",
-        "| op | who | launches | requested / least | sectors / least | distinct / least | instructions an element |"
-        " tensor-core FLOPs | bank conflicts |",
-        "|" + " --- |" * 9,
-    ]
+def over_the_limits(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """(op, who, limit, where) of memory-bound ops of ours that move more than they may; a least that is none."""
+    found = []
     for row in rows:
-        for who, entry in row["who"].items():
-            t = entry["total"]
-            lines.append(
-                f"| {row['name']} | {who} | {t['launches']} | {t['requested_bytes'] / row['least_bytes']:.2f} | "
-                f"{t['sector_bytes_over_least']:.2f} | {t['unique_over_least']:.2f} | "
-                f"{t['thread_instructions_per_element']:.1f} | {t['mma_flops']:,} | {t['bank_conflicts']:,} |"
-            )
-        if "eager" in row:
-            e = row["eager"]
-            lines.append(
-                f"| {row['name']} | eager | {e['launches']} | {e['bytes'] / row['least_bytes']:.2f} | | | | | |"
-            )
-    lines += [
-        "",
-        "## Roofline at the real shape (microseconds, not measured)",
-        "",
-        f"| op | bytes | FLOPs | {' | '.join(GPUS)} |",
-        "|" + " --- |" * (3 + len(GPUS)),
-    ]
-    for row in rows:
-        times = " | ".join(f"{row['roofline_us'][gpu]:.1f}" for gpu in GPUS)
-        lines.append(f"| {row['name']} | {row['real']['bytes']:,} | {row['real']['flops']:,} | {times} |")
-    lines += [
-        "",
-        "## Machine code at the real shape",
-        "",
-        "| op | kernel | launches | target | registers | spills | shared | occupancy | tensor-core instr. | accesses |",
-        "|" + " --- |" * 10,
-    ]
-    for row in rows:
-        for who, entries in row["machine"].items():
-            for e in entries:
-                target = f"sm_{e['target']}" if isinstance(e["target"], int) else e["target"]
-                widths = " ".join(f"{k}:{v}" for k, v in e.get("widths", {}).items())
-                share = f"{e['occupancy']:.0%}" if "occupancy" in e else ""
-                lines.append(
-                    f"| {row['name']} ({who}) | {e['kernel']} | {e['launches']} | {target} | {e['registers']} | "
-                    f"{e['spills']} | {e['shared']} | {share} | {e.get('tensor_core_instructions', '')} | {widths} |"
-                )
-    return "\n".join(lines) + "\n"
+        if row["who"] in ("liger", "eager"):
+            continue
+        unique, sectors = row["unique_bytes"] / row["least"], row["sector_bytes"] / row["least"]
+        limits = [("least", 0.995 / unique, 1.0)]
+        if SUBJECTS[row["op"]].memory_bound:
+            limits += [("distinct", unique, UNIQUE_LIMIT), ("sectors", sectors, SECTOR_LIMIT)]
+        where = f"{row['shape']}, {row['dtype']}, {row['direction']}"
+        found += [(row["op"], row["who"], name, f"{where}: {got:.3f}") for name, got, limit in limits if got > limit]
+    return found
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    return [*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows), ""]
+
+
+def _target_name(target: Any) -> str:
+    return f"sm_{target}" if isinstance(target, int) else target
+
+
+def _span(values: Sequence[float], form: str = "{:g}") -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def markdown(tables: Tables) -> str:
+    counted = []
+    for row in tables["counters"]:
+        name = [row["op"], row["shape"], row["dtype"], row["direction"], row["who"], row["launches"]]
+        ratios = [f"{row[key] / row['least']:.2f}" for key in ("requested_bytes", "sector_bytes", "unique_bytes")
+                  if key in row]  # fmt: skip
+        if row["who"] == "eager":
+            counted.append([*name, *ratios, "", "", "", "", ""])
+        else:
+            each = f"{row['thread_instructions'] / row['elements']:.1f}"
+            counted.append([*name, *ratios, each, f"{row['mma_flops']:,}", f"{row['bank_conflicts']:,}"])
+    rooflines = [
+        [row["op"], row["shape"], f"{row['bytes']:,}", f"{row['flops']:,}",
+         *(f"{row['microseconds'][gpu]:.1f}" for gpu in GPUS)]
+        for row in tables["roofline"]
+    ]  # fmt: skip
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in tables["machine"]:
+        name = (row["op"], row["backend"], row["kernel"], row["dtype"], _target_name(row["target"]))
+        groups.setdefault(name, []).append(row)
+    machine = []
+    for name, rows in groups.items():
+        widths = sorted({width for row in rows for width in row["widths"]}, key=lambda w: (w[:2], int(w[2:])))
+        shares = [100 * row["occupancy"] for row in rows if "occupancy" in row]
+        machine.append(
+            [f"{name[0]} ({name[1]})", *name[2:], len(rows), _span([row["registers"] for row in rows]),
+             max(row["spills"] for row in rows), _span([row["shared"] for row in rows]),
+             _span(shares, "{:.0f} %") if shares else "", _span([row["tensor_core_instructions"] for row in rows]),
+             " ".join(widths)]
+        )  # fmt: skip
+    return "\n".join(
+        [
+            "# What the GPU kernels cost",
+            "",
+            "Counters of the PTX simulator at scaled-down shapes: widths of the model named (unless said), few tokens.",
+            "`least` is the bytes that the launches must move (each formula is in `bench/inspect.py`); sectors",
+            "are before any cache. Eager: the kernels that PyTorch launches, bytes from their shapes.",
+            "",
+            *_table(
+                ("op", "shape", "dtype", "direction", "who", "launches", "requested / least", "sectors / least",
+                 "distinct / least", "instructions an element", "tensor-core FLOPs", "bank conflicts"), counted
+            ),
+            "## Roofline at the real shape (microseconds, not measured)",
+            "",
+            *_table(("op", "shape", "bytes", "FLOPs", *GPUS), rooflines),
+            "## Machine code at the catalogue's shapes",
+            "",
+            "A row: all shapes and launches of a kernel, forward or backward; spills are the most of any, in bytes.",
+            "",
+            *_table(
+                ("op", "kernel", "dtype", "target", "variants", "registers", "spills", "shared", "occupancy",
+                 "tensor-core instr.", "access widths"), machine
+            ),
+        ]
+    )  # fmt: skip
+
+
+def plot(tables: Tables, path: Path) -> None:
     """Rooflines of the GPUs with the ops at their least intensity, and traffic against the least, ours and others'."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (roof, bars) = plt.subplots(1, 2, figsize=(16, 0.4 * len(rows) + 4))
+    first = {name: subject.small[0].name for name, subject in SUBJECTS.items()}
+    bars = [row for row in tables["counters"] if row["dtype"] == "bf16" and row["shape"] == first[row["op"]]]
+    height = max(1, 0.2 * len(bars))
+    figure, (roof, traffic) = plt.subplots(2, 1, figsize=(11, 7 + height), height_ratios=(6, height))
     for gpu, (rate, peak) in GPUS.items():
         xs = [0.1, 1e3 * peak / rate, 1e4]
         roof.loglog(xs, [min(peak, x * rate / 1e3) for x in xs], label=gpu)
     rate, peak = GPUS["H100"]
-    products = [row for row in rows if row["real"]["flops"]]
-    for i, row in enumerate(products):
-        x = row["real"]["flops"] / row["real"]["bytes"]
-        y = min(peak, x * rate / 1e3)
-        roof.loglog(x, y, "o", color="black")
-        roof.annotate(row["name"], (x, y), xytext=(6, -10 * (i % 3) - 8), textcoords="offset points", fontsize=8)
+    points: dict[tuple[float, float], list[str]] = {}
+    for row in tables["roofline"]:
+        if row["flops"]:
+            x = row["flops"] / row["bytes"]
+            points.setdefault((x, min(peak, x * rate / 1e3)), []).append(f"{row['op']}, {row['shape']}")
+    for number, ((x, y), names) in enumerate(sorted(points.items()), 1):
+        roof.loglog(x, y, "o", color="black", markersize=4)
+        below = (0, -12 - 9 * (number % 2))
+        roof.annotate(str(number), (x, y), xytext=below, textcoords="offset points", fontsize=8, ha="center")
+        roof.plot([], [], " ", label=f"{number}  {'; '.join(names)}")
     roof.set_xlabel("FLOP a byte, at the least traffic")
     roof.set_ylabel("TFLOP/s bf16 (dots: ceiling on H100)")
-    roof.legend()
-    names, values, colors = [], [], []
-    for row in rows:
-        for who, entry in row["who"].items():
-            names.append(f"{row['name']}: {who}")
-            values.append(entry["total"]["requested_bytes"] / row["least_bytes"])
-            colors.append("C1" if who == "liger" else "C0")
-        if "eager" in row:
-            names.append(f"{row['name']}: eager")
-            values.append(row["eager"]["bytes"] / row["least_bytes"])
-            colors.append("C3")
-    bars.barh(range(len(names)), values, color=colors)
-    bars.axvline(1, color="black", linewidth=1)
-    bars.set_xscale("log")
-    bars.set_yticks(range(len(names)), names, fontsize=7)
-    bars.invert_yaxis()
-    bars.set_xlabel("bytes requested over the least possible")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    roof.legend(fontsize=6, loc="lower right", handlelength=1.5)
+    colors = {"liger": "C1", "eager": "C3"}
+    names = [f"{row['op']}, {row['direction']}: {row['who']}" for row in bars]
+    values = [row["requested_bytes"] / row["least"] for row in bars]
+    traffic.barh(range(len(bars)), values, color=[colors.get(row["who"], "C0") for row in bars])
+    traffic.axvline(1, color="black", linewidth=1)
+    traffic.set_xscale("log")
+    traffic.set_yticks(range(len(bars)), names, fontsize=7)
+    traffic.set_ylim(max(1, len(bars)) - 0.5, -0.5)
+    traffic.set_xlim(left=0.5)
+    traffic.set_xlabel("bytes requested over the least possible (bf16, the first shape of each op)")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def write(tables: Tables, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = (f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]" for name, rows in tables.items())
+    (folder / "inspect.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    (folder / "inspect.md").write_text(markdown(tables))
+    plot(tables, folder / "inspect.png")
+
+
+def asked_shape(text: str) -> Shape:
+    """A model's name, or `model,tokens=64,tiles=2,hidden=256,...`: sizes of `Shape` and `ModelShape` replaced."""
+    model, *pairs = text.split(",")
+    if model not in MODELS:
+        raise SystemExit(f"--shape: got '{model}', expected one of {', '.join(MODELS)}")
+    sizes = {key.strip(): int(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    own = {field.name for field in fields(Shape)}
+    more = {key: value for key, value in sizes.items() if key in own and key != "tokens"}
+    widths = {key: value for key, value in sizes.items() if key not in own}
+    return _scaled(model, sizes.get("tokens", 48), widths, **more)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.inspect", description="What the compiled GPU kernels cost, without a GPU.")
     parser.add_argument("--op", action="append", default=[], help=f"first word of: {', '.join(SUBJECTS)}")
-    parser.add_argument("--arch", action="append", default=[], help="80, 90, 100, 120 or gfx942; default all")
+    parser.add_argument("--arch", action="append", default=[], help=f"of {', '.join(map(str, TARGETS))}; default all")
+    parser.add_argument("--shape", action="append", default=[], help=" ".join((asked_shape.__doc__ or "").split()))
+    parser.add_argument("--dtype", action="append", default=[], choices=list(DTYPES), help="default both")
+    parser.add_argument("--only", choices=("counters", "machine"), help="one of the two views")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "inspect", help="folder of the reports")
     parser.add_argument("--check", action="store_true", help="exit 1 if worse than the committed baseline")
     parser.add_argument("--margin", type=float, default=0.05, help="what --check tolerates, as a share")
-    parser.add_argument("--update", action="store_true", help="write the baseline")
+    parser.add_argument("--update", action="store_true", help="merge into the committed baseline instead of --out")
     args = parser.parse_args(argv)
-    targets = [int(a) if a.isdigit() else a for a in args.arch] or [80, 90, 100, 120, "gfx942"]
-    names = [n for n in available() if not args.op or n.split()[0] in args.op]
-    rows = []
-    for name in names:
-        print(name, flush=True)
-        rows.append(inspect_subject(name, targets))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "inspect.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "inspect.md").write_text(markdown(rows))
-    plot(rows, args.out / "inspect.png")
-    print(markdown(rows))
-    worse = check(rows, json.loads(BASELINE.read_text()), args.margin) if args.check else []
+    targets = [int(a) if a.isdigit() else a for a in args.arch] or TARGETS
+    asked = [asked_shape(text) for text in args.shape]
+    for module in ("moe_experts", "moe_routing", "pixel_shuffle_mlp", "tile_router", "token_packing", "v2pe_rope"):
+        importlib.import_module(f"ivl_kernels.ops.{module}.triton")  # `as_target` patches what is loaded
+    tables: Tables = {table: [] for table in KEYS}
+    for name, subject in SUBJECTS.items():
+        if args.op and name.split()[0] not in args.op:
+            continue
+        for dtype in args.dtype or DTYPES:
+            if dtype not in subject.dtypes:
+                continue
+            fitting = [shape for shape in asked if all(getattr(shape.model, field) for field in subject.varies)]
+            for shape in () if args.only == "machine" else fitting if asked else subject.small:
+                print(f"{name}, {shape.name}, {dtype}", flush=True)
+                tables["counters"] += counted_rows(name, replace(shape, dtype=DTYPES[dtype]))
+            for shape, sharing in () if args.only == "counters" else real_shapes(name, args.shape):
+                shape = replace(shape, dtype=DTYPES[dtype])
+                print(f"{name}, {' '.join(sharing)}, tokens {shape.tokens}, {dtype}: machine code", flush=True)
+                tables["machine"] += machine_rows(name, shape, sharing, targets)
+                if dtype == "bf16":
+                    tables["roofline"].append(roofline_row(name, shape))
+    worse = check(tables, json.loads(BASELINE.read_text()), args.margin) if args.check else []
+    folder = BASELINE.parent if args.update else args.out
+    if (folder / "inspect.json").exists():
+        write(merge(json.loads((folder / "inspect.json").read_text()), tables), folder)
+    else:
+        write(merge({}, tables), folder)
+    print(markdown(tables))
+    for over in over_the_limits(tables["counters"]):
+        print("OVER:", *over)
     for line in worse:
         print(f"WORSE: {line}")
-    if args.update:
-        BASELINE.parent.mkdir(parents=True, exist_ok=True)
-        BASELINE.write_text(json.dumps(rows, indent=1) + "\n")
-        (BASELINE.parent / "inspect.md").write_text(markdown(rows))
-        shutil.copy(args.out / "inspect.png", BASELINE.parent / "inspect.png")
     return 1 if worse else 0
 
 

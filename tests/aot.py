@@ -79,11 +79,11 @@ def compile_kernel(fn, target, *args, **kwargs) -> Compiled:
 
 
 @contextlib.contextmanager
-def compiling(target):
-    """Yields the list of `Compiled`, one a launch."""
+def compiling(target, log=None):
+    """Yields the list of `Compiled`, one a launch; `log`: the list to append to."""
     from triton.runtime.jit import JITFunction
 
-    log: list[Compiled] = []
+    log = [] if log is None else log
 
     def run(self, *args, grid, warmup=False, **kwargs):
         log.append(compile_kernel(self, target, *args, **kwargs))
