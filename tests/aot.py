@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from unittest import mock
 
+import torch
 from ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
 
 TARGETS = (80, 90, 100, 120, "gfx942")
@@ -88,5 +89,6 @@ def compiling(target, log=None):
     def run(self, *args, grid, warmup=False, **kwargs):
         log.append(compile_kernel(self, target, *args, **kwargs))
 
-    with mock.patch.object(JITFunction, "run", run):
+    hip = "stands in" if isinstance(target, str) else torch.version.hip
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "hip", hip):
         yield log

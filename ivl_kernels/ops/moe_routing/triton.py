@@ -1,4 +1,4 @@
-"""MoE routing and dispatch on GPUs without CUDA C++ (AMD): one program a few tokens or 1,024 slots."""
+"""MoE routing and dispatch on GPUs without CUDA C++ (AMD): one program a few tokens, or a block of slots."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.
     permutation, inverse, counts, offsets, tiles = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
     ids = ids.contiguous()
     # A slot a thread: neighbours in a warp then read and write neighbours, masked or not.
-    block = min(1024, max(128, triton.next_power_of_2(slots)))
+    block = min(256 if torch.version.hip else 1024, max(128, triton.next_power_of_2(slots)))  # AMD: scalar registers
     warps = block // (64 if torch.version.hip else 32)
     blocks = triton.cdiv(slots, block)
     shift = permutation.new_empty(blocks, num_experts + 1)
