@@ -369,6 +369,30 @@ _GROUPS = ("mlp2", "pooling_before_gating", "gating")
 _KEY = re.compile(rf"^(?:model\.)?(?:flash\.)?((?:{'|'.join(_GROUPS)})\..*)$")
 
 
+def _renamed() -> dict[str, tuple[str, ...]]:
+    blocks, attentions = (
+        [f"{kind}{i}" for i in range(1, 5)] for kind in ("gating.block", "pooling_before_gating.attn")
+    )
+    table: dict[str, tuple[str, ...]] = {}
+    for leaf in ("weight", "bias"):
+        for layer, name in ((0, "norm"), (1, "dense1"), (4, "dense2"), (7, "dense3")):
+            table[f"mlp2.{layer}.{leaf}"] = (f"mlp2.{name}.{leaf}",)
+        for block in blocks:
+            for layer, name in ((0, "dense_in"), (3, "dense_out"), (5, "norm")):
+                table[f"{block}.{layer}.{leaf}"] = (f"{block}.{name}.{leaf}",)
+        for layer, name in ((0, "gate_norm"), (1, "gate_proj")):
+            table[f"gating.gate.{layer}.{leaf}"] = (f"gating.{name}.{leaf}",)
+        for attention in attentions:
+            table[f"{attention}.in_proj_{leaf}"] = tuple(
+                f"{attention}.{name}.{leaf}" for name in ("query", "key", "value")
+            )
+    return table
+
+
+# Released name: the names in the layout of transformers' pull request 42166; several are laid end to end in this order.
+_RENAMED = _renamed()
+
+
 class FlashVision(nn.Module):
     """The modules that Flash adds to an InternVL model, for transformers-native ones, which have no Flash of their own.
 
@@ -429,8 +453,9 @@ class FlashVision(nn.Module):
     ) -> FlashVision:
         """Read the Flash modules out of a checkpoint folder (safetensors, in one file or sharded with an index).
 
-        Takes a released Flash checkpoint (`mlp2.*`, ...) and a native model saved with its `FlashVision` attached
-        (`flash.mlp2.*` or `model.flash.mlp2.*`, ...). Only the tensors needed are read.
+        Takes a released Flash checkpoint (`mlp2.*`, ...), a native model saved with its `FlashVision` attached
+        (`flash.mlp2.*` or `model.flash.mlp2.*`, ...), and either under the names of transformers' pull request 42166
+        (`model.mlp2.dense1.*`, attentions as query, key and value). Only the tensors needed are read.
 
         Args:
             folder: the checkpoint.
@@ -458,23 +483,33 @@ class FlashVision(nn.Module):
                 f"ps_version: {folder}/config.json has {config['ps_version']!r}, native models compute 'v2'"
             )
         tensors = _read_tensors(folder)
-        widths = {name: tensors[name].shape for name in ("mlp2.7.weight", "gating.gate.1.weight") if name in tensors}
-        if len(widths) < 2:
+        if not tensors:
             raise ValueError(f"folder: {folder} holds no Flash modules ({', '.join(g + '.*' for g in _GROUPS)})")
-        hidden, vision = widths["mlp2.7.weight"][0], widths["gating.gate.1.weight"][1]
-        stored = dtype or tensors["mlp2.7.weight"].dtype
-        self = cls(vision, hidden, *thresholds, device="meta", dtype=stored)
-        expected = self.state_dict()
-        problems = [f"{name} is missing" for name in expected if name not in tensors]
-        problems += [f"{name} is not expected" for name in tensors if name not in expected]
-        problems += [
-            f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in expected and tensor.shape != expected[name].shape
-        ]
+        names = cls(16, 1, *thresholds, device="meta").state_dict()
+        layouts = [{name: table.get(name, (name,)) for name in names} for table in ({}, _RENAMED)]
+        absent = [[part for parts in layout.values() for part in parts if part not in tensors] for layout in layouts]
+        layout, missing = min(zip(layouts, absent), key=lambda both: len(both[1]))
+        known = {part for parts in layout.values() for part in parts}
+        problems = [f"{name} is missing" for name in missing]
+        problems += [f"{name} is not expected" for name in tensors if name not in known]
+        if not missing:
+            last, gate = (tensors[layout[name][0]] for name in ("mlp2.7.weight", "gating.gate.1.weight"))
+            dtype = dtype or last.dtype
+            self = cls(gate.shape[1], last.shape[0], *thresholds, device="meta", dtype=dtype)
+            for name, whole in self.state_dict().items():
+                parts = layout[name]
+                problems += [
+                    f"{part} is {list(tensors[part].shape)}, expected {list(expected.shape)}"
+                    for part, expected in zip(parts, whole.chunk(len(parts)))
+                    if tensors[part].shape != expected.shape
+                ]
         if problems:
             raise ValueError(f"folder: {folder} does not fit: {'; '.join(problems[:5])} ({len(problems)} in all)")
-        self.load_state_dict({n: t.to(device=device, dtype=stored) for n, t in tensors.items()}, assign=True)
+        values = {
+            name: tensors[parts[0]] if len(parts) == 1 else torch.cat([tensors[part] for part in parts])
+            for name, parts in layout.items()
+        }
+        self.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in values.items()}, assign=True)
         return self
 
     def attach(self, model: nn.Module) -> None:

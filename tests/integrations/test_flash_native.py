@@ -258,6 +258,89 @@ def test_load(tmp_path, prefix, shards):
     assert FlashVision.from_pretrained(tmp_path, dtype=torch.bfloat16).mlp2[1].weight.dtype == torch.bfloat16
 
 
+# By hand, not from the table under test.
+LAYERS = {
+    "mlp2": {"0": "norm", "1": "dense1", "4": "dense2", "7": "dense3"},
+    "block": {"0": "dense_in", "3": "dense_out", "5": "norm"},
+    "gate": {"0": "gate_norm", "1": "gate_proj"},
+}
+
+
+def renamed(tensors):
+    """The tensors of a `FlashVision` under the names of transformers' pull request, attentions split."""
+    made = {}
+    for name, value in tensors.items():
+        if "in_proj_" in name:
+            holder, leaf = name.split("in_proj_")
+            third = len(value) // 3
+            for i, part in enumerate(("query", "key", "value")):
+                made[f"model.{holder}{part}.{leaf}"] = value[i * third : (i + 1) * third].clone()
+        elif name.startswith("mlp2"):
+            _, layer, leaf = name.split(".")
+            made[f"model.mlp2.{LAYERS['mlp2'][layer]}.{leaf}"] = value
+        elif name.startswith("gating.gate"):
+            layer, leaf = name.split(".")[2:]
+            made[f"model.gating.{LAYERS['gate'][layer]}.{leaf}"] = value
+        elif name.startswith("gating"):
+            _, block, layer, leaf = name.split(".")
+            made[f"model.gating.{block}.{LAYERS['block'][layer]}.{leaf}"] = value
+        else:
+            made["model." + name] = value
+    return made
+
+
+def store(tensors, folder):
+    """Two shards with an index; query, key and value of an attention come to lie in different files."""
+    (folder / "config.json").write_text(json.dumps({f"flash_{k}_threshold": 0.1 for k in ("relative", "absolute")}))
+    located = {name: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for part in set(located.values()):
+        save_file({n: t.contiguous() for n, t in tensors.items() if located[n] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": located}))
+
+
+def test_load_names_of_the_pull_request(tmp_path):
+    model, batch = flash_model(), inputs(((3,), (2, 1)))
+    tensors = renamed(model.flash.state_dict())
+    for name in ("mlp2.dense3.weight", "gating.block4.dense_in.bias", "gating.gate_proj.bias"):
+        assert f"model.{name}" in tensors
+    assert tensors["model.pooling_before_gating.attn2.key.weight"].shape == (32, 32)
+    store(tensors | {"model.language_model.norm.weight": torch.ones(2)}, tmp_path)
+    loaded = FlashVision.from_pretrained(tmp_path, relative_threshold=0.3, absolute_threshold=0.1)
+    before, after = model.flash.state_dict(), loaded.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    handle = ivl_kernels.patch(model)
+    expected = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    scores = [image.scores for image in handle.last_routing().images]
+    loaded.attach(model)
+    got = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got.logits, expected.logits))
+    assert [image.scores for image in handle.last_routing().images] == scores
+    model.save_pretrained(tmp_path / "saved")  # under the released names
+    again = FlashVision.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "gone", ["pooling_before_gating.attn3.key.bias", "mlp2.dense3.weight", "gating.gate_norm.bias"]
+)
+def test_load_names_of_the_pull_request_refuses(tmp_path, gone):
+    whole = renamed(flash_model().flash.state_dict())
+    store({name: value for name, value in whole.items() if name != f"model.{gone}"}, tmp_path)
+    with pytest.raises(ValueError, match=rf"does not fit: {gone} is missing \(1 in all\)"):
+        FlashVision.from_pretrained(tmp_path)
+    store(whole | {"model.gating.block1.dense_mid.weight": torch.ones(2)}, tmp_path)
+    with pytest.raises(ValueError, match=r"gating.block1.dense_mid.weight is not expected \(1 in all\)"):
+        FlashVision.from_pretrained(tmp_path)
+    store(whole | {"gating.gate.0.bias": torch.ones(32)}, tmp_path)  # both layouts at once
+    with pytest.raises(ValueError, match=r"gating.gate.0.bias is not expected \(1 in all\)"):
+        FlashVision.from_pretrained(tmp_path)
+    one = "pooling_before_gating.attn1."
+    uneven = {f"model.{one}query.bias": torch.ones(31), f"model.{one}key.bias": torch.ones(33)}
+    store(whole | uneven, tmp_path)
+    with pytest.raises(ValueError, match=r"attn1.query.bias is \[31\], expected \[32\]; .*key.bias is \[33\]"):
+        FlashVision.from_pretrained(tmp_path)
+
+
 def test_load_refuses_to_guess(tmp_path):
     model = flash_model()
     released(model, tmp_path, config={})
@@ -272,6 +355,9 @@ def test_load_refuses_to_guess(tmp_path):
     del model.flash.gating.block2
     released(model, tmp_path)
     with pytest.raises(ValueError, match="gating.block2.0.weight is missing"):
+        FlashVision.from_pretrained(tmp_path)
+    save_file({"language_model.x": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no Flash modules"):
         FlashVision.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
