@@ -112,15 +112,18 @@ def _halves(acc):
 @triton.jit
 def _gate_up_store(
     acc, bias, act, pre, row, live, first, I: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The activation of interleaved (gate, up) columns, the first of which belongs to column `first` of I."""
+    """The activation of interleaved (gate, up) columns, the first of which belongs to column `first` of I.
+
+    Done on at most PART results at a time: large tiles of long, deeply pipelined products leave few registers for it.
+    """
     BN: tl.constexpr = acc.shape[1] // 2
-    if acc.shape[0] * BN >= 64 * 64:
+    if acc.shape[0] * BN > PART:
         left, right = _halves(acc)
         middle = first + BN // 2
-        _gate_up_store(left, bias, act, pre, row, live, first, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
-        _gate_up_store(right, bias, act, pre, row, live, middle, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+        _gate_up_store(left, bias, act, pre, row, live, first, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT, PART)
+        _gate_up_store(right, bias, act, pre, row, live, middle, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT, PART)
     else:
         j = tl.arange(0, 2 * BN)
         both = 2 * first + j < 2 * I
@@ -164,7 +167,8 @@ def _gate_up_tile(
     )  # fmt: skip
     if bias is not None:
         bias += expert * (2 * I)
-    _gate_up_store(acc, bias, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT)
+    PART: tl.constexpr = 64 * 32 if acc.shape[0] * BN >= 64 * 128 and H >= 1024 else 64 * 64
+    _gate_up_store(acc, bias, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT, PART)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
