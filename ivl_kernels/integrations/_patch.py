@@ -13,7 +13,7 @@ import functools
 import importlib
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -389,9 +389,22 @@ class PatchHandle:
                 return state.notes[name]
         return None
 
-    def last_routing(self) -> Any:
-        """How the last Flash call routed its tiles; None before the first one or without a router."""
-        return self.note("routing")
+    def last_routing(self, image_sizes: Sequence[tuple[int, int]] | None = None) -> Any:
+        """How the last Flash call routed its tiles; None before the first one or without a router.
+
+        Args:
+            image_sizes: (height, width) of the upright photographs in pixels, one an image in order of appearance
+                (Pillow's `size` is the other way round). With them `grid` is what `imaging.choose_grid`, InternVL's
+                tiling rule, chooses when it may make as many tiles as the image has; without, the model's only
+                knowledge, None for images of several tiles. The tiles must be cut by that rule, from one tile
+                up, the thumbnail last.
+
+        Raises:
+            ValueError: another number of sizes than of images, or the rule does not cut a photograph of this size
+                into that many tiles.
+        """
+        routing = self.note("routing")
+        return routing if routing is None or image_sizes is None else routing.with_grids(image_sizes)
 
     def __repr__(self) -> str:
         return f"<PatchHandle of {type(self.model).__name__}: {len(self._applied)} sites>"

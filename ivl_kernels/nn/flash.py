@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .. import ops
+from ..imaging import choose_grid
 from .router import TileRouter
 
 __all__ = ["FlashInputs", "FlashParts", "FlashVision", "ImageRouting", "Routing", "ViCO", "flash_inputs", "parts_of"]
@@ -25,7 +26,8 @@ class ImageRouting:
     """How the tiles of one image were routed.
 
     Attributes:
-        grid: rows and columns of tiles; None when the model was not told (it only sees how many there are).
+        grid: rows and columns of tiles, without the thumbnail; None when there are several and the sizes of the
+            photographs were not given: the model only sees how many there are.
         thumbnail: the last tile is the thumbnail of the whole image, as the InternVL tiling makes it.
         scores: of each tile, the probability that compressing it is harmless; empty when the decision was given.
         compressed: whether each tile got 64 tokens instead of 256.
@@ -40,8 +42,10 @@ class ImageRouting:
 class Routing:
     """The decisions of one call, image by image. Nothing is read from the device before `images` is asked for."""
 
-    def __init__(self, images: list[ImageRouting] | None = None, *, later: Callable[[], Any] | None = None) -> None:
-        self._images, self._later = images or [], later
+    def __init__(
+        self, images: list[ImageRouting] | None = None, *, later: Callable[[], Any] | None = None, tile: int = 448
+    ) -> None:
+        self._images, self._later, self._tile = images or [], later, tile
 
     @property
     def images(self) -> list[ImageRouting]:
@@ -66,7 +70,26 @@ class Routing:
                     made[-1].scores.append(values[tile])
             return made
 
-        return cls(later=images)
+        return cls(later=images, tile=parts.tile)
+
+    def with_grids(self, image_sizes: Sequence[tuple[int, int]]) -> Routing:
+        """The same decisions with every image's grid; see `PatchHandle.last_routing`."""
+        if len(image_sizes) != len(self.images):
+            raise ValueError(f"image_sizes: got {len(image_sizes)}, expected {len(self.images)}: one an image")
+        made = []
+        for i, (image, (height, width)) in enumerate(zip(self.images, image_sizes)):
+            tiles = len(image.compressed)
+            # A grid of `limit` tiles that the rule chooses under a larger limit is its choice under this one too.
+            limit = tiles - image.thumbnail
+            columns, rows = choose_grid(width, height, max_tiles=limit, tile=self._tile)
+            count = columns * rows
+            if count + (count > 1) != tiles:
+                raise ValueError(
+                    f"image_sizes: image {i} has {tiles} tiles, which height {height}, width {width} does not give: of "
+                    f"up to {limit} tiles besides the thumbnail the rule chooses {rows} rows x {columns} columns"
+                )
+            made.append(replace(image, grid=(rows, columns)))
+        return Routing(made, tile=self._tile)
 
     def __repr__(self) -> str:
         return f"Routing(images={self.images})"
@@ -111,6 +134,7 @@ class FlashParts:
         order: of the pixel shuffle, "v2" or "v1".
         language: (inputs_embeds, attention_mask, position_ids, **options) -> output of the language model.
         backend: forced backend of the ops, or "".
+        tile: pixels of a tile's side.
     """
 
     vision: Callable[[torch.Tensor], torch.Tensor]
@@ -125,6 +149,7 @@ class FlashParts:
     order: str
     language: Callable[..., Any]
     backend: str = ""
+    tile: int = 448
 
 
 @dataclass(frozen=True)
@@ -317,6 +342,10 @@ def is_native_model(model: nn.Module) -> bool:
     return named and isinstance(getattr(model, "flash", None), FlashVision)
 
 
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
 def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
     """The parts of a Flash model of either family, with the thresholds and ids it has now.
 
@@ -342,6 +371,7 @@ def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
             order=m.ps_version,
             language=m.language_model,
             backend=backend,
+            tile=_side(getattr(m.config, "force_image_size", None) or m.config.vision_config.image_size),
         )
     if is_native_model(model):
         projector, config = m.model.multi_modal_projector, m.config
@@ -358,6 +388,7 @@ def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
             order="v2",
             language=m,
             backend=backend,
+            tile=_side(config.vision_config.image_size),
         )
     raise TypeError(
         f"model: got {type(model).__name__}, expected an InternVLChatModel with Flash modules, or an "

@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
-from models import inputs, native_model, randomize
+from hypothesis import given
+from hypothesis import strategies as st
+from models import chat_inputs, chat_model, inputs, native_model, randomize
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import DynamicCache, InternVLForConditionalGeneration
 
 import ivl_kernels
-from ivl_kernels.nn import FlashVision
+from ivl_kernels import imaging
+from ivl_kernels.nn import FlashVision, ImageRouting, Routing
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
@@ -103,6 +107,51 @@ def test_generation_modes(options):
     length = batch["input_ids"].shape[1]
     assert torch.equal(out[:, length:], expected)
     assert torch.equal(out[:, :length], batch["input_ids"].expand(len(out), -1))
+
+
+@pytest.mark.parametrize("kind", ["native", "chat"])
+def test_grids_from_the_sizes_of_the_photographs(kind):
+    sizes = [(90, 300), (64, 64), (300, 90), (160, 150)]  # height, width
+    tilings = [imaging.tile_image(Image.new("RGB", (w, h)), max_tiles=6, tile=64) for h, w in sizes]
+    tiles = tuple(tuple(len(t.tiles) for t in row) for row in (tilings[:3], tilings[3:]))
+    assert tiles == ((4, 1, 4), (5,))
+    if kind == "native":
+        model, batch = flash_model(), inputs(tiles)
+    else:
+        model = chat_model("hub", flash=(0.3, 0.1))
+        batch = chat_inputs(model, tiles)
+    handle = ivl_kernels.patch(model, flash=True, strict=True)
+    assert handle.last_routing(sizes) is None
+    model.generate(**batch, max_new_tokens=1, do_sample=False)
+    plain, routing = handle.last_routing(), handle.last_routing(image_sizes=sizes)
+    assert [image.grid for image in plain.images] == [None, (1, 1), None, None]
+    assert [image.grid for image in routing.images] == [(1, 3), (1, 1), (3, 1), (2, 2)]
+    assert [image.grid for image in routing.images] == [(t.rows, t.columns) for t in tilings]
+    assert [image.thumbnail for image in routing.images] == [t.thumbnail for t in tilings]
+    for mine, theirs in zip(routing.images, plain.images):
+        assert (mine.scores, mine.compressed) == (theirs.scores, theirs.compressed)
+    assert str(routing) == str(plain)
+    with pytest.raises(ValueError, match="image_sizes: got 3, expected 4"):
+        handle.last_routing(sizes[:3])
+    with pytest.raises(ValueError, match="image 3 has 5 tiles, which height 64, width 200 .* 1 rows x 3 columns"):
+        handle.last_routing([*sizes[:3], (64, 200)])
+
+
+def test_grid_of_two_tiles_is_refused():
+    """A picture of one tile has no thumbnail, one of two has three tiles."""
+    routing = Routing([ImageRouting(None, True, [], [False, True])])
+    for size in ((448, 448), (448, 896)):
+        with pytest.raises(ValueError, match="image 0 has 2 tiles"):
+            routing.with_grids([size])
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 40), st.sampled_from([64, 448]))
+def test_grid_does_not_depend_on_the_limit(height, width, limit, tile):
+    columns, rows = imaging.choose_grid(width, height, max_tiles=limit, tile=tile)
+    count = columns * rows
+    tiles = count + (count > 1)
+    routing = Routing([ImageRouting(None, tiles > 1, [], [False] * tiles)], tile=tile)
+    assert routing.with_grids([(height, width)]).images[0].grid == (rows, columns)
 
 
 def test_mask_positions_and_cache_agree_at_each_step():
