@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.runner import Case, Work, device
-from ivl_kernels.ops import embed_text, pack_tokens, place_rows
+from ivl_kernels.ops import pack_tokens, place_rows
 from ivl_kernels.testing import MODELS
 from ivl_kernels.testing.shipped import shipped_packing
 
@@ -48,8 +48,8 @@ def make_packing(width: int, tiles: int, batch: int, copying: bool) -> Work:
         return rows
 
     def ours(copying: bool = copying) -> torch.Tensor:
-        packed = pack_tokens(ids, every, TOKEN, attention_mask=mask)
-        embeds = embed_text(packed.ids, table, TOKEN)
+        packed = pack_tokens(ids, every, TOKEN, attention_mask=mask, embedding=table)
+        embeds = packed.embeds
         if copying:
             rows = embeds.view(-1, width)
             order = every.to(torch.uint8).argsort(stable=True)

@@ -32,10 +32,14 @@ def check_tensor(name: str, value: object) -> None:
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
     """`expected` holds a size, or a name for a free dimension."""
     check_tensor(name, tensor)
-    fits = tensor.dim() == len(expected) and all(isinstance(e, str) or s == e for s, e in zip(tensor.shape, expected))
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    if fits:
+        for size, wanted in zip(shape, expected):
+            if not isinstance(wanted, str) and size != wanted:
+                fits = False
     if not fits:
-        wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{name}: got {describe(tensor)}, expected shape [{wanted}]")
+        raise ValueError(f"{name}: got {describe(tensor)}, expected shape [{', '.join(map(str, expected))}]")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:

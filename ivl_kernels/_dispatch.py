@@ -21,9 +21,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _cuda, _env, _native
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("native", "cuda", "triton", "reference")
 
@@ -101,6 +104,11 @@ def _triton_missing() -> str | None:
     return _cuda.too_old() if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def unforced_cpu(tensor: torch.Tensor) -> bool:
+    """A CPU tensor, no stand-in for a GPU, and no backend forced by the environment."""
+    return tensor.device.type == "cpu" and _stand_in is None and not _env.BACKEND.get()
+
+
 def device_kind(device_type: str) -> str:
     """ "cpu", "cuda" or "hip" (a ROCm build of torch calls its devices cuda)."""
     if device_type == "cuda":
@@ -114,17 +122,14 @@ def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | 
     """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
     if impl.backend == "reference":
         return None
-    standing = _current_stand_in()
-    if kind not in impl.devices and not (kind == "cpu" and standing and "cuda" in impl.devices):
+    if kind not in impl.devices and not (kind == "cpu" and "cuda" in impl.devices and _current_stand_in()):
         return f"it serves {' and '.join(impl.devices)} tensors, not {kind}"
     if impl.dtypes and dtype not in impl.dtypes:
         return f"it serves {', '.join(impl.dtypes)}, not {dtype}"
-    probes: dict[str, Callable[[], str | None]] = {
-        "native": _native.problem,
-        "cuda": _cuda.problem,
-        "triton": _triton_missing,
-    }
-    why = probes[impl.backend]()
+    if impl.backend == "native":
+        why = _native.problem()
+    else:
+        why = _cuda.problem() if impl.backend == "cuda" else _triton_missing()
     if why is None and impl.unless is not None and args is not None:
         why = impl.unless(*args)
     return why
@@ -185,8 +190,7 @@ def choose(
                 reasons.append(why)
         reasons = reasons or ["the op has no such backend"]
         raise BackendError(f"ivl::{op}: backend '{forced}' was forced but cannot serve this call: {'; '.join(reasons)}")
-    standing = _current_stand_in()
-    if kind == "cpu" and standing and standing.preferred:
+    if kind == "cpu" and _stand_in is not None and _stand_in.preferred:
         kind = "cuda"
     passed: list[tuple[str, str]] = []
     for impl in implementations:

@@ -50,6 +50,8 @@ class Op:
         self.implementations = tuple(implementations)
         self._package = package
         self._functions: dict[str, Callable[..., Any]] = {}
+        # By dtype, what serves CPU tensors when nothing is forced: choosing again costs more than a small kernel.
+        self._usual: dict[torch.dtype, Callable[..., Any]] = {}
         _library.define(schema)
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
@@ -65,9 +67,9 @@ class Op:
     def _run(self, *args: Any) -> Any:
         *values, forced = args
         tensor = values[self._key]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
-        function = self.function(choice.implementation)
+        function = None if forced or not _dispatch.unforced_cpu(tensor) else self._usual.get(tensor.dtype)
+        if function is None:
+            function = self._chosen(tensor, forced, values)
         elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
         if not elsewhere and not torch.is_autocast_enabled(tensor.device.type):
             return function(*values)
@@ -76,6 +78,15 @@ class Op:
                 stack.enter_context(torch.cuda.device(tensor.device))
             stack.enter_context(torch.autocast(tensor.device.type, enabled=False))  # an op chooses its dtypes itself
             return function(*values)
+
+    def _chosen(self, tensor: torch.Tensor, forced: str, values: Sequence[Any]) -> Callable[..., Any]:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
+        function = self.function(choice.implementation)
+        always = choice.backend == "native" and not choice.passed_over and choice.implementation.unless is None
+        if always and not forced and _dispatch.unforced_cpu(tensor):
+            self._usual[tensor.dtype] = function
+        return function
 
     def function(self, implementation: Implementation) -> Callable[..., Any]:
         """The Python function behind an implementation; imports its module on first use."""

@@ -14,6 +14,7 @@ namespace ivl {
 namespace {
 
 constexpr int64_t kBytesPerTask = 64 * 1024;
+constexpr int64_t kTextBytes = 512 * 1024;  // scattered rows of a table in memory: a second thread gains little
 
 // From this size on rows are written around the caches: reading what is about to be overwritten costs a third of the
 // traffic. Smaller buffers are better left in the cache for the layer that reads them next.
@@ -132,78 +133,113 @@ int64_t embed_text(const int64_t* ids, int64_t n, int64_t token, const char* tab
     if (ids[i] < 0 || ids[i] >= vocabulary) return i;
     text.push_back(i);
   }
-  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, row_bytes));
+  const int64_t grain = std::max<int64_t>(1, kTextBytes / std::max<int64_t>(1, row_bytes));
   parallel_for(static_cast<int64_t>(text.size()), grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) copy(out + text[k] * row_bytes, table + ids[text[k]] * row_bytes, row_bytes);
   });
   return -1;
 }
 
-void pack_scan(PackInput in, bool* keep, int64_t* status) {
-  for (int64_t b = 0; b < in.batch; ++b) {
-    int64_t count = 0;
-    for (int64_t i = b * in.columns; i < (b + 1) * in.columns; ++i) count += in.ids[i] == in.token && in.present(i);
-    status[kStatus * b] = count;
-  }
-  parallel_for(in.batch, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in.columns)), [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      int64_t tile = tiles_before(status, b, in.full), seen = 0, inside = 0, length = 0, attended = 0, bad_run = -1, bad_id = -1;
-      for (int64_t n = 0; n < in.columns; ++n) {
-        const int64_t i = b * in.columns + n, id = in.ids[i];
-        const bool present = in.present(i), visual = present && id == in.token;
-        if (!visual && inside != 0 && bad_run < 0) bad_run = n - 1;
-        bool stays = present;
-        if (visual) {
-          stays = inside < in.small || tile >= in.tiles || !in.compress[tile];
-          if (++inside == in.full) inside = 0, ++tile;
-          ++seen;
-        }
-        if (present && bad_id < 0 && (id < 0 || id >= in.vocabulary)) bad_id = n;
-        keep[i] = stays;
-        length += stays;
-        attended += present;
-      }
-      if (inside != 0 && bad_run < 0) bad_run = in.columns - 1;
-      status[kStatus * b + 1] = length;
-      status[kStatus * b + 2] = bad_run;
-      status[kStatus * b + 3] = bad_id;
-      status[kStatus * b + 4] = attended;
+namespace {
+
+// One row: keep, its status, and the tiles' first rows counted from the row's own start.
+void scan_row(const PackInput& in, int64_t b, int64_t tile, bool* keep, int64_t* status, int64_t* tile_rows) {
+  const int64_t first = b * in.columns;
+  const auto visual = [&](int64_t n) { return in.ids[first + n] == in.token && in.present(first + n); };
+  const auto known = [&](int64_t id) { return id >= 0 && id < in.vocabulary; };
+  int64_t seen = 0, length = 0, attended = 0, bad_run = -1, bad_id = -1;
+  for (int64_t n = 0; n < in.columns;) {
+    const int64_t begin = n;
+    while (n < in.columns && visual(n)) ++n;
+    if (n == begin) {
+      const bool present = in.present(first + n);
+      if (present && bad_id < 0 && !known(in.ids[first + n])) bad_id = n;
+      keep[first + n++] = present;
+      length += present;
+      attended += present;
+      continue;
     }
-  });
+    if (bad_id < 0 && !known(in.token)) bad_id = begin;
+    if (bad_run < 0 && (n - begin) % in.full) bad_run = n - 1;
+    for (int64_t k = begin; k < n; k += in.full, ++tile) {
+      const int64_t size = std::min(in.full, n - k);
+      const int64_t stays = tile < in.tiles && in.compress[tile] ? std::min(in.small, size) : size;
+      if (tile < in.tiles) tile_rows[tile] = length;
+      std::fill_n(keep + first + k, stays, true);
+      std::fill_n(keep + first + k + stays, size - stays, false);
+      length += stays;
+    }
+    seen += n - begin;
+    attended += n - begin;
+  }
+  const int64_t found[kStatus] = {seen, length, bad_run, bad_id, attended};
+  std::copy_n(found, kStatus, status + b * kStatus);
 }
 
-void pack_write(PackInput in, const bool* keep, const int64_t* status, const int64_t* labels, const float* weights,
-                Padding padding, int64_t width, int64_t pad_id, PackOutput out) {
+void write_row(const PackInput& in, const Span& span, int64_t b, int64_t tile, int64_t tiles, int64_t pad_id,
+               const bool* keep, int64_t* integers, int64_t plane, float* weights, int64_t* tile_rows) {
+  int64_t* ids = integers;
+  int64_t *mask = ids + plane, *positions = mask + plane, *kept = positions + plane, *labels = kept + plane;
   const auto pad = [&](int64_t begin, int64_t end) {
-    std::fill(out.ids + begin, out.ids + end, pad_id);
-    std::fill(out.mask + begin, out.mask + end, 0);
-    std::fill(out.positions + begin, out.positions + end, 0);
-    std::fill(out.kept + begin, out.kept + end, -1);
-    if (labels) std::fill(out.labels + begin, out.labels + end, -100);
-    if (weights) std::fill(out.weights + begin, out.weights + end, 0.0f);
+    std::fill(ids + begin, ids + end, pad_id);
+    std::fill(mask + begin, mask + end, 0);
+    std::fill(positions + begin, positions + end, 0);
+    std::fill(kept + begin, kept + end, -1);
+    if (in.labels) std::fill(labels + begin, labels + end, -100);
+    if (in.weights) std::fill(weights + begin, weights + end, 0.0f);
   };
-  parallel_for(in.batch, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, in.columns)), [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      const Span span = span_of(status, b, in.batch, padding, width);
-      int64_t tile = tiles_before(status, b, in.full), inside = 0, o = span.start;
-      pad(span.begin, span.start);
-      for (int64_t i = b * in.columns; i < (b + 1) * in.columns; ++i) {
-        if (in.ids[i] == in.token && in.present(i)) {
-          if (inside == 0 && tile < in.tiles) out.tile_rows[tile] = o;
-          if (++inside == in.full) inside = 0, ++tile;
-        }
-        if (!keep[i]) continue;
-        out.ids[o] = in.ids[i];
-        out.mask[o] = 1;
-        out.positions[o] = o - span.start;
-        out.kept[o] = i;
-        if (labels) out.labels[o] = labels[i];
-        if (weights) out.weights[o] = weights[i];
-        ++o;
+  for (int64_t t = tile; t < tile + tiles; ++t) tile_rows[t] += span.start;
+  pad(span.begin, span.start);
+  int64_t o = span.start;
+  for (int64_t i = b * in.columns, end = i + in.columns; i < end; ++i) {
+    const int64_t begin = i;
+    while (i < end && keep[i]) ++i;
+    const int64_t count = i - begin;
+    std::copy_n(in.ids + begin, count, ids + o);
+    std::fill_n(mask + o, count, 1);
+    for (int64_t k = 0; k < count; ++k) positions[o + k] = o - span.start + k;
+    for (int64_t k = 0; k < count; ++k) kept[o + k] = begin + k;
+    if (in.labels) std::copy_n(in.labels + begin, count, labels + o);
+    if (in.weights) std::copy_n(in.weights + begin, count, weights + o);
+    o += count;
+  }
+  pad(o, span.end);
+}
+
+}  // namespace
+
+int64_t pack_tokens(PackInput in, Padding padding, bool capacity, int64_t pad_id, bool* keep, int64_t* status,
+                    int64_t* integers, float* weights, int64_t* tile_rows) {
+  // Rows follow each other where they are few: then each knows how many tiles come before. In parallel they are counted.
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in.columns));
+  if (in.batch > grain)
+    parallel_for(in.batch, grain, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) {
+        int64_t count = 0;
+        for (int64_t i = b * in.columns; i < (b + 1) * in.columns; ++i) count += in.ids[i] == in.token && in.present(i);
+        status[kStatus * b] = count;
       }
-      pad(o, span.end);
-    }
+    });
+  parallel_for(in.batch, grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) scan_row(in, b, tiles_before(status, b, in.full), keep, status, tile_rows);
   });
+  int64_t longest = 0, all = 0, tiles = 0;
+  for (int64_t b = 0; b < in.batch; ++b) {
+    const int64_t* s = status + b * kStatus;
+    if (s[2] >= 0 || s[3] >= 0) return -1;
+    longest = std::max(longest, s[1]);
+    all += s[1];
+    tiles += s[0] / in.full;
+  }
+  if (tiles != in.tiles) return -1;
+  const bool flat = padding == Padding::none;
+  const int64_t width = capacity ? in.columns * (flat ? in.batch : 1) : flat ? all : longest;
+  parallel_for(in.batch, grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b)
+      write_row(in, span_of(status, b, in.batch, padding, width), b, tiles_before(status, b, in.full),
+                status[kStatus * b] / in.full, pad_id, keep, integers, flat ? width : width * in.batch, weights, tile_rows);
+  });
+  return width;
 }
 
 }  // namespace ivl

@@ -202,16 +202,14 @@ def shuffled(vit: torch.Tensor, merge: int, order: str) -> torch.Tensor:
     return x.reshape(tiles, count // merge**2, merge**2 * width)
 
 
-def _embed(parts: FlashParts, ids: torch.Tensor) -> torch.Tensor:
-    """[B, N, H] embeddings in memory nobody else holds; without gradients, rows of placeholders are left empty."""
+def _table(parts: FlashParts) -> torch.Tensor | None:
+    """The weight that packing can embed the text with; None: the module must be called, for its gradients or hooks."""
     from ..integrations._patch import not_plain
 
     module: Any = parts.embedding
     if not_plain(module, nn.Embedding, "embedding") or module.max_norm is not None:
-        return module(ids).clone()
-    if torch.is_grad_enabled() and module.weight.requires_grad:
-        return module(ids)
-    return ops.embed_text(ids, module.weight, parts.token_id, backend=parts.backend)
+        return None
+    return None if torch.is_grad_enabled() and module.weight.requires_grad else module.weight
 
 
 def _project(
@@ -301,6 +299,7 @@ def flash_inputs(
             absolute_threshold=parts.absolute_threshold,
             groups=row_of_tile(input_ids, attention_mask, parts.token_id, tokens, tiles) if several else None,
         )
+    table = _table(parts)
     packed = ops.pack_tokens(
         input_ids,
         compress,
@@ -308,6 +307,7 @@ def flash_inputs(
         attention_mask=attention_mask,
         labels=labels,
         loss_weights=loss_weights,
+        embedding=table,
         padding=padding,
         pad_id=pad_id,
         vocabulary=getattr(parts.embedding, "num_embeddings", None),
@@ -315,7 +315,11 @@ def flash_inputs(
         compressed_tokens=tokens // 4,
         backend=parts.backend,
     )
-    embeds = _embed(parts, packed.ids)
+    embeds = packed.embeds
+    if embeds is None:
+        embeds = parts.embedding(packed.ids)
+        # Hooks may have kept the output, and without gradients it is written to.
+        embeds = embeds if embeds.requires_grad else embeds.clone()
     flat = embeds.flatten(0, 1)
     order, rows = compress[cached_tiles:].to(torch.uint8).argsort(stable=True), packed.tile_rows[cached_tiles:]
     small = packed.compressed_tiles - (int(compress[:cached_tiles].sum()) if cached_tiles else 0)

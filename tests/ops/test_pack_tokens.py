@@ -90,15 +90,19 @@ def batches(draw, most=40):
 def check(backend, batch, padding, capacity):
     ids, mask, compress, labels, weights, full, small = batch
     expected = slow(ids, compress, mask, labels, weights, padding, full, small, capacity)
+    table = torch.randn(max(TOKEN, PAD) + 1, 3)
     with poisoned():
         got = pack_tokens(
             ids, compress, TOKEN, attention_mask=mask, labels=labels, loss_weights=weights, padding=padding,
-            capacity=capacity, pad_id=PAD, tokens_per_tile=full, compressed_tokens=small, backend=backend,
+            embedding=table, capacity=capacity, pad_id=PAD, tokens_per_tile=full, compressed_tokens=small,
+            backend=backend,
         )  # fmt: skip
     for name, value in expected.items():
         mine = getattr(got, name)
         assert mine.dtype == value.dtype, name
         assert torch.equal(mine, value), (name, mine, value)
+    text = got.ids != TOKEN
+    assert got.embeds.shape == (*got.ids.shape, 3) and torch.equal(got.embeds[text], table[got.ids[text]])
     got.check()
     if not (capacity and backend == "cuda"):
         assert got.compressed_tiles == (int(compress.sum()) if small < full else 0)
@@ -162,6 +166,18 @@ def test_empty(backend, padding):
     assert packed.ids.numel() == 0 and packed.lengths.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("padding", ["left", "none"])
+def test_rows_in_parallel(padding):
+    ids, mask = example((100, 0, 150))
+    compress = torch.arange(250) % 3 == 0
+    got, expected = (
+        pack_tokens(ids, compress, TOKEN, attention_mask=mask, padding=padding, backend=name)
+        for name in ("native", "reference")
+    )
+    for name in ("ids", "attention_mask", "position_ids", "kept", "keep", "lengths", "cu_seqlens", "tile_rows"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
 def wrong_cases():
     ids, mask = example()
     broken = ids.clone()
@@ -219,6 +235,10 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
         (dict(attention_mask=torch.zeros(3, 777)), ValueError, "attention_mask: .*expected shape"),
         (dict(labels=torch.zeros(3, 778)), TypeError, "labels: .*expected dtype int64"),
         (dict(loss_weights=torch.zeros(3, 778).double()), TypeError, "loss_weights: .*expected dtype float32"),
+        (dict(embedding=torch.zeros(9)), ValueError, "embedding: .*expected shape"),
+        (dict(embedding=torch.zeros(9, 2).long()), TypeError, "embedding: .*expected dtype"),
+        (dict(embedding=torch.zeros(7, 2)), ValueError, "row 0 has id 7 at column .*, expected 0 to 6"),
+        (dict(embedding=torch.zeros(9, 2), pad_id=9), ValueError, "pad_id: got 9, expected 0 to 8"),
         (dict(padding="top"), ValueError, "padding: got 'top'"),
         (dict(compressed_tokens=0), ValueError, "compressed_tokens: got 0"),
         (dict(backend="triton"), _dispatch.BackendError, "no such backend"),
@@ -236,10 +256,14 @@ def test_wrong_input(change, error, message):
 def test_opcheck(backend, capacity):
     ids, mask = example((1, 2), full=8)
     compress = torch.tensor([True, False, True])
-    extra = (torch.ones_like(ids), torch.ones(ids.shape))
-    for labels, weights in (extra, (None, None)):
-        args = (ids, mask.bool(), compress, labels, weights, TOKEN, 8, 2, 100, "left", capacity, 0, backend)
+    extra = (torch.ones_like(ids), torch.ones(ids.shape), None)
+    for kind, carried in ((mask, extra), (mask.bool(), (None, None, None))):
+        args = (ids, kind, compress, *carried, TOKEN, 8, 2, 100, "left", capacity, 0, backend)
         torch.library.opcheck(torch.ops.ivl.pack_tokens.default, args)
+    args = (ids, mask, compress, None, None, torch.ones(12, 3), TOKEN, 8, 2, 12, "left", capacity, 0, backend)
+    # Not compared with a second run: the rows of placeholders are whatever was in memory.
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.ivl.pack_tokens.default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("capacity", [False, True])

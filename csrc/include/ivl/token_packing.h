@@ -26,37 +26,31 @@ int64_t take_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, ch
 int64_t embed_text(const int64_t* ids, int64_t n, int64_t token, const char* table, int64_t vocabulary, int64_t row_bytes,
                    char* out);
 
-// What is packed: ids [batch, columns]; mask the same or null (all true); compress [tiles]. A tile is `full` consecutive
-// placeholders of which the first `small` stay when it is compressed. Ids outside [0, vocabulary) are reported.
+// What is packed: ids [batch, columns]; mask and long_mask the same, not both, or null (all true); compress [tiles]. A
+// tile is `full` consecutive placeholders of which the first `small` stay when it is compressed. Ids outside
+// [0, vocabulary) are reported. Labels and weights are [batch, columns] or null.
 struct PackInput {
   const int64_t* ids;
   const bool* mask;
+  const int64_t* long_mask;
   const bool* compress;
+  const int64_t* labels;
+  const float* weights;
   int64_t batch, columns, tiles, token, full, small, vocabulary;
 
-  bool present(int64_t i) const { return mask == nullptr || mask[i]; }
-};
-
-// keep [batch, columns]. status [batch, 5]: placeholders, kept tokens, column where a run ends that is not a multiple of
-// `full` (or -1), column of an id out of range (or -1), tokens present.
-constexpr int64_t kStatus = 5;
-void pack_scan(PackInput in, bool* keep, int64_t* status);
-
-// A packed buffer: row b of the batch is at [start, start + length) of every tensor.
-struct PackOutput {
-  int64_t* ids;
-  int64_t* mask;
-  int64_t* positions;
-  int64_t* kept;     // index in the input, -1 where padding
-  int64_t* labels;   // null when there are none; so weights
-  float* weights;
-  int64_t* tile_rows;  // [tiles] first row of each tile
+  bool present(int64_t i) const { return mask ? mask[i] : long_mask ? long_mask[i] != 0 : true; }
 };
 
 enum class Padding { left = 0, right = 1, none = 2 };
 
-// width: columns of the packed buffer [batch, width], or its length when padding is none.
-void pack_write(PackInput in, const bool* keep, const int64_t* status, const int64_t* labels, const float* weights,
-                Padding padding, int64_t width, int64_t pad_id, PackOutput out);
+// keep [batch, columns]. status [batch, 5]: placeholders, kept tokens, column where a run ends that is not a multiple of
+// `full` (or -1), column of an id out of range (or -1), tokens present. integers: planes of the packed ids, mask, positions,
+// index in the input (-1 where padding) and labels if there are any, each [batch, width], or [width] when padding is none;
+// tile_rows [tiles]: first row of each tile in such a plane. In capacity mode width is what `columns` needs, else what the
+// longest row, or all of them, need.
+// Returns the width, or -1 where the status is wrong; then only keep and status are valid.
+constexpr int64_t kStatus = 5;
+int64_t pack_tokens(PackInput in, Padding padding, bool capacity, int64_t pad_id, bool* keep, int64_t* status,
+                    int64_t* integers, float* weights, int64_t* tile_rows);
 
 }  // namespace ivl

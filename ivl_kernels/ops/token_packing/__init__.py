@@ -76,6 +76,7 @@ def pack_tokens(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
     padding: str = "left",
     capacity: bool = False,
     pad_id: int = 0,
@@ -97,6 +98,8 @@ def pack_tokens(
         attention_mask: [B, N] bool or number, 0 where padding (left, right or anywhere); None: no padding.
         labels: [B, N] int64, carried along.
         loss_weights: [B, N] float32, carried along.
+        embedding: [V, H] weight of the embedding: the packed text is embedded as well, as by `embed_text`, and ids
+            outside [0, V) are errors.
         padding: "left" (for generation), "right", or "none": one row [1, N'] with the batch's rows end to end, for
             variable-length attention with `cu_seqlens`.
         capacity: do not shrink: N' = N (B * N with padding "none"), so that nothing is read from the device. On a GPU
@@ -107,15 +110,15 @@ def pack_tokens(
         backend: force a backend; empty picks the best.
 
     Returns:
-        PackedTokens: ids, mask, positions, labels, weights, lengths, `cu_seqlens`, and `tile_rows`, where the
-        projector writes each tile (its `out_rows`).
+        PackedTokens: ids, mask, positions, labels, weights, embeddings, lengths, `cu_seqlens`, and `tile_rows`, where
+        the projector writes each tile (its `out_rows`).
 
     Raises:
         ValueError: a run of placeholders is not a multiple of `tokens_per_tile`, the number of decisions is not the
             number of tiles, an id is out of range (naming the row and the counts), or a shape or device does not fit.
         TypeError: a dtype does not fit.
 
-    No gradients (integers). Deterministic. One host read a call, none in capacity mode.
+    No gradients. Deterministic. One host read a call, none in capacity mode.
     Source: `compress_visual_tokens_in_sentence` of the released InternVL3.5-Flash code (batch 1); batches are ours.
     """
     return op.pack_tokens(
@@ -125,6 +128,7 @@ def pack_tokens(
         attention_mask,
         labels,
         loss_weights,
+        embedding,
         padding,
         capacity,
         pad_id,

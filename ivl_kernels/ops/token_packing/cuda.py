@@ -63,6 +63,7 @@ def pack_tokens(
     compress: torch.Tensor,
     labels: torch.Tensor | None,
     weights: torch.Tensor | None,
+    table: torch.Tensor | None,
     token_id: int,
     full: int,
     small: int,
@@ -73,6 +74,7 @@ def pack_tokens(
 ) -> Pieces:
     batch, columns = input_ids.shape
     tiles = compress.shape[0]
+    mask = mask if mask is None else mask.bool()
     size = -(-columns // 32)
     status, words = input_ids.new_empty(batch, STATUS), input_ids.new_empty(batch, size)
     keep = torch.empty_like(input_ids, dtype=torch.bool)
@@ -95,4 +97,5 @@ def pack_tokens(
         write_args = [input_ids, labels, weights, words, status, tile_source, *planes, new_weights, tile_rows]
         options = [batch, columns, width, tiles, PADDINGS.index(padding), pad_id]
         _cuda.launch("token_packing", "pack_write", (blocks, batch), WRITE_THREADS, [*write_args, *options])
-    return integers, new_weights, keep, status, tile_rows, report_of(rows, batch)
+    embeds = new_weights.new_empty(0) if table is None else embed_text(integers[0], table, token_id)
+    return integers, new_weights, embeds, keep, status, tile_rows, report_of(rows, status)

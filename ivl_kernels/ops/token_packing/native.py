@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import _native
-from .packed import PADDINGS, STATUS, Pieces, check_counts, check_status, packed_width, report_of
+from .packed import PADDINGS, STATUS, Pieces, check_counts, check_status, report_of
 
 
 def place_rows_(embeds: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor, token_id: int) -> None:
@@ -40,6 +40,7 @@ def pack_tokens(
     compress: torch.Tensor,
     labels: torch.Tensor | None,
     weights: torch.Tensor | None,
+    table: torch.Tensor | None,
     token_id: int,
     full: int,
     small: int,
@@ -49,20 +50,25 @@ def pack_tokens(
     pad_id: int,
 ) -> Pieces:
     batch, columns = input_ids.shape
-    tiles = compress.shape[0]
-    what = (input_ids, mask, compress)
-    keep = torch.empty_like(input_ids, dtype=torch.bool)
-    status = input_ids.new_empty(batch, STATUS)
-    _native.op("pack_scan")(*what, token_id, full, small, vocabulary, keep, status)
-    rows = status.tolist()
-    check_status(rows, input_ids, mask, tiles, token_id, full, vocabulary)
-    width = packed_width(rows, input_ids, padding, capacity)
-    shape = (1, width) if padding == "none" else (batch, width)
-    integers = input_ids.new_empty(4 if labels is None else 5, *shape)
-    new_weights = keep.new_empty(0 if weights is None else shape, dtype=torch.float32)
-    tile_rows = input_ids.new_empty(tiles)
-    sizes = (token_id, full, small)
-    _native.op("pack_write")(
-        *what, labels, weights, *sizes, keep, status, PADDINGS.index(padding), pad_id, integers, new_weights, tile_rows
-    )
-    return integers, new_weights, keep, status, tile_rows, report_of(rows, batch)
+    size, planes = batch * columns, 4 if labels is None else 5
+    # As large as can be: the width is known when all is written.
+    buffer, tile_rows = input_ids.new_empty(planes * size), input_ids.new_empty(compress.shape[0])
+    keep, status = input_ids.new_empty((batch, columns), dtype=torch.bool), input_ids.new_empty((batch, STATUS))
+    new_weights = input_ids.new_empty(0 if weights is None else size, dtype=torch.float32)
+    width = _native.op("pack_tokens")(
+        input_ids, mask, compress, labels, weights, token_id, full, small, vocabulary, PADDINGS.index(padding),
+        capacity, pad_id, keep, status, buffer, new_weights, tile_rows,
+    )  # fmt: skip
+    if width < 0:
+        check_status(status.tolist(), input_ids, mask, compress.shape[0], token_id, full, vocabulary)
+    rows = 1 if padding == "none" else batch
+    plane = rows * width
+    integers = buffer.as_strided((planes, rows, width), (plane, width, 1))
+    if weights is not None:
+        new_weights = new_weights.as_strided((rows, width), (width, 1))
+    if table is None:
+        embeds = new_weights.new_empty(0)
+    else:
+        embeds = table.new_empty((rows, width, table.shape[1]))
+        _native.op("embed_text")(buffer.as_strided((plane,), (1,)), table, embeds, token_id)
+    return integers, new_weights, embeds, keep, status, tile_rows, report_of(None, status)

@@ -44,6 +44,7 @@ def _fake_pack(
     compress: torch.Tensor,
     labels: torch.Tensor | None,
     weights: torch.Tensor | None,
+    table: torch.Tensor | None,
     token_id: int,
     full: int,
     small: int,
@@ -61,8 +62,10 @@ def _fake_pack(
     new_weights = input_ids.new_empty(0 if weights is None else shape, dtype=torch.float32)
     keep = torch.empty_like(input_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
     status, tile_rows = input_ids.new_empty(batch, STATUS), input_ids.new_empty(compress.shape[0])
-    report = torch.empty(batch, STATUS, dtype=torch.int64, device="cpu")
-    return integers, new_weights, keep, status, tile_rows, report
+    report_shape = (0,) if input_ids.device.type == "cpu" else (batch, STATUS)
+    report = torch.empty(report_shape, dtype=torch.int64, device="cpu")
+    embeds = new_weights.new_empty(0) if table is None else table.new_empty(*shape, table.shape[1])
+    return integers, new_weights, embeds, keep, status, tile_rows, report
 
 
 def _too_long(input_ids: torch.Tensor, *rest: Any) -> str | None:
@@ -71,9 +74,9 @@ def _too_long(input_ids: torch.Tensor, *rest: Any) -> str | None:
 
 
 _pack_tokens = Op(
-    "pack_tokens(Tensor input_ids, Tensor? mask, Tensor compress, Tensor? labels, Tensor? loss_weights, int token_id, "
-    "int tokens_per_tile, int compressed_tokens, int vocabulary, str padding, bool capacity, int pad_id, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pack_tokens(Tensor input_ids, Tensor? mask, Tensor compress, Tensor? labels, Tensor? loss_weights, Tensor? table, "
+    "int token_id, int tokens_per_tile, int compressed_tokens, int vocabulary, str padding, bool capacity, int pad_id, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     package=__package__,
     key="input_ids",
     implementations=(
@@ -146,15 +149,19 @@ def place_rows(
     return _PlaceRows.apply(embeds, input_ids, rows.reshape(-1, width), token_id, inplace, backend)
 
 
+def _checked_table(name: str, table: torch.Tensor, ids: torch.Tensor, other: str) -> torch.Tensor:
+    check_shape(name, table, ("V", "H"))
+    check_dtype(name, table, FLOATS)
+    check_same(name, table, other, ids, dtype=False)
+    if table.shape[0] == 0 and ids.numel():
+        raise ValueError(f"{name}: got no rows, expected one for each id")
+    return (table.detach() if table.requires_grad else table).contiguous()
+
+
 def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int, backend: str) -> torch.Tensor:
     check_shape("ids", ids, ("B", "N"))
     check_dtype("ids", ids, (torch.int64,))
-    check_shape("table", table, ("V", "H"))
-    check_dtype("table", table, FLOATS)
-    check_same("table", table, "ids", ids, dtype=False)
-    if table.shape[0] == 0 and ids.numel():
-        raise ValueError("table: got no rows, expected one for each id")
-    return _embed_text(ids, table.detach(), token_id, backend)
+    return _embed_text(ids, _checked_table("table", table, ids, "ids"), token_id, backend)
 
 
 def pack_tokens(
@@ -164,6 +171,7 @@ def pack_tokens(
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor | None,
     loss_weights: torch.Tensor | None,
+    embedding: torch.Tensor | None,
     padding: str,
     capacity: bool,
     pad_id: int,
@@ -193,17 +201,24 @@ def pack_tokens(
         raise ValueError(
             f"compressed_tokens: got {compressed_tokens}, expected 1 to {tokens_per_tile} (tokens_per_tile)"
         )
+    table = None
+    if embedding is not None:
+        table = _checked_table("embedding", embedding, input_ids, "input_ids")
+        vocabulary = table.shape[0] if vocabulary is None else min(vocabulary, table.shape[0])
+        if input_ids.numel() and not 0 <= pad_id < table.shape[0]:
+            raise ValueError(f"pad_id: got {pad_id}, expected 0 to {table.shape[0] - 1} (rows of embedding)")
     mask = None
     if attention_mask is not None:
-        mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-        mask = mask.contiguous()
+        plain = attention_mask.dtype in (torch.bool, torch.int64)
+        mask = (attention_mask if plain else attention_mask != 0).contiguous()
     vocabulary = 2**62 if vocabulary is None else vocabulary
-    integers, new_weights, keep, status, tile_rows, report = _pack_tokens(
+    integers, new_weights, embeds, keep, status, tile_rows, report = _pack_tokens(
         input_ids.contiguous(),
         mask,
         compress.contiguous(),
         None if labels is None else labels.contiguous(),
         None if loss_weights is None else loss_weights.contiguous(),
+        table,
         token_id,
         tokens_per_tile,
         compressed_tokens,
@@ -214,20 +229,16 @@ def pack_tokens(
         backend,
     )
     ids, new_mask, positions, kept, *new_labels = integers.unbind(0)
-    lengths = status[:, 1]
-    cu_seqlens = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=ids.device)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
     return PackedTokens(
         ids=ids,
         attention_mask=new_mask,
         position_ids=positions,
         kept=kept,
         keep=keep,
-        lengths=lengths,
-        cu_seqlens=cu_seqlens,
         tile_rows=tile_rows,
         labels=new_labels[0] if new_labels else None,
         loss_weights=None if loss_weights is None else new_weights,
+        embeds=None if table is None else embeds,
         max_length=input_ids.shape[1] if padding == "none" else ids.shape[1],
         tokens_per_tile=tokens_per_tile,
         compressed_tokens=compressed_tokens,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 PADDINGS = ("left", "right", "none")
 
-# The result of the raw op: integers [4 or 5, B, N'] (ids, mask, position ids, kept, labels), loss weights (empty when
-# there are none), keep, status [B, 5] (see `check_status`), tile rows, status as the host read it (-1: it did not).
-Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# The result of the raw op: integers [4 or 5, B, N'] (ids, mask, position ids, kept, labels), loss weights and
+# embeddings (empty when there are none), keep, status [B, 5] (see `check_status`), tile rows, status as the host read
+# it (-1: it did not; empty on the CPU, where the host can read the original).
+Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 STATUS = 5
 
 
@@ -24,11 +26,10 @@ class PackedTokens:
         position_ids: [B, N'] int64, 0, 1, ... in each row; 0 at padding.
         kept: [B, N'] int64, where a token came from: row * N + column of the input; -1 at padding.
         keep: [B, N] bool, which tokens of the input stayed.
-        lengths: [B] int64 tokens in each row.
-        cu_seqlens: [B + 1] int32, starts of the rows when they are laid end to end.
         tile_rows: [T] int64, the first row of each tile in the packed embeddings seen as [B * N', H].
         labels: [B, N'] int64 (-100 at padding), or None.
         loss_weights: [B, N'] float32 (0 at padding), or None.
+        embeds: [B, N', H] embeddings, the rows of placeholders **not initialised**, or None.
         max_length: a number that no row exceeds: N' when rows are padded, else N.
         tokens_per_tile, compressed_tokens: rows of a full and of a compressed tile.
     """
@@ -38,16 +39,25 @@ class PackedTokens:
     position_ids: torch.Tensor
     kept: torch.Tensor
     keep: torch.Tensor
-    lengths: torch.Tensor
-    cu_seqlens: torch.Tensor
     tile_rows: torch.Tensor
     labels: torch.Tensor | None = None
     loss_weights: torch.Tensor | None = None
+    embeds: torch.Tensor | None = None
     max_length: int = 0
     tokens_per_tile: int = 256
     compressed_tokens: int = 64
     _inputs: tuple = field(default=(), repr=False)
     _report: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] int64 tokens in each row."""
+        return self._inputs[0][:, 1]
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """[B + 1] int32, starts of the rows when they are laid end to end; made on the device when asked for."""
+        return F.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     @property
     def compressed_tiles(self) -> int:
@@ -61,6 +71,9 @@ class PackedTokens:
         return self.keep.numel() - int(self._host()[:, 4].sum())
 
     def _host(self) -> torch.Tensor:
+        status = self._inputs[0]
+        if status.device.type == "cpu":
+            return status
         if self._report is None or bool((self._report[:, :2] < 0).any()):
             raise RuntimeError("in capacity mode on a GPU the host does not know what was packed")
         return self._report
@@ -102,7 +115,7 @@ def check_status(
         if run_end >= 0:
             visual = input_ids[row, : run_end + 1] == token_id
             if mask is not None:
-                visual = visual & mask[row, : run_end + 1]
+                visual = visual & (mask[row, : run_end + 1] != 0)
             length = visual.tolist()[::-1].index(False) if not bool(visual.all()) else run_end + 1
             raise ValueError(
                 f"input_ids: row {row} has a run of {length} placeholder tokens (id {token_id}) in columns "
@@ -124,6 +137,8 @@ def packed_width(status: list[list[int]] | None, input_ids: torch.Tensor, paddin
     return sum(lengths) if padding == "none" else max(lengths, default=0)
 
 
-def report_of(rows: list[list[int]] | None, batch: int) -> torch.Tensor:
-    values = [[-1] * STATUS] * batch if rows is None else rows
-    return torch.tensor(values, dtype=torch.int64, device="cpu").view(batch, STATUS)
+def report_of(rows: list[list[int]] | None, status: torch.Tensor) -> torch.Tensor:
+    if status.device.type == "cpu":
+        return status.new_empty(0)
+    values = [[-1] * STATUS] * len(status) if rows is None else rows
+    return torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, STATUS)

@@ -29,6 +29,7 @@ def pack_tokens(
     compress: torch.Tensor,
     labels: torch.Tensor | None,
     weights: torch.Tensor | None,
+    table: torch.Tensor | None,
     token_id: int,
     full: int,
     small: int,
@@ -39,7 +40,7 @@ def pack_tokens(
 ) -> Pieces:
     batch, columns = input_ids.shape
     device, tiles = input_ids.device, compress.shape[0]
-    present = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    present = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     visual = present & (input_ids == token_id)
     count = visual.cumsum(1)
     total = visual.sum(1)
@@ -89,4 +90,7 @@ def pack_tokens(
     starts = visual & ((count - 1) % full == 0) & (tile < tiles)
     tile_rows = torch.zeros(tiles + 1, dtype=torch.int64, device=device)
     tile_rows.scatter_(0, torch.where(starts, tile, tiles).flatten(), target)
-    return torch.stack(integers), new_weights, keep, status, tile_rows[:tiles].clone(), report_of(rows, batch)
+    embeds = new_weights.new_empty(0) if table is None else embed_text(integers[0], table, token_id)
+    return (
+        torch.stack(integers), new_weights, embeds, keep, status, tile_rows[:tiles].clone(), report_of(rows, status)
+    )  # fmt: skip
