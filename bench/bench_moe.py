@@ -51,14 +51,16 @@ def routing(tokens: int, experts: int, top_k: int, skew: str) -> torch.Tensor:
     return logits(tokens, experts, top_k, skew).topk(top_k, dim=1).indices
 
 
-def ours(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def ours(
+    module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, backend: str = ""
+) -> torch.Tensor:
     options: dict[str, Any] = {}
     if hasattr(module, "gate_up_proj_bias"):
         options = dict(
             gate_up_bias=module.gate_up_proj_bias, down_bias=module.down_proj_bias, activation="gpt_oss",
             layout="interleaved",
         )  # fmt: skip
-    return moe_experts(hidden, ids, weights, module.gate_up_proj, module.down_proj, **options)
+    return moe_experts(hidden, ids, weights, module.gate_up_proj, module.down_proj, backend=backend, **options)
 
 
 def sample(tokens: int) -> torch.Tensor:
@@ -74,7 +76,8 @@ def exact(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.T
     for e in ids.unique().tolist():
         token, slot = torch.where(ids == e)
         one = SimpleNamespace(**{name: value[e : e + 1].double() for name, value in module.named_parameters()})
-        rows = ours(one, hidden[token].double(), torch.zeros_like(token)[:, None], weights[token, slot, None].double())
+        share = weights[token, slot, None].double()
+        rows = ours(one, hidden[token].double(), torch.zeros_like(token)[:, None], share, backend="reference")
         out.index_add_(0, token, rows)
     return out
 

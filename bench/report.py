@@ -44,7 +44,7 @@ def line(row: dict[str, Any]) -> str:
     parts = [f"{time_text(ours['median_ms'])}"]
     if row["floor_ms"]:
         parts.append(f"{ours['median_ms'] / row['floor_ms']:.2f}x the floor")
-    parts += [f"{ratio_text(v)}x vs {name}" for name, v in row["variants"].items() if name != OURS]
+    parts += [f"vs {name} {ratio_text(v)}" for name, v in row["variants"].items() if name != OURS]
     return f"{head}: " + ", ".join(parts)
 
 
