@@ -118,6 +118,18 @@ def device_kind(device_type: str) -> str:
     return device_type
 
 
+def capability(tensor: torch.Tensor) -> int:
+    """80 for compute capability 8.0 (also when something stands in for the GPU); 0 for AMD."""
+    if device_kind(tensor.device.type) == "hip":
+        return 0
+    if tensor.device.type != "cuda":
+        return 80
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
 def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | None) -> str | None:
     """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
     if impl.backend == "reference":

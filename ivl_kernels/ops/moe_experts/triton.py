@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._dispatch import device_kind, interpreting
+from ..._dispatch import capability, interpreting
 from .op import tile_rows
 
 
@@ -485,16 +485,6 @@ def moe_combine_backward_kernel(
                 total += tl.load(partial + n * (S.to(tl.int64) * TOP_K) + at, mask=served, other=0.0)
             mask = (s < S) & ((NUM_PARTIAL > 0) | (served == 0))
             tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=mask)
-
-
-def capability(tensor: torch.Tensor) -> int:
-    """80 for compute capability 8.0 (also when something stands in for the GPU); 0 for AMD."""
-    if device_kind(tensor.device.type) == "hip":
-        return 0
-    if tensor.device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
 
 
 # Shared memory of a block that the pipelines may use, in bytes.

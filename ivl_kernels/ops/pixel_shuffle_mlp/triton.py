@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._dispatch import device_kind, interpreting
+from ..._dispatch import capability, interpreting
 
 
 @triton.jit
@@ -302,16 +302,6 @@ MULTIPROCESSORS = {0: 304, 80: 108, 90: 132, 100: 148, 120: 170}
 # Shared memory of a block that the pipelines may use, in bytes.
 SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
 SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
-
-
-def capability(tensor: Tensor) -> int:
-    """80, 90, ...; 0 on AMD; a stand-in for a GPU counts as 80."""
-    if device_kind(tensor.device.type) == "hip":
-        return 0
-    if tensor.device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
 
 
 def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
