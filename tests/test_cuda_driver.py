@@ -158,3 +158,25 @@ def test_old_gpus_are_left_to_the_reference(monkeypatch, capability, served):
     finally:
         for probe in probes:
             probe.cache_clear()
+
+
+@pytest.mark.parametrize("columns", [128_000, 128_001])
+def test_longest_row_to_pack_fits_shared_memory(columns):
+    launched = []
+    ids = torch.zeros(1, columns, dtype=torch.int64)
+    with _dispatch.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
+        refused = pytest.raises(_dispatch.BackendError, match="up to 128,000 tokens")
+        with refused if columns > 128_000 else contextlib.nullcontext():
+            pack_tokens(ids, torch.zeros(0, dtype=torch.bool), 7, capacity=True, backend="cuda")
+    assert max(launched, default=0) <= 48 * 1024 - 1024
+
+
+@pytest.mark.parametrize("experts", [512, 513])
+def test_most_experts_to_dispatch_fit_shared_memory(experts):
+    launched = []
+    ids = torch.zeros(1024, 8, dtype=torch.int64)
+    with _dispatch.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
+        refused = pytest.raises(_dispatch.BackendError, match="counts 512 experts")
+        with refused if experts > 512 else contextlib.nullcontext():
+            moe_dispatch(ids, experts, backend="cuda")
+    assert max(launched, default=0) <= 48 * 1024
