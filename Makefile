@@ -34,7 +34,7 @@ bench: $(VENV)/.test-tools build
 gpu-check: $(VENV)/.test-tools build
 	$(BIN)/ivl-kernels gpu-check --device $(or $(DEVICE),cuda)
 
-# What the compiled GPU kernels cost, without a GPU. OP, ARCH, SHAPE and DTYPE narrow it (SHAPE: see --help); all takes hours.
+# What the compiled GPU kernels cost, without a GPU. OP, ARCH, SHAPE and DTYPE narrow it (SHAPE: see --help); all takes about an hour on two cores.
 inspect: $(VENV)/.test-tools build
 	$(BIN)/python -m bench.inspect $(OP:%=--op %) $(ARCH:%=--arch %) $(SHAPE:%=--shape %) $(DTYPE:%=--dtype %)
 

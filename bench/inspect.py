@@ -18,12 +18,14 @@ import contextlib
 import functools
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -669,8 +671,8 @@ def no_products() -> Iterator[None]:
         library._destroy()
 
 
-def machine_code(job: Job, backend: str, target: Any, direction: str) -> list[dict[str, Any]]:
-    """One row a launch: what the compiler made of it for this target."""
+def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[Any]:
+    """What would be launched: rows of kernels in CUDA C++, `aot.Launch` for those in Triton."""
     import aot
 
     from ivl_kernels import _dispatch
@@ -684,18 +686,27 @@ def machine_code(job: Job, backend: str, target: Any, direction: str) -> list[di
 
     with (
         as_target(target),
-        aot.compiling(target, log),
+        aot.compiling(target, log, make=lambda launch: launch),
         no_products(),
         _dispatch.stand_in("simulator", launch, preferred=True),
         forced(backend),
     ):
-        made = run(job, job.call, direction, log)
-    rows = [entry if isinstance(entry, dict) else _described(entry, target) for entry in made]
-    for row in rows:
-        if target in SM_LIMITS and row.get("threads"):
-            row["occupancy"] = round(occupancy(target, row["threads"], row["registers"], row["shared"]), 3)
-    counts = Counter(json.dumps(row) for row in rows)
-    return [{**json.loads(row), "launches": count} for row, count in counts.items()]
+        return run(job, job.call, direction, log)
+
+
+_pending: list[Any] = []  # launches do not pickle: forked processes find them here
+
+
+def _compile(index: int) -> dict[str, Any]:
+    return _described(_pending[index].compile(), _pending[index].target)
+
+
+def compile_all(launches: Sequence[Any], jobs: int) -> dict[str, dict[str, Any]]:
+    """What the compiler made of each distinct launch, by its key."""
+    distinct = {launch.key: launch for launch in launches}
+    _pending[:] = distinct.values()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        return dict(zip(distinct, pool.map(_compile, range(len(distinct)))))
 
 
 def _described(entry: Any, target: Any) -> dict[str, Any]:
@@ -751,18 +762,32 @@ def real_shapes(name: str, asked: Sequence[str]) -> Iterator[tuple[Shape, list[s
             yield Shape(sharing[0], MODELS[sharing[0]], tokens, batch=batch, real=True), sharing
 
 
-def machine_rows(name: str, shape: Shape, models: list[str], targets: Sequence[Any]) -> list[dict[str, Any]]:
+def machine_rows(
+    name: str, shapes: Sequence[tuple[Shape, list[str]]], targets: Sequence[Any], jobs: int
+) -> list[dict[str, Any]]:
+    """A row for each kernel, shape, direction, backend and target; alike launches count in one."""
     subject = SUBJECTS[name]
-    job = subject.make(shape)
-    key = {"op": name, "models": models, "tokens": shape.tokens, "dtype": _dtype_name(shape.dtype)}
-    return [
-        {**key, "direction": direction, "backend": backend, **row}
-        for target in targets
-        for backend in subject.backends
-        for direction in directions(job)
-        if not (isinstance(target, str) and backend == "cuda")
-        for row in machine_code(job, backend, target, direction)
-    ]
+    made: list[tuple[dict[str, Any], list[Any]]] = []
+    for shape, models in shapes:
+        job = subject.make(shape)
+        key = {"op": name, "models": models, "tokens": shape.tokens, "dtype": _dtype_name(shape.dtype)}
+        made += [
+            ({**key, "direction": direction, "backend": backend}, gpu_launches(job, backend, target, direction))
+            for target in targets
+            for backend in subject.backends
+            for direction in directions(job)
+            if not (isinstance(target, str) and backend == "cuda")
+        ]
+    code = compile_all([one for _, launches in made for one in launches if not isinstance(one, dict)], jobs)
+    rows = []
+    for key, launches in made:
+        found = [json.dumps(one if isinstance(one, dict) else code[one.key]) for one in launches]
+        rows += [{**key, **json.loads(row), "launches": count} for row, count in Counter(found).items()]
+    for row in rows:
+        if row["target"] in SM_LIMITS and row["threads"]:
+            share = occupancy(row["target"], row["threads"], row["registers"], row["shared"])
+            row["occupancy"] = round(share, 3)
+    return rows
 
 
 def roofline_row(name: str, shape: Shape) -> dict[str, Any]:
@@ -981,6 +1006,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", default=[], help=" ".join((asked_shape.__doc__ or "").split()))
     parser.add_argument("--dtype", action="append", default=[], choices=list(DTYPES), help="default both")
     parser.add_argument("--only", choices=("counters", "machine"), help="one of the two views")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at work at once")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "inspect", help="folder of the reports")
     parser.add_argument("--check", action="store_true", help="exit 1 if worse than the committed baseline")
     parser.add_argument("--margin", type=float, default=0.05, help="what --check tolerates, as a share")
@@ -1001,12 +1027,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for shape in () if args.only == "machine" else fitting if asked else subject.small:
                 print(f"{name}, {shape.name}, {dtype}", flush=True)
                 tables["counters"] += counted_rows(name, replace(shape, dtype=DTYPES[dtype]))
-            for shape, sharing in () if args.only == "counters" else real_shapes(name, args.shape):
-                shape = replace(shape, dtype=DTYPES[dtype])
-                print(f"{name}, {' '.join(sharing)}, tokens {shape.tokens}, {dtype}: machine code", flush=True)
-                tables["machine"] += machine_rows(name, shape, sharing, targets)
-                if dtype == "bf16":
-                    tables["roofline"].append(roofline_row(name, shape))
+            if args.only == "counters":
+                continue
+            print(f"{name}, {dtype}: machine code", flush=True)
+            real = [(replace(shape, dtype=DTYPES[dtype]), models) for shape, models in real_shapes(name, args.shape)]
+            tables["machine"] += machine_rows(name, real, targets, args.jobs)
+            if dtype == "bf16":
+                tables["roofline"] += [roofline_row(name, shape) for shape, _ in real]
     worse = check(tables, json.loads(BASELINE.read_text()), args.margin) if args.check else []
     folder = BASELINE.parent if args.update else args.out
     if (folder / "inspect.json").exists():

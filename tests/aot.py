@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -52,42 +53,61 @@ def _signature(fn, bound):
     return signature, constants, attributes
 
 
-def compile_kernel(fn, target, *args, **kwargs) -> Compiled:
-    """Compile `fn[grid](*args, **kwargs)` for a compute capability or a gfx name."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+@dataclass(frozen=True)
+class Launch:
+    """A launch that is not made: the kernel, and all that its machine code depends on."""
 
+    fn: Any
+    target: int | str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Alike for launches that share their machine code."""
+        return f"{self.fn.__module__}.{self.fn.__name__} {list(vars(self).values())[1:]}"
+
+    def compile(self) -> Compiled:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        amd = isinstance(self.target, str)
+        gpu = GPUTarget("hip", self.target, 64) if amd else GPUTarget("cuda", self.target, 32)
+        source = ASTSource(self.fn, signature=self.signature, constexprs=self.constants, attrs=self.attributes)
+        compiled = compile(source, target=gpu, options=self.options)
+        name, shared = self.fn.__name__, compiled.metadata.shared
+        if amd:
+            asm = compiled.asm["amdgcn"]
+            counts = r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)"
+            found = {k: int(v) for k, v in re.findall(counts, asm)}
+            spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+            return Compiled(name, asm, shared, found["vgpr_count"], spills)
+        asm = compiled.asm["ptx"]
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        (used,) = resources(asm, ptxas=get_ptxas(self.target).path).values()
+        return Compiled(name, asm, shared, used["registers"], used["spill_stores"] + used["spill_loads"])
+
+
+def launch(fn, target, *args, **kwargs) -> Launch:
+    """`fn[grid](*args, **kwargs)` for a compute capability or a gfx name."""
     names = [p.name for p in fn.params]
     options = {k: v for k, v in kwargs.items() if k in OPTION_KEYS and k not in names}
     bound = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
-    signature, constants, attributes = _signature(fn, bound)
-    amd = isinstance(target, str)
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", target, 32)
-    compiled = compile(
-        ASTSource(fn, signature=signature, constexprs=constants, attrs=attributes), target=gpu, options=options
-    )
-    shared = compiled.metadata.shared
-    if amd:
-        asm = compiled.asm["amdgcn"]
-        found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", asm)}
-        spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-        return Compiled(fn.__name__, asm, shared, found["vgpr_count"], spills)
-    asm = compiled.asm["ptx"]
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    (used,) = resources(asm, ptxas=get_ptxas(target).path).values()
-    return Compiled(fn.__name__, asm, shared, used["registers"], used["spill_stores"] + used["spill_loads"])
+    return Launch(fn, target, *_signature(fn, bound), options)
 
 
 @contextlib.contextmanager
-def compiling(target, log=None):
-    """Yields the list of `Compiled`, one a launch; `log`: the list to append to."""
+def compiling(target, log=None, make=Launch.compile):
+    """Yields the list of what `make` makes of each launch; `log`: the list to append to."""
     from triton.runtime.jit import JITFunction
 
     log = [] if log is None else log
 
     def run(self, *args, grid, warmup=False, **kwargs):
-        log.append(compile_kernel(self, target, *args, **kwargs))
+        log.append(make(launch(self, target, *args, **kwargs)))
 
     hip = "stands in" if isinstance(target, str) else torch.version.hip
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "hip", hip):

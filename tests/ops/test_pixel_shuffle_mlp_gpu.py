@@ -139,7 +139,7 @@ def test_compiles_ahead_of_time(target, dtype, monkeypatch):
         linear = kernel.__name__ == "linear_kernel"
         if dtype == torch.float32 and not linear:
             continue
-        compiled = aot.compile_kernel(kernel, target, *args, **kwargs)
+        compiled = aot.launch(kernel, target, *args, **kwargs).compile()
         assert compiled.spills == 0, key
         assert compiled.shared <= aot.SHARED_LIMIT[target], key
         if linear:
