@@ -18,13 +18,20 @@ from ivl_kernels import _cuda, _dispatch, _library
 from ivl_kernels.ops import embed_text, moe_dispatch, moe_routing, pack_tokens, place_rows
 
 DRIVER = """
+#include <stdlib.h>
 #include <string.h>
 typedef int (*Launch)(const char*, unsigned*, void*, void**);
 static _Thread_local void* current;
 static _Thread_local int mode;
 static Launch launch;
 int loads;
+typedef struct { void* context; const char* name; } Loaded;  // a module, or one of its functions
 void on_launch(Launch f) { launch = f; }
+static void* load(void* context, const char* name) {
+  Loaded* it = malloc(sizeof *it);
+  it->context = context, it->name = name;
+  return it;
+}
 int cuDeviceGet(int* device, int index) { *device = index; return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { *context = (void*)(long)(1000 + device); return 0; }
 int cuCtxGetCurrent(void** context) { *context = current; return 0; }
@@ -35,21 +42,34 @@ int cuModuleLoadData(void** module, const unsigned* image) {
   if (mode != 2) return 900;
   if (*image != 0xBA55ED50) return 209;
   ++loads;
-  *module = &loads;
+  *module = load(current, 0);
   return 0;
 }
-int cuModuleGetFunction(void** f, void* module, const char* name) {
-  *f = strdup(name);
-  return module == &loads ? 0 : 400;
+int cuModuleGetFunction(void** f, Loaded* module, const char* name) {
+  *f = load(module->context, strdup(name));
+  return module->context == current ? 0 : 400;
 }
 int cuGetErrorString(int status, const char** text) { *text = status == 209 ? "no kernel image" : "other"; return 0; }
-int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+int cuLaunchKernel(Loaded* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** params, void** extra) {
   unsigned size[] = {gx, gy, gz, bx, by, bz, shared};
-  return !current ? 201 : mode || extra ? 1 : launch(f, size, stream, params);
+  if (f->context != current) return current ? 400 : 201;
+  return mode || extra || !(gx && gy && gz && bx && by && bz) ? 1 : launch(f->name, size, stream, params);
 }
 """
 STREAM = 0x7F00DEADBEEF  # needs all of its bits
+
+
+@contextlib.contextmanager
+def on_device(fake, index):
+    """As torch.cuda.device: a thread may have no context while the device is the current one."""
+    before = ctypes.c_void_p()
+    fake.cuCtxGetCurrent(ctypes.byref(before))
+    if index != fake.device:
+        fake.cuCtxSetCurrent(ctypes.c_void_p(1000 + index))
+    yield
+    if index != fake.device:
+        fake.cuCtxSetCurrent(before)
 
 
 @pytest.fixture
@@ -59,6 +79,7 @@ def driver(tmp_path, monkeypatch):
     source.write_text(DRIVER)
     subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", library], check=True)
     fake, addresses = ctypes.CDLL(str(library)), {}
+    fake.device = 0  # the current one
     sources = {kernel: s for s in CUDA_SOURCES for kernel in re.findall(r"\.entry (\w+)", cuda_ptx(s))}
 
     @ctypes.CFUNCTYPE(
@@ -82,7 +103,7 @@ def driver(tmp_path, monkeypatch):
         (tmp_path / f"{name}.fatbin").write_bytes(struct.pack("<I", 0xBA55ED50))
     for name, value in dict(_problem=lambda: None, _driver=lambda: fake, _argument=argument, FATBINS=tmp_path).items():
         monkeypatch.setattr(_cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: on_device(fake, device.index or 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
     caches = (_cuda._context, _cuda._module, _cuda._function)
     fake.on_launch(launch)
@@ -121,6 +142,36 @@ def test_errors_say_what_failed(driver, monkeypatch, tmp_path):
     assert moe_routing(torch.randn(2, 4), 1, backend="cuda")[0].shape == (2, 1)  # nothing of the failure is kept
     with pytest.raises(ValueError, match="got 50000 bytes of dynamic shared memory"):
         _cuda.launch("moe_routing", "moe_routing_float32_1", (1,), 32, [], 50000)
+
+
+class OnGpu(torch.Tensor):
+    device = property(lambda self: torch.device("cuda", self.index))
+
+
+def count_sevens(device=0, grid=(1,)):
+    ids, counts = torch.tensor([7, 3, 7]).as_subclass(OnGpu), torch.zeros(1, dtype=torch.int64)
+    ids.index = device
+    _cuda.launch("token_packing", "count_tokens", grid, 512, [ids, counts, 3, 3, 7])
+    return counts.item()
+
+
+def test_every_device_has_its_own_kernels(driver):
+    for driver.device, device in ((0, 0), (0, 1), (1, 1), (1, 0), (0, 0)):
+        with ThreadPoolExecutor(1) as pool:  # a thread without a context
+            assert [pool.submit(count_sevens, device).result() for _ in range(2)] == [2, 2]
+    assert ctypes.c_int.in_dll(driver, "loads").value == 2  # once a device
+
+
+def test_a_launch_that_fails_or_has_no_blocks(driver, monkeypatch):
+    assert count_sevens(grid=(1, 0)) == 0
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=1))
+    with pytest.raises(RuntimeError, match=r"launching count_tokens with grid \(1, 1, 1\), block 512: CUDA error 400"):
+        count_sevens()
+
+
+@pytest.mark.parametrize("value, kind", [(-5, "q"), (2**40, "q"), (True, "?"), (1.5, "f"), (None, "P")])
+def test_arguments_have_the_width_of_their_parameters(value, kind):
+    assert bytes(_cuda._argument(value)) == struct.pack(kind, value or 0)
 
 
 def test_tensors_on_a_gpu_that_is_not_current(monkeypatch):
@@ -174,7 +225,7 @@ def test_longest_row_to_pack_fits_shared_memory(columns):
 @pytest.mark.parametrize("experts", [512, 513])
 def test_most_experts_to_dispatch_fit_shared_memory(experts):
     launched = []
-    ids = torch.zeros(1024, 8, dtype=torch.int64)
+    ids = torch.zeros(8191, 1, dtype=torch.int64)  # nearly two blocks
     with _dispatch.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
         refused = pytest.raises(_dispatch.BackendError, match="counts 512 experts")
         with refused if experts > 512 else contextlib.nullcontext():

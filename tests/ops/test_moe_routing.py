@@ -66,13 +66,34 @@ def test_equal_scores_take_the_lower_expert(backend, convention):
 
 
 @BACKENDS
-def test_bias_is_added_first(backend):
-    logits, bias = distinct_logits(9, 32, torch.bfloat16), torch.linspace(-3, 3, 32).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_is_added_first(backend, dtype):
+    logits, bias = distinct_logits(9, 32, dtype), torch.linspace(-3, 3, 32).to(dtype)
     for scoring, renormalize in CONVENTIONS:
         options = dict(scoring=scoring, renormalize=renormalize, backend=backend)
         apart = torch.zeros(32, 2, dtype=bias.dtype)[:, 0].copy_(bias)  # not contiguous
         got, expected = moe_routing(logits, 4, bias=apart, **options), moe_routing(logits + bias, 4, **options)
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@BACKENDS
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_far_scores_at_odd_addresses(backend, convention):
+    """With a bias, far from zero and elsewhere for each token; not aligned to 16 bytes, or not contiguous."""
+    scores = distinct_logits(9, 44) + 300 * (torch.arange(9) % 3 - 1)[:, None]
+    bias, grad = (torch.arange(44) - 22) / 1024, torch.randn(9, 5)
+    options = dict(scoring=convention[0], renormalize=convention[1])
+
+    def run(dtype, backend, scores=scores, grad=grad):
+        leaves = [x.to(dtype).requires_grad_() for x in (scores, bias)]
+        weights = moe_routing(leaves[0], 5, bias=leaves[1], **options, backend=backend)[1]
+        return weights.detach(), *torch.autograd.grad(weights, leaves, grad.to(dtype))
+
+    truth, plain = run(torch.float64, "reference"), run(torch.float32, "reference")
+    odd, apart = torch.zeros(1 + 9 * 44)[1:].view(9, 44), torch.zeros(9, 88)[:, ::2]
+    for x, g in ((odd, grad), (apart, grad.t().contiguous().t())):
+        for got, true, same in zip(run(torch.float32, backend, x.copy_(scores), g), truth, plain):
+            assert_accurate(got, true, same)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -140,6 +161,14 @@ def test_dispatch(backend, tokens, top_k, experts, tile, skew, outside, seed, dt
         assert (got.tiles[len(expected) :, 0] == experts).all()
     else:
         assert got.tiles.shape == (0, 2)
+
+
+@BACKENDS
+def test_dispatch_of_ids_at_odd_addresses(backend):
+    ids = torch.randint(0, 7, (11, 4), dtype=torch.int32)
+    for other in (torch.zeros(45, dtype=ids.dtype)[1:].view(11, 4), torch.zeros(11, 8, dtype=ids.dtype)[:, ::2]):
+        got, expected = (moe_dispatch(x, 6, tile=2, backend=backend) for x in (other.copy_(ids), ids))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
 @BACKENDS
