@@ -162,7 +162,7 @@ def isa(request):
 
 
 # Every form of the products: dot, stream and packed, with whole and broken panels, one and several chunks of rows; the
-# last takes several turns in the backward.
+# last takes several turns.
 SHAPES = [
     dict(tokens=1, width=192, inner=96, experts=9, top_k=4),
     dict(tokens=7, width=64, inner=64, skew="zipf", outside=0.2),
@@ -171,7 +171,7 @@ SHAPES = [
     dict(tokens=33, width=65, inner=33, experts=3, top_k=3, skew="zipf"),
     dict(tokens=90, width=64, inner=64, experts=2, top_k=2),
     dict(tokens=700, width=64, inner=96, experts=2, top_k=1, skew="one"),
-    dict(tokens=1100, width=40, inner=32, experts=4, top_k=2),
+    dict(tokens=1100, width=40, inner=32, experts=8, top_k=4),
 ]
 
 

@@ -613,13 +613,63 @@ struct Groups {
 
 inline int64_t group_panels(bool interleaved, int64_t rows) { return !interleaved ? 1 : rows <= kStreamRows ? 8 : 4; }
 
+// Experts take turns, as many at a time as have `rows` rows: what lies between two products is as large as one turn's.
+struct Turns {
+  std::vector<int64_t> begin{0};  // experts; the last is the end
+  int64_t most = 0;               // rows of a turn
+
+  Turns(const int32_t* offsets, int64_t experts, int64_t rows) {
+    for (int64_t e = 1; e <= experts; ++e) {
+      if (e < experts && offsets[e + 1] - offsets[begin.back()] <= rows) continue;
+      most = std::max<int64_t>(most, offsets[e] - offsets[begin.back()]);
+      begin.push_back(e);
+    }
+  }
+  int64_t count() const { return begin.size() - 1; }
+};
+
+// Some panels of the sums over each token's experts; between turns `kept` [S, H] holds them.
+struct TokenSums {
+  int64_t tokens, width, first, columns;
+  Scratch<float> sums;
+
+  TokenSums(int64_t tokens, int64_t width, int64_t panel, int64_t panels, const float* kept)
+      : tokens(tokens), width(width), first(panel * kPanel), columns(panels * kPanel), sums(tokens * columns) {
+    if (!kept) std::memset(sums.get(), 0, tokens * columns * sizeof(float));
+    else
+      for (int64_t t = 0; t < tokens; ++t)
+        std::memcpy(sums.get() + t * columns, kept + t * width + first, valid() * sizeof(float));
+  }
+  int64_t valid() const { return std::min(columns, width - first); }
+
+  float* at(int64_t token, int64_t panel) const { return sums.get() + token * columns + panel * kPanel; }
+
+  template <class T>
+  void write(T* to) const {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t j = 0; j < valid(); j += kLanes) {
+        const vf value = load(at(t, 0) + j);
+        T* const place = to + t * width + first + j;
+        if (valid() - j >= kLanes) store(place, value);
+        else store_some(place, value, valid() - j);
+      }
+  }
+};
+
+// Where sums stay between turns: in a float32 result itself.
+template <class T>
+float* kept_sums(T* result, const Scratch<float>& sums) {
+  if constexpr (std::is_same_v<T, float>) return result;
+  else return sums.get();
+}
+
 template <class T, class A>
 struct ForwardCall {
   ExpertShape shape;
   ExpertOptions options;
   const ExpertWeights<T>& experts;
-  const A* const* inputs;  // by sorted row
-  A* active;               // [slots, I]
+  const A* const* inputs;  // by sorted row, as all that follow
+  A* const* actives;
   T* pre;
 
   void finish_up(int64_t e, int64_t row, int64_t rows, int64_t column, const float* c) const {
@@ -634,7 +684,7 @@ struct ForwardCall {
           gate += gate_bias, up += up_bias;
         }
         if (pre) store_pair(pre + (row + r) * 2 * inner, inner, at, n, experts.interleaved, gate, up);
-        store_some(active + (row + r) * inner + at, gated(gate, up, options), n);
+        store_some(actives[row + r] + at, gated(gate, up, options), n);
       }
     }
   }
@@ -659,13 +709,13 @@ struct ForwardCall {
     }
   }
 
-  // sums [S, panels * kPanel] += weight * (rows times the panels of `down`)
+  // sums += weight * (rows times the panels of `down`)
   void down(int64_t e, const A* const* from, int64_t rows, int64_t panel, int64_t panels, const int32_t* tokens,
-            const float* weights, float* sums, const T* after) const {
+            const float* weights, const TokenSums& sums, const T* after) const {
     const int64_t width = shape.width, inner = shape.inner;
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
       for (int64_t i = 0; i < n; ++i, c += kPanel) {
-        float* to = sums + (tokens[r + i] * panels + p) * kPanel;
+        float* to = sums.at(tokens[r + i], p);
         const vf scale = splat(weights[r + i]);
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
@@ -710,53 +760,55 @@ template <class T, class A>
 void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, const float* weights,
                   const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
-  const Scratch<const A*> inputs(used), actives(used);
+  const Turns turns(offsets, shape.experts, 4096);
+  const Scratch<const A*> inputs(used);
+  const Scratch<A*> actives(used);
   const Scratch<int32_t> tokens(used);
   const Scratch<float> scales(used);
-  const Scratch<A> active(used * inner);
-  for (int64_t row = 0; row < used; ++row) {
-    const int32_t slot = permutation[row];
-    tokens[row] = static_cast<int32_t>(slot / shape.top_k);
-    scales[row] = weights[slot];
-    inputs[row] = hidden + tokens[row] * width;
-    actives[row] = active.get() + row * inner;
-  }
-  const ForwardCall<T, A> call{shape, options, experts, inputs.get(), active.get(), pre};
-
-  const std::vector<UpTask> tasks =
-      list_tasks(offsets, 0, shape.experts, (inner + kHalf - 1) / kHalf, experts.interleaved);
-  const int64_t count = tasks.size();
-  run_small_tasks(count, [&](int64_t i, int64_t then) {
-    const UpTask& t = tasks[i];
-    const T* after = nullptr;
-    if (then < count)
-      after = experts.gate[tasks[then].expert] + tasks[then].panel * (experts.interleaved ? kPanel : kHalf * width);
-    call.up(t.expert, t.row, t.rows, t.panel, t.panels, after);
-  });
-
-  const int64_t average = used / std::max<int64_t>(1, shape.experts);
-  const Groups groups((width + kPanel - 1) / kPanel, group_panels(experts.interleaved, average));
-  run_tasks(groups.count, [&](int64_t g) {
-    const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel, columns = panels * kPanel;
-    const Scratch<float> sums(shape.tokens * columns);
-    std::memset(sums.get(), 0, shape.tokens * columns * sizeof(float));
-    for (int64_t e = 0, then; e < shape.experts; e = then) {
-      for (then = e + 1; then < shape.experts && offsets[then] == offsets[then + 1];) ++then;
-      const int64_t row = offsets[e], rows = offsets[e + 1] - row;
-      const T* after = nullptr;
-      if (then < shape.experts) after = experts.down[then] + panel * kPanel * (experts.interleaved ? 1 : inner);
-      if (rows > 0)
-        call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums.get(),
-                  after);
+  const Scratch<A> active(turns.most * inner);
+  for (int64_t turn = 0; turn < turns.count(); ++turn)
+    for (int64_t first = offsets[turns.begin[turn]], row = first; row < offsets[turns.begin[turn + 1]]; ++row) {
+      const int32_t slot = permutation[row];
+      tokens[row] = static_cast<int32_t>(slot / shape.top_k);
+      scales[row] = weights[slot];
+      inputs[row] = hidden + tokens[row] * width;
+      actives[row] = active.get() + (row - first) * inner;
     }
-    for (int64_t t = 0; t < shape.tokens; ++t)
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        const int64_t column = panel * kPanel + j, n = std::min<int64_t>(kLanes, width - column);
-        const vf value = load(sums.get() + t * columns + j);
-        if (n == kLanes) store(out + t * width + column, value);
-        else if (n > 0) store_some(out + t * width + column, value, n);
+  const bool in_place = std::is_same_v<T, float> || turns.count() == 1;
+  const Scratch<float> between(in_place ? 0 : shape.tokens * width);
+  float* const kept = kept_sums(out, between);
+  const ForwardCall<T, A> call{shape, options, experts, inputs.get(), actives.get(), pre};
+
+  for (int64_t turn = 0; turn < turns.count(); ++turn) {
+    const int64_t first = turns.begin[turn], last = turns.begin[turn + 1];
+    const std::vector<UpTask> tasks =
+        list_tasks(offsets, first, last, (inner + kHalf - 1) / kHalf, experts.interleaved);
+    const int64_t count = tasks.size();
+    run_small_tasks(count, [&](int64_t i, int64_t then) {
+      const UpTask& t = tasks[i];
+      const T* after = nullptr;
+      if (then < count)
+        after = experts.gate[tasks[then].expert] + tasks[then].panel * (experts.interleaved ? kPanel : kHalf * width);
+      call.up(t.expert, t.row, t.rows, t.panel, t.panels, after);
+    });
+
+    const int64_t average = (offsets[last] - offsets[first]) / (last - first);
+    const Groups groups((width + kPanel - 1) / kPanel, group_panels(experts.interleaved, average));
+    run_tasks(groups.count, [&](int64_t g) {
+      const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel;
+      const TokenSums sums(shape.tokens, width, panel, panels, first ? kept : nullptr);
+      for (int64_t e = first, then; e < last; e = then) {
+        for (then = e + 1; then < last && offsets[then] == offsets[then + 1];) ++then;
+        const int64_t row = offsets[e], rows = offsets[e + 1] - row;
+        const T* after = nullptr;
+        if (then < last) after = experts.down[then] + panel * kPanel * (experts.interleaved ? 1 : inner);
+        if (rows > 0)
+          call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums, after);
       }
-  });
+      if (last < shape.experts) sums.write(kept);
+      else sums.write(out);
+    });
+  }
 }
 
 template <class T>
@@ -945,18 +997,13 @@ struct BackwardCall {
                         group_panels(!experts.interleaved, (offsets[last] - offsets[first]) / (last - first)));
     run_tasks(groups.count, [&](int64_t g) {
       const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel;
-      const int64_t columns = panels * kPanel, valid = std::min(columns, width - panel * kPanel);
-      const Scratch<float> sums(shape.tokens * columns);
-      if (first == 0) std::memset(sums.get(), 0, shape.tokens * columns * sizeof(float));
-      else
-        for (int64_t t = 0; t < shape.tokens; ++t)
-          std::memcpy(sums.get() + t * columns, hidden_sums + t * width + panel * kPanel, valid * sizeof(float));
+      const TokenSums sums(shape.tokens, width, panel, panels, first ? hidden_sums : nullptr);
       for (int64_t e = first; e < last; ++e) {
         const int64_t row = offsets[e], rows = offsets[e + 1] - row;
         if (rows == 0) continue;
         const auto finish = [&](int64_t begin, int64_t count, int64_t p, const float* c) {
           for (int64_t r = row + begin; r < row + begin + count; ++r, c += kPanel) {
-            float* sum = sums.get() + (tokens[r] * panels + p) * kPanel;
+            float* sum = sums.at(tokens[r], p);
 #pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part)
               store(sum + part * kLanes, load(sum + part * kLanes) + load(c + part * kLanes));
@@ -978,14 +1025,8 @@ struct BackwardCall {
           multiply(from.get(), rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
         }
       }
-      for (int64_t t = 0; t < shape.tokens; ++t) {
-        const float* from = sums.get() + t * columns;
-        const int64_t at = t * width + panel * kPanel;
-        if (last < shape.experts) std::memcpy(hidden_sums + at, from, valid * sizeof(float));
-        else
-          for (int64_t j = 0; j < valid; j += kLanes)
-            store_some(to.hidden + at + j, load(from + j), std::min<int64_t>(kLanes, valid - j));
-      }
+      if (last < shape.experts) sums.write(hidden_sums);
+      else sums.write(to.hidden);
     });
   }
 
@@ -1034,24 +1075,16 @@ void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, cons
                    const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
                    const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
-  // Experts take turns, as many at a time as have kTurn rows a thread: `active` and `change` are as large as one turn's.
-  constexpr int64_t kTurn = 1024;
-  std::vector<int64_t> turns{0};
-  int64_t most = 0;
-  for (int64_t e = 1; e <= shape.experts; ++e) {
-    if (e < shape.experts && offsets[e + 1] - offsets[turns.back()] <= kTurn * thread_count()) continue;
-    most = std::max<int64_t>(most, offsets[e] - offsets[turns.back()]);
-    turns.push_back(e);
-  }
+  const Turns turns(offsets, shape.experts, 2048);
   const Scratch<const A*> grads(used), inputs(used);
   const Scratch<A*> actives(used), changes(used);
   const Scratch<int32_t> tokens(used);
   const Scratch<float> scales(used);
-  const Scratch<A> change(most * 2 * inner), active(to.down ? most * inner : 0);
-  for (size_t turn = 0; turn + 1 < turns.size(); ++turn)
-    for (int64_t row = offsets[turns[turn]]; row < offsets[turns[turn + 1]]; ++row) {
+  const Scratch<A> change(turns.most * 2 * inner), active(to.down ? turns.most * inner : 0);
+  for (int64_t turn = 0; turn < turns.count(); ++turn)
+    for (int64_t first = offsets[turns.begin[turn]], row = first; row < offsets[turns.begin[turn + 1]]; ++row) {
       const int32_t slot = permutation[row];
-      const int64_t place = row - offsets[turns[turn]];
+      const int64_t place = row - first;
       tokens[row] = static_cast<int32_t>(slot / shape.top_k);
       scales[row] = weights[slot];
       inputs[row] = hidden + tokens[row] * width;
@@ -1061,13 +1094,13 @@ void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, cons
     }
   const int64_t inner_panels = (inner + kPanel - 1) / kPanel;
   const Scratch<float> dots(to.weights ? used * inner_panels : 0);
-  const bool in_place = std::is_same_v<T, float> || !to.hidden || turns.size() == 2;
+  const bool in_place = std::is_same_v<T, float> || !to.hidden || turns.count() == 1;
   const Scratch<float> hidden_sums(in_place ? 0 : shape.tokens * width);
   BackwardCall<T, A> call{shape, options, offsets, experts, pre, to, grads.get(), inputs.get(), actives.get(),
                           changes.get(), tokens.get(), scales.get(), to.weights ? dots.get() : nullptr,
-                          in_place ? reinterpret_cast<float*>(to.hidden) : hidden_sums.get(), 0, 0};
-  for (size_t turn = 0; turn + 1 < turns.size(); ++turn) {
-    call.first = turns[turn], call.last = turns[turn + 1];
+                          kept_sums(to.hidden, hidden_sums), 0, 0};
+  for (int64_t turn = 0; turn < turns.count(); ++turn) {
+    call.first = turns.begin[turn], call.last = turns.begin[turn + 1];
     call.through_down();
     if (to.hidden) call.through_gate_up();
     call.matrices();
