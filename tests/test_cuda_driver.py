@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import re
 import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from ivl_kernels import _cuda, _dispatch, _library
 from ivl_kernels.ops import embed_text, moe_dispatch, moe_routing, pack_tokens, place_rows
 
 DRIVER = """
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 typedef int (*Launch)(const char*, unsigned*, void*, void**);
@@ -25,6 +25,7 @@ static _Thread_local void* current;
 static _Thread_local int mode;
 static Launch launch;
 int loads;
+long launched_in;
 typedef struct { void* context; const char* name; } Loaded;  // a module, or one of its functions
 void on_launch(Launch f) { launch = f; }
 static void* load(void* context, const char* name) {
@@ -42,11 +43,13 @@ int cuModuleLoadData(void** module, const unsigned* image) {
   if (mode != 2) return 900;
   if (*image != 0xBA55ED50) return 209;
   ++loads;
-  *module = load(current, 0);
+  *module = load(current, strdup((char*)(image + 1)));
   return 0;
 }
 int cuModuleGetFunction(void** f, Loaded* module, const char* name) {
-  *f = load(module->context, strdup(name));
+  char both[256];
+  snprintf(both, sizeof both, "%s:%s", module->name, name);
+  *f = load(module->context, strdup(both));
   return module->context == current ? 0 : 400;
 }
 int cuGetErrorString(int status, const char** text) { *text = status == 209 ? "no kernel image" : "other"; return 0; }
@@ -54,10 +57,15 @@ int cuLaunchKernel(Loaded* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx
                    unsigned shared, void* stream, void** params, void** extra) {
   unsigned size[] = {gx, gy, gz, bx, by, bz, shared};
   if (f->context != current) return current ? 400 : 201;
+  launched_in = (long)current;
   return mode || extra || !(gx && gy && gz && bx && by && bz) ? 1 : launch(f->name, size, stream, params);
 }
 """
 STREAM = 0x7F00DEADBEEF  # needs all of its bits
+
+
+def fatbin(source):
+    return struct.pack("<I", 0xBA55ED50) + source.encode() + bytes(1)
 
 
 @contextlib.contextmanager
@@ -80,13 +88,13 @@ def driver(tmp_path, monkeypatch):
     subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", library], check=True)
     fake, addresses = ctypes.CDLL(str(library)), {}
     fake.device = 0  # the current one
-    sources = {kernel: s for s in CUDA_SOURCES for kernel in re.findall(r"\.entry (\w+)", cuda_ptx(s))}
 
     @ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
     )
     def launch(name, size, stream, params):
-        text, kernel = cuda_ptx(sources[name.decode()]), name.decode()
+        source, kernel = name.decode().split(":")
+        text = cuda_ptx(source)
         values = []
         for place, (_, _, _, width) in zip(params, load_program(text, kernel).kparams):
             value = int.from_bytes(ctypes.string_at(place, width), "little", signed=True)
@@ -100,7 +108,7 @@ def driver(tmp_path, monkeypatch):
         return convert(value)
 
     for name in CUDA_SOURCES:
-        (tmp_path / f"{name}.fatbin").write_bytes(struct.pack("<I", 0xBA55ED50))
+        (tmp_path / f"{name}.fatbin").write_bytes(fatbin(name))
     for name, value in dict(_problem=lambda: None, _driver=lambda: fake, _argument=argument, FATBINS=tmp_path).items():
         monkeypatch.setattr(_cuda, name, value)
     monkeypatch.setattr(torch.cuda, "device", lambda device: on_device(fake, device.index or 0))
@@ -138,7 +146,7 @@ def test_errors_say_what_failed(driver, monkeypatch, tmp_path):
     (tmp_path / "moe_routing.fatbin").write_bytes(bytes(4))
     with pytest.raises(RuntimeError, match=r"loading moe_routing.fatbin on device .*CUDA error 209 \(no kernel image"):
         moe_routing(torch.randn(2, 4), 1, backend="cuda")
-    (tmp_path / "moe_routing.fatbin").write_bytes(struct.pack("<I", 0xBA55ED50))
+    (tmp_path / "moe_routing.fatbin").write_bytes(fatbin("moe_routing"))
     assert moe_routing(torch.randn(2, 4), 1, backend="cuda")[0].shape == (2, 1)  # nothing of the failure is kept
     with pytest.raises(ValueError, match="got 50000 bytes of dynamic shared memory"):
         _cuda.launch("moe_routing", "moe_routing_float32_1", (1,), 32, [], 50000)
@@ -155,10 +163,16 @@ def count_sevens(device=0, grid=(1,)):
     return counts.item()
 
 
-def test_every_device_has_its_own_kernels(driver):
-    for driver.device, device in ((0, 0), (0, 1), (1, 1), (1, 0), (0, 0)):
+@pytest.mark.parametrize("current", [0, 1])
+def test_every_device_has_its_own_kernels(driver, current):
+    def launched_on(device):
+        assert count_sevens(device) == 2
+        return ctypes.c_long.in_dll(driver, "launched_in").value - 1000
+
+    driver.device = current
+    for devices in ([0, 1, 0], [1, 0, 1]):
         with ThreadPoolExecutor(1) as pool:  # a thread without a context
-            assert [pool.submit(count_sevens, device).result() for _ in range(2)] == [2, 2]
+            assert [pool.submit(launched_on, device).result() for device in devices] == devices
     assert ctypes.c_int.in_dll(driver, "loads").value == 2  # once a device
 
 
@@ -200,8 +214,9 @@ def test_old_gpus_are_left_to_the_reference(monkeypatch, capability, served):
     for probe in probes:
         probe.cache_clear()
     monkeypatch.setattr(_cuda, "built", lambda: ["token_packing"])
-    for name, value in dict(is_available=True, device_count=1, get_device_capability=capability).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((12, 0), capability)[index])
     try:
         choice = _library.OPS["place_rows_"].explain("cuda", "float32")
         assert choice.backend == ("cuda" if served else "reference")
