@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from ..ops import select_tiles
 from ._patch import Adapter, Editor, Feature, Site, note, serving
 from .rope import announce
 
+FindParts = Callable[[nn.Module], FlashParts]
 FORWARDS = (False, True, "unpadded")
 
 
@@ -42,23 +44,28 @@ class FlashAdapter(Adapter):
             _parse_forward,
             option=True,
         ),
+        "flash_folded": Feature(
+            True, "the router with its attention folded; False: the arithmetic as shipped, bit for bit", option=True
+        ),
     }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterable[Site]:
+        what = "route, project, pack" if options["flash_folded"] else "route as shipped, project, pack"
         for path, module in model.named_modules():
             if is_chat_model(module) or is_native_model(module):
-                yield Site("flash", path, module, "route, project, pack", _problem(module))
+                yield Site("flash", path, module, what, _problem(module))
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
-        backend, forward = options["backend"], options["flash_forward"]
+        forward = options["flash_forward"]
+        find_parts = functools.partial(parts_of, backend=options["backend"], folded=options["flash_folded"])
         if is_chat_model(site.module):
-            edit.method(site.module, "generate_flash", _chat_generate(backend))
+            edit.method(site.module, "generate_flash", _chat_generate(find_parts))
             if forward:
-                edit.method(site.module, "forward", _chat_forward(backend, forward))
+                edit.method(site.module, "forward", _chat_forward(find_parts, forward))
         else:
-            edit.method(site.module, "generate", _native_generate(backend))
+            edit.method(site.module, "generate", _native_generate(find_parts))
             if forward:
-                edit.method(site.module, "forward", _native_forward(backend, forward))
+                edit.method(site.module, "forward", _native_forward(find_parts, forward))
 
     def serving(self, site: Site) -> str:
         m: Any = site.module
@@ -98,7 +105,7 @@ def _keep_routing(model: nn.Module, inputs: FlashInputs, ids: torch.Tensor, mask
     announce(model, inputs.packed.ids, inputs.packed.attention_mask, inputs.compress)
 
 
-def _chat_generate(backend: str) -> Callable[..., Any]:
+def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
     def generate_flash(
         inner: Callable[..., Any],
         self: Any,
@@ -126,7 +133,7 @@ def _chat_generate(backend: str) -> Callable[..., Any]:
         if attention_mask is None:
             raise TypeError("attention_mask: got None, expected a mask [B, N] (Flash cannot do without)")
         with torch.no_grad():
-            parts = parts_of(self, backend)
+            parts = find_parts(self)
             inputs = flash_inputs(parts, input_ids, parts.vision(pixel_values), attention_mask=attention_mask)
             packed, one = inputs.packed, input_ids.shape[0] == 1
             if inputs.compress.shape[0] == 0:
@@ -151,7 +158,7 @@ def _chat_generate(backend: str) -> Callable[..., Any]:
     return generate_flash
 
 
-def _chat_forward(backend: str, layout: Any) -> Callable[..., Any]:
+def _chat_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
     def forward(
         inner: Callable[..., Any],
         self: Any,
@@ -187,7 +194,7 @@ def _chat_forward(backend: str, layout: Any) -> Callable[..., Any]:
         if return_dict is False:
             raise AttributeError("return_dict: got False, which InternVLChatModel.forward does not support")
         _refuse(position_ids, past_key_values)
-        parts = parts_of(self, backend)
+        parts = find_parts(self)
         vit = parts.vision(pixel_values)[image_flags.view(-1) == 1]
         inputs = flash_inputs(
             parts, input_ids, vit, attention_mask=attention_mask, labels=labels, padding=_padding(layout)
@@ -260,7 +267,7 @@ class _PromptStreamer:
         self.streamer.end()
 
 
-def _native_generate(backend: str) -> Callable[..., Any]:
+def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
     def generate(
         inner: Callable[..., Any], self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -281,7 +288,7 @@ def _native_generate(backend: str) -> Callable[..., Any]:
             kwargs.pop(name, None)
         config = args[0] if args else kwargs.get("generation_config")
         with torch.no_grad():
-            parts = parts_of(self, backend)
+            parts = find_parts(self)
             mask = kwargs.pop("attention_mask", None)
             mask = _default_mask(self, ids, config, kwargs) if mask is None else mask
             flash = _native_inputs(self, parts, ids, mask, pixels, cache, cached)
@@ -398,7 +405,7 @@ def _new_tokens(model: Any, length: int, config: Any, kwargs: dict[str, Any]) ->
     return changes
 
 
-def _native_forward(backend: str, layout: Any) -> Callable[..., Any]:
+def _native_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
     def forward(
         inner: Callable[..., Any], self: Any, input_ids: Any = None, pixel_values: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -407,7 +414,7 @@ def _native_forward(backend: str, layout: Any) -> Callable[..., Any]:
             return inner(self, input_ids, pixel_values, *args, **kwargs)
         _refuse(kwargs.pop("position_ids", None), kwargs.get("past_key_values"))
         mask, labels = kwargs.pop("attention_mask", None), kwargs.pop("labels", None)
-        parts = parts_of(self, backend)
+        parts = find_parts(self)
         vit = parts.vision(pixel_values)
         inputs = flash_inputs(parts, input_ids, vit, attention_mask=mask, labels=labels, padding=_padding(layout))
         _keep_routing(self, inputs, input_ids, mask, parts)

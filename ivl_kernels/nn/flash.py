@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -350,8 +351,12 @@ def _side(size: Any) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
-def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
+def parts_of(model: nn.Module, backend: str = "", folded: bool = True) -> FlashParts:
     """The parts of a Flash model of either family, with the thresholds and ids it has now.
+
+    Args:
+        backend: force a backend of the ops.
+        folded: False: the router computes as shipped, in plain torch whatever `backend` is.
 
     Raises:
         TypeError: neither an `InternVLChatModel` with Flash modules nor an `InternVLForConditionalGeneration` with a
@@ -359,6 +364,7 @@ def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
         AttributeError: the model has no thresholds.
     """
     m: Any = model
+    router = functools.partial(TileRouter.from_modules, folded=folded, backend=backend if folded else "")
     if is_chat_model(model):
         return FlashParts(
             vision=lambda pixels: (
@@ -367,7 +373,7 @@ def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
             embedding=m.language_model.get_input_embeddings(),
             full=_sequential(m.mlp1, 2, 0, 1, 3),
             small=_sequential(m.mlp2, 4, 0, 1, 4, 7),
-            router=TileRouter.from_modules(m.pooling_before_gating, m.gating, backend=backend),
+            router=router(m.pooling_before_gating, m.gating),
             relative_threshold=m.flash_relative_threshold,
             absolute_threshold=m.flash_absolute_threshold,
             token_id=m.img_context_token_id,
@@ -384,7 +390,7 @@ def parts_of(model: nn.Module, backend: str = "") -> FlashParts:
             embedding=m.get_input_embeddings(),
             full=Projector(projector, projector.layer_norm, (projector.linear_1, projector.linear_2), 2),
             small=_sequential(m.flash.mlp2, 4, 0, 1, 4, 7),
-            router=TileRouter.from_modules(m.flash.pooling_before_gating, m.flash.gating, backend=backend),
+            router=router(m.flash.pooling_before_gating, m.flash.gating),
             relative_threshold=config.flash_relative_threshold,
             absolute_threshold=config.flash_absolute_threshold,
             token_id=config.image_token_id,

@@ -52,6 +52,23 @@ def test_batch_of_one_equals_shipped(tiles, changes):
     assert f"{int(decided.sum())} of {sum(tiles[0])} tiles" in str(handle.report())
 
 
+def test_router_as_shipped_bit_for_bit():
+    model, batch = model_and(((5,),))
+    model.to(torch.bfloat16)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    _, _, gate = model.extract_feature_flash(batch["pixel_values"], torch.ones(5, dtype=torch.int64))
+
+    def scores(**options):
+        with ivl_kernels.patched(model, **options) as handle:
+            model.generate(**batch, **GREEDY)
+            row = next(row for row in handle.report().rows if row.feature == "flash")
+            assert ("as shipped" in row.what) == ("flash_folded" in options)
+            return handle.last_routing().images[0].scores
+
+    assert scores(flash_folded=False, backend="native") == gate[:, 0].tolist()
+    assert scores() != gate[:, 0].tolist()
+
+
 def test_what_the_language_model_sees():
     model, batch = model_and(((4,),))
     seen = []
