@@ -125,3 +125,18 @@ def test_layout_keeps_loops_contiguous():
     #  0 -> 1 (header) -> {2, 5}; 2 -> {3, 4}; 3 -> {6 (exit), 4}; 4 -> 1; 5, 6 -> 7
     o = wto([[1], [5, 2], [3, 4], [6, 4], [1], [7], [7], []]); at = o.index
     assert max(map(at, (1, 2, 3, 4))) < min(map(at, (5, 6))) and o[-1] == 7 and o[0] == 0
+
+
+@nvcc
+def test_large_storages_are_mapped_where_they_are_seen():
+    """Three rows 2^32 bytes apart: only their elements are there, and are what is copied."""
+    s = 'extern "C" __global__ void k(int* x, long long step, int n) { if (threadIdx.x < n) x[blockIdx.x * step + threadIdx.x] += 1; }'
+    x, step = torch.empty(2**31 + 64, dtype=torch.int32), 2**30
+    view, other = x.as_strided((3, 4), (step, 1)), torch.zeros(5)
+    view.zero_()
+    r = run_cuda(s, 'k', 3, 32, [view, step, 4])
+    assert (view == 1).all() and r.unique_store_bytes == 48 and r.unique_store_sectors == 3 and r.tensors['param_0']['unique_load_bytes'] == 48
+    with pytest.raises(SimError, match='out-of-bounds|outside'): run_cuda(s, 'k', 3, 32, [view, step, 5])
+    y = '__global__ void k(const int* x, float* y, long long step) { y[threadIdx.x] = x[threadIdx.x * step + 3]; }'
+    r = run_cuda(y, 'k', 1, 3, [view, Out(other), step])
+    assert other[:3].tolist() == [1, 1, 1] and r.unique_load_bytes == 12 and r.unique_store_bytes == 12
