@@ -81,16 +81,16 @@ def test_bias_is_added_first(backend, dtype):
 def test_far_scores_at_odd_addresses(backend, convention):
     """With a bias, far from zero and elsewhere for each token; not aligned to 16 bytes, or not contiguous."""
     scores = distinct_logits(9, 44) + 300 * (torch.arange(9) % 3 - 1)[:, None]
-    bias, grad = (torch.arange(44) - 22) / 1024, torch.randn(9, 5)
+    bias, grad = torch.zeros(44, 2)[:, 0].copy_((torch.arange(44) - 22) / 1024), torch.randn(9, 5)
     options = dict(scoring=convention[0], renormalize=convention[1])
 
     def run(dtype, backend, scores=scores, grad=grad):
-        leaves = [x.to(dtype).requires_grad_() for x in (scores, bias)]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (scores, bias)]
         weights = moe_routing(leaves[0], 5, bias=leaves[1], **options, backend=backend)[1]
         return weights.detach(), *torch.autograd.grad(weights, leaves, grad.to(dtype))
 
     truth, plain = run(torch.float64, "reference"), run(torch.float32, "reference")
-    odd, apart = torch.zeros(1 + 9 * 44)[1:].view(9, 44), torch.zeros(9, 88)[:, ::2]
+    odd, apart = torch.zeros(1 + 9 * 44)[1:].view(9, 44), torch.zeros(44, 9).t()
     for x, g in ((odd, grad), (apart, grad.t().contiguous().t())):
         for got, true, same in zip(run(torch.float32, backend, x.copy_(scores), g), truth, plain):
             assert_accurate(got, true, same)
