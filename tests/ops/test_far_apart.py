@@ -10,7 +10,6 @@ from gpu import simulated_gpu
 from ivl_kernels import _cuda
 from ivl_kernels.ops import pixel_shuffle_mlp, v2pe_rope, v2pe_rope_
 
-
 projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.triton")
 BF16 = torch.bfloat16
 
@@ -56,14 +55,14 @@ def test_table_of_embeddings():
 def test_rotary(axis):
     torch.manual_seed(axis)
     q, k, grad_q, grad_k = torch.randn(4, 3, 3, 3, 8).to(BF16)
-    cos, sin, weight = torch.rand(3, 3, 8).to(BF16), torch.rand(3, 3, 8).to(BF16), torch.rand(8).to(BF16)
+    cos, sin, weight = torch.rand(3, 3, 4).to(BF16), torch.rand(3, 3, 4).to(BF16), torch.rand(8).to(BF16)
 
     def run(q, k, grad_q, grad_k, cos, sin):
         leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
-        out = v2pe_rope(*leaves, cos=cos, sin=sin, q_weight=weight, k_weight=weight, backend="triton")
+        out = v2pe_rope(*leaves, cos=cos, sin=sin, rotary_dim=4, q_weight=weight, k_weight=weight, backend="triton")
         with torch.no_grad():
             results = *out, *torch.autograd.grad(out, leaves, (grad_q, grad_k))
-            return *results, *v2pe_rope_(q, k, cos=cos, sin=sin, backend="triton")
+            return *results, *v2pe_rope_(q, k, cos=cos, sin=sin, rotary_dim=4, backend="triton")
 
     there = [far(x, axis, i) for i, x in enumerate((q, k, grad_q, grad_k))]
     there += [x if axis == 1 else far(x, axis // 2, i) for i, x in enumerate((cos, sin), 4)]
