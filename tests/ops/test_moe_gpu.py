@@ -1,5 +1,6 @@
 """The MoE kernels of the GPU backends, compiled and executed by the PTX simulator, and compiled for GPUs not here."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -12,6 +13,7 @@ from aot import SHARED_LIMIT, TARGETS, compiling
 from gpu import simulated_gpu
 from ops.test_moe_experts import eager, make
 
+from ivl_kernels._dispatch import BackendError
 from ivl_kernels.ops import moe_dispatch, moe_routing
 from ivl_kernels.ops.moe_experts.op import tile_rows
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
@@ -112,6 +114,19 @@ def test_routing_gradient(backend, experts, top_k, dtype):
                 moe_routing(leaf, top_k, **options, backend=name)[1].mul(torch.arange(top_k).to(kind)).sum().backward()
                 results.append(leaf.grad)
         assert_accurate(results[2], results[0], results[1])
+
+
+@pytest.mark.parametrize("experts, top_k, served", [(512, 32, True), (513, 4, False), (40, 33, False)])
+def test_most_experts_and_choices_of_a_warp(experts, top_k, served):
+    logits = torch.randn(3, experts)
+    refused = pytest.raises(BackendError, match="a warp holds 512 experts and 32 choices")
+    with simulated_gpu():
+        for scoring in ("softmax_then_topk", "topk_then_softmax"):
+            with contextlib.nullcontext() if served else refused:
+                got = moe_routing(logits, top_k, scoring=scoring, backend="cuda")
+                expected = moe_routing(logits, top_k, scoring=scoring, backend="reference")
+                assert torch.equal(got[0], expected[0])
+                torch.testing.assert_close(got[1], expected[1])
 
 
 def totals(log):

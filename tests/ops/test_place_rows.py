@@ -52,6 +52,18 @@ def test_strided(backend):
 
 
 @BACKENDS
+def test_odd_addresses(backend):
+    """Rows of 16 bytes, of which one side or the other begins 2 bytes past such an address."""
+    embeds, ids, rows = make(2, 9, 8, torch.bfloat16)
+    for shift in (0, 1):
+        there = torch.empty(2 * 9 * 8 + 1, dtype=rows.dtype)[shift:][: 2 * 9 * 8].view(2, 9, 8).copy_(embeds)
+        given = torch.empty(rows.numel() + 1, dtype=rows.dtype)[1 - shift :][: rows.numel()].view_as(rows).copy_(rows)
+        torch.ops.ivl.place_rows_(there, ids, given, TOKEN, backend)
+        assert torch.equal(there, plain(embeds, ids, rows))
+        assert torch.equal(torch.ops.ivl.take_rows(there, ids, len(rows), TOKEN, backend), rows)
+
+
+@BACKENDS
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients(backend, inplace):
     embeds, ids, rows = make(2, 9, 5, torch.float64)
