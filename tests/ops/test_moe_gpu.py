@@ -1,6 +1,5 @@
 """The MoE kernels of the GPU backends, compiled and executed by the PTX simulator, and compiled for GPUs not here."""
 
-import contextlib
 import functools
 import importlib
 import os
@@ -116,17 +115,21 @@ def test_routing_gradient(backend, experts, top_k, dtype):
         assert_accurate(results[2], results[0], results[1])
 
 
-@pytest.mark.parametrize("experts, top_k, served", [(512, 32, True), (513, 4, False), (40, 33, False)])
-def test_most_experts_and_choices_of_a_warp(experts, top_k, served):
-    logits = torch.randn(3, experts)
-    refused = pytest.raises(BackendError, match="a warp holds 512 experts and 32 choices")
+@pytest.mark.parametrize("scoring", ["softmax_then_topk", "topk_then_softmax"])
+def test_most_experts_and_choices_of_a_warp(scoring):
+    logits = torch.randn(3, 512)
     with simulated_gpu():
-        for scoring in ("softmax_then_topk", "topk_then_softmax"):
-            with contextlib.nullcontext() if served else refused:
-                got = moe_routing(logits, top_k, scoring=scoring, backend="cuda")
-                expected = moe_routing(logits, top_k, scoring=scoring, backend="reference")
-                assert torch.equal(got[0], expected[0])
-                torch.testing.assert_close(got[1], expected[1])
+        got = moe_routing(logits, 32, scoring=scoring, backend="cuda")
+        expected = moe_routing(logits, 32, scoring=scoring, backend="reference")
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1])
+        for experts, top_k in ((513, 4), (40, 33)):
+            x, ids = torch.randn(3, experts), torch.zeros(3, top_k, dtype=torch.int64)
+            refused = functools.partial(pytest.raises, BackendError, match="holds 512 experts and 32 choices")
+            with refused():
+                moe_routing(x, top_k, scoring=scoring, backend="cuda")
+            with refused():
+                torch.ops.ivl.moe_routing_backward(x[:, :top_k], x, None, ids, scoring, False, "cuda")
 
 
 def totals(log):
