@@ -16,7 +16,9 @@ from ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
 
 TARGETS = (80, 90, 100, 120, "gfx942")
 # Shared memory a block can have, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
 
 
 @dataclass

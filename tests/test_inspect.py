@@ -101,6 +101,13 @@ def test_nothing_else_spills(baseline):
         assert row["spills"] <= KNOWN_SPILLS.get((row["kernel"], row["dtype"], row["target"]), 0), row
 
 
+def test_shared_memory_fits(baseline):
+    from aot import SHARED_LIMIT
+
+    for row in baseline["machine"]:
+        assert row["shared"] <= SHARED_LIMIT[row["target"]], row
+
+
 PRODUCTS = ("linear", "gate_up", "moe_rows", "down_backward", "weight_grad", "pool", "scores", "weighted_sum")
 
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
-from aot import SHARED_LIMIT, TARGETS, compiling
+from aot import SHARED_LIMIT, compiling
 from gpu import simulated_gpu
 from ops.test_moe_experts import eager, make
 
@@ -41,6 +40,10 @@ def gradients(case, run):
         dict(tokens=70, width=32, inner=32, experts=7, top_k=1, dtype=BF16, skew="one"),
         dict(tokens=90, width=48, inner=32, experts=9, top_k=2, dtype=BF16, skew="zipf", outside=0.2, gpt_oss=True),
         dict(tokens=260, width=32, inner=16, experts=1, top_k=1, dtype=BF16),
+        dict(
+            tokens=130, width=40, inner=66, experts=2, top_k=1, dtype=FP32, bias=True
+        ),  # large tiles of three products
+        dict(tokens=210, width=72, inner=32, experts=1, top_k=1, dtype=FP32, gpt_oss=True),
         dict(tokens=1, width=64, inner=48, experts=20, top_k=4, dtype=BF16, bias=True),  # several column tiles
         dict(tokens=70, width=32, inner=128, experts=1, top_k=1, dtype=BF16, bias=True),  # tiles stored in halves
         dict(tokens=5, width=32, inner=16, experts=4, top_k=2, dtype=BF16, outside=1.0),
@@ -216,6 +219,7 @@ def launch_on_meta(shape, tokens, target, monkeypatch, dtype=BF16, backward=True
 
 TENSOR_CORES = {
     80: r"\bmma\.sync",
+    86: r"\bmma\.sync",
     90: r"wgmma\.mma_async",
     100: r"tcgen05\.mma",
     120: r"\bmma\.sync",
@@ -224,24 +228,27 @@ TENSOR_CORES = {
 
 
 @pytest.mark.parametrize(
-    "model, tokens, target, backward",
+    "model, tokens, target, backward, dtype",
     [
-        ("InternVL3.5-30B-A3B", 4096, 90, True),
-        ("InternVL3.5-30B-A3B", 64, 90, False),
-        ("InternVL3.5-30B-A3B", 1, 80, False),
-        ("InternVL3.5-241B-A28B", 1024, 100, False),
-        ("InternVL3.5-GPT-OSS-20B-A4B", 4096, 100, True),
-        ("InternVL3.5-GPT-OSS-20B-A4B", 1024, 120, False),
-        ("InternVL3.5-GPT-OSS-20B-A4B", 64, "gfx942", False),
+        ("InternVL3.5-30B-A3B", 4096, 90, True, BF16),
+        ("InternVL3.5-30B-A3B", 64, 90, False, BF16),
+        ("InternVL3.5-30B-A3B", 1, 80, False, BF16),
+        ("InternVL3.5-30B-A3B", 1, "gfx942", True, BF16),
+        ("InternVL3.5-30B-A3B", 4096, 80, True, FP32),
+        ("InternVL3.5-30B-A3B", 1024, 86, True, FP32),
+        ("InternVL3.5-241B-A28B", 1024, 100, False, BF16),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 4096, 100, True, BF16),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 1024, 100, True, BF16),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 1024, 120, False, BF16),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 64, "gfx942", False, BF16),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 4096, 90, False, FP32),
     ],
 )
-def test_compiles_for(model, tokens, target, backward, monkeypatch):
-    log = launch_on_meta(MODELS[model], tokens, target, monkeypatch, backward=backward)
+def test_compiles_for(model, tokens, target, backward, dtype, monkeypatch):
+    log = launch_on_meta(MODELS[model], tokens, target, monkeypatch, dtype, backward)
     assert len(log) == (7 if backward else 3)
     for kernel in log:
-        # Triton 3.6 spills 408 bytes here at the largest tiles of compute capability 10.0.
-        if kernel.kernel != "moe_down_backward_kernel" or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-            assert kernel.spills == 0, kernel.kernel
+        assert kernel.spills == 0, kernel.kernel
         assert kernel.shared <= SHARED_LIMIT[target], kernel.kernel
         if "combine" in kernel.kernel:
             continue
@@ -252,7 +259,7 @@ def test_compiles_for(model, tokens, target, backward, monkeypatch):
                 assert kernel.count(r"cp\.async\.ca\.shared\.global") == 0, kernel.kernel
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SHARED_LIMIT)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_configurations_fit(target, itemsize):
     """The pipelines of every catalogue shape, at any number of tokens, fit into shared memory."""
@@ -265,8 +272,12 @@ def test_configurations_fit(target, itemsize):
             for columns, inner, pairs in (
                 (shape.intermediate, shape.hidden, True),
                 (shape.hidden, shape.intermediate, False),
+                (shape.hidden, 2 * shape.intermediate, False),
             ):
                 config = kernels.gemm_config(rows, busy, columns, inner, itemsize, number, pairs=pairs)
                 width = config["BN"] * (2 if pairs else 1)
                 assert config["num_stages"] * (rows + width) * config["BK"] * itemsize <= SHARED_LIMIT[target]
                 assert 1 <= config["num_stages"] <= 4 and config["BK"] >= 16
+            config = kernels.weight_grad_config(slots, shape.experts, itemsize, number)
+            used = config["num_stages"] * (config["BP"] + config["BG"]) * config["BR"] * itemsize
+            assert used <= SHARED_LIMIT[target]

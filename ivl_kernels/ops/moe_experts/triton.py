@@ -492,9 +492,8 @@ SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
 SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
 
 
-def _pipeline(rows: int, columns: int, steps: int, itemsize: int, target: int) -> tuple[int, int]:
-    """Depth of a step along K and number of stages: as deep as shared memory and the length of K give reason to."""
-    depth = 128 // itemsize if target in SHARED else 64 // itemsize  # small ones: registers spill before stages fit
+def _pipeline(rows: int, columns: int, steps: int, depth: int, itemsize: int, target: int) -> tuple[int, int]:
+    """Depth of a step along K, at most `depth`, and number of stages: as many as shared memory and K's length allow."""
     limit = SHARED.get(target, SHARED_SMALL)
     while depth > 16 and 2 * (rows + columns) * depth * itemsize > limit:
         depth //= 2
@@ -503,8 +502,9 @@ def _pipeline(rows: int, columns: int, steps: int, itemsize: int, target: int) -
 
 
 def gemm_config(
-    rows: int, tiles: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False
-) -> dict:
+    rows: int, tiles: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False,
+    epilogue: bool = False,
+) -> dict:  # fmt: skip
     """Tile sizes of a grouped GEMM.
 
     Args:
@@ -514,6 +514,7 @@ def gemm_config(
         inner: length of the sums.
         itemsize: bytes of an element.
         target: `capability`.
+        epilogue: pairs are in the epilogue only; the product has one column for both.
     """
     wide = 2 if pairs else 1
     width = 256 if target and itemsize < 4 else 128
@@ -522,9 +523,18 @@ def gemm_config(
     # Decode: a column tile for every multiprocessor rather than reuse of the rows.
     while rows == 16 and width > 32 and tiles * -(-columns * wide // width) < 256:
         width //= 2
-    warps = 8 if rows * width > 64 * 256 else 4
-    depth, stages = _pipeline(rows, width, inner, itemsize, target)
-    return dict(BM=rows, BN=width // wide, BK=depth, GROUP=8, num_warps=warps, num_stages=stages)
+    if itemsize < 4:
+        large = rows * width > (64 * 128 if target == 100 else 64 * 256)  # there accumulators are not in registers
+        # Small ones: registers spill before stages fit.
+        depth = 64 // itemsize if target not in SHARED else 128 // itemsize
+    else:
+        # Three tf32 products, and below Hopper their operands, in two parts each, are in registers.
+        if target not in (0, 90, 100) and not epilogue:
+            width = min(width, 64 * 128 // rows)
+        large = rows * width >= 64 * 128 and target != 0
+        depth = 128 // itemsize
+    depth, stages = _pipeline(rows, width, inner, depth, itemsize, target)
+    return dict(BM=rows, BN=width // wide, BK=depth, GROUP=8, num_warps=8 if large else 4, num_stages=stages)
 
 
 def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> dict:
@@ -534,7 +544,7 @@ def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> 
     depth = 16 if mean <= 16 else 32 if mean <= 128 or itemsize == 4 else 64
     limit = SHARED.get(target, SHARED_SMALL)
     stages = 1 if mean <= 128 else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
-    return dict(BR=depth, BP=side, BG=side, num_warps=4 if stages == 1 else 8, num_stages=stages)
+    return dict(BR=depth, BP=side, BG=side, num_warps=4 if stages == 1 and target else 8, num_stages=stages)
 
 
 def flags(itemsize: int, target: int) -> dict:
@@ -653,7 +663,7 @@ def moe_experts_backward(
     gemm = common | dict(E=E, TALL=target >= 90)
     need_up, need_down = needs[2] or needs[4], needs[3] or needs[5]
 
-    config = gemm_config(rows, busy, I, H, size, target, pairs=True)
+    config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True)
     column_tiles = triton.cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None
