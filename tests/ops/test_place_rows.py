@@ -112,6 +112,12 @@ def test_wrong_input(change, error, message):
         place_rows(**{**dict(embeds=embeds, input_ids=ids, rows=rows, token_id=TOKEN), **change})
 
 
+def test_several_blocks_of_ids():
+    embeds, ids, rows = make(2, 2600, 2, share=0.1)
+    with simulated_gpu():
+        assert torch.equal(place_rows(embeds, ids, rows, TOKEN, backend="cuda"), plain(embeds, ids, rows))
+
+
 def test_long_runs_across_threads():
     """Runs much longer than what one thread copies, one after another and with gaps, on both sides of a batch row."""
     ids = torch.full((3, 4096), TOKEN)
