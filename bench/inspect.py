@@ -173,13 +173,20 @@ def _pool(s: Shape) -> Job:
 
     tiles, tokens, width, heads = s.tiles, s.side**2, s.model.vision, 16
     z, u = s.fill(tiles, tokens, width), s.fill(tiles, heads, width, dtype=torch.float32)
-    fused = width <= kernels.CHUNK * kernels.FUSED_CHUNKS[s.size]
     splits = -(-tokens // kernels.pool_config(tokens, width, tiles)["split_rows"])
-    # Fused: z once, a partial sum from each program out and in. Else z twice, scores out, weights in.
-    least = z.numel() * s.size * (1 if fused else 2) + 4 * tiles * heads * (width * 2 + 2)
-    least += 4 * tiles * heads * (2 * splits * (width + 2) if fused else 2 * tokens)
-    # Scores with queries and gradients, then the sum: z twice, two scores out, a slope in.
-    least_backward = 2 * z.numel() * s.size + 4 * tiles * heads * (3 * tokens + 3 * width)
+    parts = -(-width // kernels.scores_config(tokens, width, tiles, s.size, 80)["part_width"])
+    pieces = -(-tokens // kernels.sum_config(tokens, width, tiles, s.size, 80)["split_rows"])
+    # In float32 numbers for each head of a tile. Fused: z once, queries in, a program's partial sum, largest and total
+    # out and in, pooled and lse out.
+    least, passes = width + 2 * splits * (width + 2) + width + 1, 1
+    if not kernels.fused(width, heads, s.size, 80):
+        # z twice, queries in, partial scores out and in, weights out and in, lse and partial sums out.
+        least, passes = width + 2 * (parts + 1) * tokens + 1 + pieces * width, 2
+    # z twice, queries, gradients, lse and a mean in, both partial scores out and in, weights and slopes out, slopes in,
+    # partial sums out.
+    least_backward = 2 * width + 2 + (4 * parts + 3) * tokens + pieces * width
+    least = passes * z.numel() * s.size + 4 * tiles * heads * least
+    least_backward = 2 * z.numel() * s.size + 4 * tiles * heads * least_backward
     flops = 4 * heads * z.numel()
     return Job(lambda: _Pool.apply(z, u, ""), least, z.numel(), flops, leaves=[u, z], least_backward=least_backward)
 

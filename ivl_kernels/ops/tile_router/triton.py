@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._dispatch import capability
+
 HEADS = 16  # least size of a side of tl.dot
 CHUNK = 256  # channels a fused program holds in one register tensor
-FUSED_CHUNKS = {2: 4, 4: 1}  # by element size: what the fused kernel can hold without spilling
-L2_BYTES = 24 * 2**20  # tokens of the tiles that a two-pass pooling works on at a time, so that it reads memory once
 
 
 @triton.jit
@@ -32,9 +32,27 @@ def _load_queries(base, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.cons
 
 
 @triton.jit
-def _score(scores, base, z, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    u = _load_queries(base, heads, first, width, HEADS, CHUNK)
+def _score(scores, u, z, PRECISION: tl.constexpr):
     return tl.dot(u, tl.trans(z.to(tl.float32)), scores, input_precision=PRECISION)
+
+
+@triton.jit
+def _hold_queries(base, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    """For a loop over rows, kept in shared memory: loaded in fours, in a layout that is not that of the rows."""
+    h = tl.arange(0, HEADS)[:, None, None]
+    c = first + 4 * tl.arange(0, CHUNK // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    return tl.reshape(tl.load(base + h * width + c, mask=(h < heads) & (c < width), other=0.0), HEADS, CHUNK)
+
+
+@triton.jit
+def _split_score(
+    scores, u, z, SPLIT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores [SPLIT, HEADS, ROWS]: each warp has its own channels, so that none of the queries is read by two."""
+    u = tl.permute(tl.reshape(u, HEADS, SPLIT, CHUNK // SPLIT), (1, 0, 2))
+    z = tl.permute(tl.reshape(z.to(tl.float32), ROWS, SPLIT, CHUNK // SPLIT), (1, 2, 0))
+    return tl.dot(u, z, scores, input_precision=PRECISION)
 
 
 @triton.jit
@@ -47,7 +65,8 @@ def _store_sums(base, sums, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.
 @triton.jit
 def pool_kernel(
     z, u, sums, largest, denominator, rows, width, tile_stride, row_stride, query_stride, heads, split_rows,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows [split * split_rows, ...) of one tile: every element of z is loaded once and used for scores and sums."""
     split, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -59,16 +78,20 @@ def pool_kernel(
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     sums0 = tl.zeros((HEADS, CHUNK), tl.float32)
+    u0 = _hold_queries(u, heads, 0, width, HEADS, CHUNK)
     if CHUNKS > 1:
         sums1 = tl.zeros((HEADS, CHUNK), tl.float32)
+        u1 = _hold_queries(u, heads, CHUNK, width, HEADS, CHUNK)
     if CHUNKS > 2:
         sums2 = tl.zeros((HEADS, CHUNK), tl.float32)
+        u2 = _hold_queries(u, heads, 2 * CHUNK, width, HEADS, CHUNK)
     if CHUNKS > 3:
         sums3 = tl.zeros((HEADS, CHUNK), tl.float32)
+        u3 = _hold_queries(u, heads, 3 * CHUNK, width, HEADS, CHUNK)
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < last
-        scores = tl.zeros((HEADS, BLOCK_N), tl.float32)
+        parts = tl.zeros((SPLIT, HEADS, BLOCK_N), tl.float32)
         z0 = _load_rows(z, n, inside, row_stride, 0, width, CHUNK)
         if CHUNKS > 1:
             z1 = _load_rows(z, n, inside, row_stride, CHUNK, width, CHUNK)
@@ -76,14 +99,14 @@ def pool_kernel(
             z2 = _load_rows(z, n, inside, row_stride, 2 * CHUNK, width, CHUNK)
         if CHUNKS > 3:
             z3 = _load_rows(z, n, inside, row_stride, 3 * CHUNK, width, CHUNK)
-        scores = _score(scores, u, z0, heads, 0, width, HEADS, CHUNK, PRECISION)
+        parts = _split_score(parts, u0, z0, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
         if CHUNKS > 1:
-            scores = _score(scores, u, z1, heads, CHUNK, width, HEADS, CHUNK, PRECISION)
+            parts = _split_score(parts, u1, z1, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
         if CHUNKS > 2:
-            scores = _score(scores, u, z2, heads, 2 * CHUNK, width, HEADS, CHUNK, PRECISION)
+            parts = _split_score(parts, u2, z2, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
         if CHUNKS > 3:
-            scores = _score(scores, u, z3, heads, 3 * CHUNK, width, HEADS, CHUNK, PRECISION)
-        scores = tl.where(inside[None, :], scores, -float("inf"))
+            parts = _split_score(parts, u3, z3, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
+        scores = tl.where(inside[None, :], tl.sum(parts, 0), -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp(top - new_top)
         weight = tl.exp(scores - new_top[:, None])
@@ -136,42 +159,87 @@ def combine_kernel(
 
 @triton.jit
 def scores_kernel(
-    z, u, scores, rows, width, tile_stride, row_stride, query_stride, heads,
+    z, u, grad, scores, slopes, rows, width, tile_stride, row_stride, query_stride, heads, part_width,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scores [T, heads, rows] = z u, for any width."""
-    block, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """scores, slopes [parts, T, heads, rows] = z u, z grad over `part_width` channels a part; grad may be None."""
+    block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     z += t * tile_stride
     u += t * query_stride
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     total = tl.zeros((HEADS, BLOCK_N), tl.float32)
-    for c0 in range(0, width, CHUNK):
-        x = _load_rows(z, n, inside, row_stride, c0, width, CHUNK)
-        total = _score(total, u, x, heads, c0, width, HEADS, CHUNK, PRECISION)
+    if grad is not None:
+        grad += t * heads * width
+        slope = tl.zeros((HEADS, BLOCK_N), tl.float32)
+    last = tl.minimum((part + 1) * part_width, width)
+    for c0 in range(part * part_width, last, CHUNK):
+        x = _load_rows(z, n, inside, row_stride, c0, last, CHUNK)
+        total = _score(total, _load_queries(u, heads, c0, width, HEADS, CHUNK), x, PRECISION)
+        if grad is not None:
+            slope = _score(slope, _load_queries(grad, heads, c0, width, HEADS, CHUNK), x, PRECISION)
     h = tl.arange(0, HEADS)
-    out = scores + t * heads * rows + h[:, None] * rows + n[None, :]
-    tl.store(out, total, mask=(h[:, None] < heads) & inside[None, :])
+    out = (part * tl.num_programs(2) + t) * heads * rows + h[:, None] * rows + n[None, :]
+    mask = (h[:, None] < heads) & inside[None, :]
+    tl.store(scores + out, total, mask=mask)
+    if grad is not None:
+        tl.store(slopes + out, slope, mask=mask)
+
+
+@triton.jit
+def _sum_parts(base, n, rows, parts, part_stride, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, parts):
+        total += tl.load(base + n, mask=n < rows, other=0.0)
+        base += part_stride
+    return total
+
+
+@triton.jit
+def weights_kernel(scores, slopes, lse, delta, rows, parts, part_stride, BLOCK: tl.constexpr):
+    """One head of one tile. Part 0 of the scores becomes softmax weights, of the slopes the gradients of the scores.
+
+    slopes None: lse is computed and written, else both lse and delta are given.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    inside = n < rows
+    scores += pair * rows
+    score = tl.where(inside, _sum_parts(scores, n, rows, parts, part_stride, BLOCK), -float("inf"))
+    if slopes is None:
+        top = tl.max(score, 0)
+        weight = tl.exp(score - top)
+        total = tl.sum(weight, 0)
+        tl.store(lse + pair, top + tl.log(total))
+        tl.store(scores + n, weight / total, mask=inside)
+    else:
+        slopes += pair * rows
+        weight = tl.exp(score - tl.load(lse + pair))
+        slope = weight * (_sum_parts(slopes, n, rows, parts, part_stride, BLOCK) - tl.load(delta + pair))
+        tl.store(scores + n, weight, mask=inside)
+        tl.store(slopes + n, slope, mask=inside)
 
 
 @triton.jit
 def weighted_sum_kernel(
-    z, weight, out, rows, width, tile_stride, row_stride, heads,
+    z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [T, heads, width] = weight [T, heads, rows] z, for any width; a program owns CHUNK channels."""
-    block, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """sums [T, splits, heads, width] = weight [T, heads, rows] z over a split's rows; a program owns CHUNK channels."""
+    block, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     z += t * tile_stride
     weight += t * heads * rows
     h = tl.arange(0, HEADS)
-    sums = tl.zeros((HEADS, CHUNK), tl.float32)
-    for n0 in range(0, rows, BLOCK_N):
+    total = tl.zeros((HEADS, CHUNK), tl.float32)
+    last = tl.minimum((split + 1) * split_rows, rows)
+    for n0 in range(split * split_rows, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        inside = n < rows
+        inside = n < last
         w = tl.load(weight + h[:, None] * rows + n[None, :], mask=(h[:, None] < heads) & inside[None, :], other=0.0)
         x = _load_rows(z, n, inside, row_stride, block * CHUNK, width, CHUNK)
-        sums = tl.dot(w, x.to(tl.float32), sums, input_precision=PRECISION)
-    _store_sums(out + t * heads * width, sums, heads, block * CHUNK, width, HEADS, CHUNK)
+        total = tl.dot(w, x.to(tl.float32), total, input_precision=PRECISION)
+    sums += (t * tl.num_programs(1) + split) * heads * width
+    _store_sums(sums, total, heads, block * CHUNK, width, HEADS, CHUNK)
 
 
 @triton.jit
@@ -233,17 +301,54 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def fused(width: int, heads: int, itemsize: int, target: int) -> bool:
+    """Whether a program of `pool_kernel` can hold the sums of whole rows in registers and the queries in shared memory.
+
+    Not with three TF32 products for float32, nor in AMD's 64 KB of shared memory.
+    """
+    return itemsize == 2 and target > 0 and width <= 4 * CHUNK and heads <= HEADS
+
+
 def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
     """Launch of `pool_kernel`: pieces of at least 128 rows, enough of them to fill a GPU with few tiles."""
     splits = max(1, min(16, triton.cdiv(256, tiles), rows // 128))
     chunk = min(CHUNK, max(16, triton.next_power_of_2(width)))
+    warps = 8 if width > CHUNK else 4
     return {
         "split_rows": triton.cdiv(triton.cdiv(rows, splits), 16) * 16,
         "BLOCK_N": 16,
         "CHUNK": chunk,
         "CHUNKS": triton.cdiv(width, chunk),
-        "num_warps": 8 if width > CHUNK else 4,
+        "SPLIT": min(warps, chunk // 16),
+        "num_warps": warps,
         "num_stages": 1,
+    }
+
+
+def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
+    """Launch of `scores_kernel`: many rows a program, as each reads the queries; channels in parts to fill a GPU."""
+    block = min(256 if target else 128, max(16, triton.next_power_of_2(rows)))
+    chunk = min(128 // itemsize, max(16, triton.next_power_of_2(width)))
+    parts = max(1, min(128 // (triton.cdiv(rows, block) * tiles), width // 512))
+    return {
+        "part_width": triton.cdiv(triton.cdiv(width, parts), chunk) * chunk,
+        "BLOCK_N": block,
+        "CHUNK": chunk,
+        "num_warps": 8 if block > 128 else 4,
+        "num_stages": 3 if target else 2,
+    }
+
+
+def sum_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
+    """Launch of `weighted_sum_kernel`: wide programs, as each reads the weights; rows in pieces to fill a GPU."""
+    chunk = min(512 // itemsize, max(16, triton.next_power_of_2(width)))
+    splits = max(1, min(128 // (triton.cdiv(width, chunk) * tiles), rows // 128))
+    return {
+        "split_rows": triton.cdiv(triton.cdiv(rows, splits), 32) * 32,
+        "BLOCK_N": 32,
+        "CHUNK": chunk,
+        "num_warps": 8 if target and chunk > 128 else 4,
+        "num_stages": 3 if target else 2,
     }
 
 
@@ -255,42 +360,49 @@ def _head_block(heads: int) -> int:
     return max(HEADS, triton.next_power_of_2(heads))
 
 
-def _scores(z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def _weights(
+    z: torch.Tensor, u: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor | None, delta: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax weights [T, heads, rows], writing lse; with `grad` weights and gradients of the scores, given lse."""
     (tiles, rows, width), heads = z.shape, u.shape[1]
-    scores = u.new_empty(tiles, heads, rows)
-    scores_kernel[triton.cdiv(rows, 32), tiles](
-        z, u, scores, rows, width, z.stride(0), z.stride(1), u.stride(0), heads, BLOCK_N=32, CHUNK=128,
-        HEADS=_head_block(heads), PRECISION=precision(z.dtype), num_warps=4, num_stages=2, enable_fp_fusion=True,
+    config = scores_config(rows, width, tiles, z.element_size(), capability(z))
+    parts = triton.cdiv(width, config["part_width"])
+    scores = u.new_empty(parts, tiles, heads, rows)
+    slopes = None if grad is None else torch.empty_like(scores)
+    scores_kernel[triton.cdiv(rows, config["BLOCK_N"]), parts, tiles](
+        z, u, grad, scores, slopes, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
+        HEADS=_head_block(heads), PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
-    return scores
+    weights_kernel[(tiles * heads,)](
+        scores, slopes, lse, delta, rows, parts, tiles * heads * rows, BLOCK=triton.next_power_of_2(rows),
+        num_warps=4 if rows <= 4096 else 16, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return scores[0], scores[0] if slopes is None else slopes[0]
 
 
 def _weighted_sum(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (tiles, rows, width), heads = z.shape, weight.shape[1]
-    out = weight.new_empty(tiles, heads, width)
-    weighted_sum_kernel[triton.cdiv(width, 64), tiles](
-        z, weight, out, rows, width, z.stride(0), z.stride(1), heads, BLOCK_N=64, CHUNK=64,
-        HEADS=_head_block(heads), PRECISION=precision(z.dtype), num_warps=4, num_stages=2, enable_fp_fusion=True,
+    config = sum_config(rows, width, tiles, z.element_size(), capability(z))
+    splits = triton.cdiv(rows, config["split_rows"])
+    sums = weight.new_empty(tiles, splits, heads, width)
+    weighted_sum_kernel[triton.cdiv(width, config["CHUNK"]), splits, tiles](
+        z, weight, sums, rows, width, z.stride(0), z.stride(1), heads, HEADS=_head_block(heads),
+        PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
-    return out
+    return sums[:, 0] if splits == 1 else sums.sum(1)
 
 
 def tile_pool(z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     z = z if z.stride(2) == 1 else z.contiguous()
     u = _queries(u)
     (tiles, rows, width), heads = z.shape, u.shape[1]
-    pooled, lse = u.new_empty(u.shape), u.new_empty(u.shape[:2])
+    lse = u.new_empty(u.shape[:2])
     if tiles == 0:
-        return pooled, lse
-    if width > CHUNK * FUSED_CHUNKS[z.element_size()] or heads > HEADS:
-        group = max(1, L2_BYTES // (rows * width * z.element_size()))
-        for t in range(0, tiles, group):
-            part = z[t : t + group]
-            scores = _scores(part, u[t : t + group])
-            lse[t : t + group] = scores.logsumexp(-1)
-            weight = (scores - lse[t : t + group].unsqueeze(-1)).exp()
-            pooled[t : t + group] = _weighted_sum(part, weight)
-        return pooled, lse
+        return u.new_empty(u.shape), lse
+    if not fused(width, heads, z.element_size(), capability(z)):
+        weight, _ = _weights(z, u, lse, None, None)
+        return _weighted_sum(z, weight), lse
+    pooled = u.new_empty(u.shape)
     config = pool_config(rows, width, tiles)
     splits = triton.cdiv(rows, config["split_rows"])
     sums = u.new_empty(tiles, splits, heads, width)
@@ -310,11 +422,10 @@ def tile_pool_backward(
     z: torch.Tensor, u: torch.Tensor, pooled: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor, need_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     z = z if z.stride(2) == 1 else z.contiguous()
-    u, grad = _queries(u), grad.contiguous()
+    u, grad, lse = _queries(u), grad.contiguous(), lse.contiguous()
     if z.shape[0] == 0:
         return z.new_empty(z.shape if need_z else 0), u.new_empty(u.shape)
-    weight = (_scores(z, u) - lse.unsqueeze(-1)).exp()
-    slope = weight * (_scores(z, grad) - (grad * pooled).sum(-1, keepdim=True))
+    weight, slope = _weights(z, u, lse, grad, (grad * pooled).sum(-1))
     grad_z = torch.baddbmm(weight.mT @ grad, slope.mT, u).to(z.dtype) if need_z else z.new_empty(0)
     return grad_z, _weighted_sum(z, slope)
 
