@@ -140,3 +140,15 @@ def test_large_storages_are_mapped_where_they_are_seen():
     y = '__global__ void k(const int* x, float* y, long long step) { y[threadIdx.x] = x[threadIdx.x * step + 3]; }'
     r = run_cuda(y, 'k', 1, 3, [view, Out(other), step])
     assert other[:3].tolist() == [1, 1, 1] and r.unique_load_bytes == 12 and r.unique_store_bytes == 12
+
+
+@nvcc
+@pytest.mark.parametrize('drop', [None, 'zeroed', 'added'])
+def test_barriers_around_atomics(drop):
+    """Atomics of several warps do not race with each other, but with plain accesses."""
+    s = '''__global__ void k(int* y) { __shared__ int sum; if (threadIdx.x == 0) sum = 0;
+      __syncthreads(); /*zeroed*/ atomicAdd(&sum, 1); atomicAdd(&sum, 1);
+      __syncthreads(); /*added*/ y[threadIdx.x] = sum; }'''
+    y = torch.empty(96, dtype=torch.int32)
+    r = run_cuda(s.replace(f'__syncthreads(); /*{drop}*/', ''), 'k', 2, 96, [y])
+    assert (r.shared_races > 0) == (drop is not None) and (drop or (y == 192).all())
