@@ -45,10 +45,13 @@ def test_equals_masked_scatter(backend, batch, length, width, dtype, share, seed
 @BACKENDS
 def test_strided(backend):
     embeds, ids, rows = make(3, 10, 8)
+    expected = plain(embeds, ids, rows)
+    ids, rows = ids.t().contiguous().t(), torch.zeros(len(rows), 16)[:, ::2].copy_(rows)
     wide = torch.zeros(3, 20, 16)
     for view in (wide[:, ::2, :8], wide[:, 5:15, ::2], wide[:, :10, 8:]):
         view.copy_(embeds)
-        assert torch.equal(place_rows(view, ids, rows, TOKEN, inplace=True, backend=backend), plain(embeds, ids, rows))
+        assert torch.equal(place_rows(view, ids, rows, TOKEN, inplace=True, backend=backend), expected)
+        assert torch.equal(torch.ops.ivl.take_rows(view, ids, len(rows), TOKEN, backend), rows)
 
 
 @BACKENDS
