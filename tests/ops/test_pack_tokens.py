@@ -1,5 +1,7 @@
 """Packing against a slow Python rendition, and against the released batch-1 compaction."""
 
+import importlib
+
 import pytest
 import torch
 from gpu import backends, simulated_gpu
@@ -146,6 +148,13 @@ def test_released_sizes(backend):
 
 
 @BACKENDS
+def test_tiles_of_six_tokens(backend):
+    ids, mask = example((2, 0, 3), full=6)
+    compress = torch.tensor([True, False, False, True, True])
+    check(backend, (ids, mask, compress, ids + 1, torch.rand(ids.shape), 6, 2), "left", False)
+
+
+@BACKENDS
 def test_more_tiles_than_columns(backend):
     """Tiles of one token: a batch row's threads place more tiles than it has columns."""
     ids, compress = torch.full((3, 120), TOKEN), torch.zeros(360, dtype=torch.bool)
@@ -233,6 +242,17 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
             assert all(0 <= row < packed.ids.numel() for row in packed.tile_rows.tolist())
             with pytest.raises(ValueError, match=message):
                 packed.check()
+
+
+@pytest.mark.parametrize("capacity", [False, True])
+def test_what_the_host_read_on_a_gpu_is_kept(capacity, monkeypatch):
+    launches, packed = (importlib.import_module(f"ivl_kernels.ops.token_packing.{name}") for name in ("cuda", "packed"))
+    monkeypatch.setattr(launches, "report_of", lambda rows, status: packed.report_of(rows, status.to("meta")))
+    ids, _ = example((1, 2), full=8)
+    options = dict(tokens_per_tile=8, compressed_tokens=2, capacity=capacity, backend="cuda")
+    with simulated_gpu():
+        got = pack_tokens(ids, torch.ones(3, dtype=torch.bool), TOKEN, **options)
+    assert got._report.tolist() == ([[-1] * 5] * 2 if capacity else got._inputs[0].tolist())
 
 
 @pytest.mark.parametrize(
