@@ -55,6 +55,16 @@ def test_strided(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("width", [0, 2100])
+def test_empty_and_wide_rows(backend, width):
+    embeds, ids, rows = make(1, 5, width, torch.bfloat16)
+    there = embeds.clone()
+    torch.ops.ivl.place_rows_(there, ids, rows, TOKEN, backend)
+    assert torch.equal(there, plain(embeds, ids, rows))
+    assert torch.equal(torch.ops.ivl.take_rows(there, ids, len(rows), TOKEN, backend), rows)
+
+
+@BACKENDS
 def test_odd_addresses(backend):
     """Rows of 16 bytes, of which one side or the other begins 2 bytes past such an address."""
     embeds, ids, rows = make(2, 9, 8, torch.bfloat16)
