@@ -64,23 +64,27 @@ class _StandIn:
 
     kind: str
     preferred: bool
+    capability: int = 80
 
 
 _stand_in: _StandIn | None = None
 
 
 @contextlib.contextmanager
-def stand_in(kind: str, cuda_launcher: Callable[..., None] | None = None, *, preferred: bool = False) -> Iterator[None]:
+def stand_in(
+    kind: str, cuda_launcher: Callable[..., None] | None = None, *, preferred: bool = False, capability: int = 80
+) -> Iterator[None]:
     """Let GPU backends serve CPU tensors while something executes their kernels without a GPU.
 
     Args:
         kind: "interpreter" (Triton's) or "simulator" (compiled PTX).
         cuda_launcher: replaces `_cuda.launch`; None leaves CUDA C++ unavailable.
         preferred: choose backends for CPU tensors as on a GPU, instead of only when one is forced.
+        capability: what `capability` answers for CPU tensors.
     """
     global _stand_in
     before = _stand_in, _cuda.launcher
-    _stand_in, _cuda.launcher = _StandIn(kind, preferred), cuda_launcher
+    _stand_in, _cuda.launcher = _StandIn(kind, preferred, capability), cuda_launcher
     try:
         yield
     finally:
@@ -119,11 +123,11 @@ def device_kind(device_type: str) -> str:
 
 
 def capability(tensor: torch.Tensor) -> int:
-    """80 for compute capability 8.0 (also when something stands in for the GPU); 0 for AMD."""
+    """80 for compute capability 8.0, 0 for AMD; of what stands in for the GPU where something does."""
     if device_kind(tensor.device.type) == "hip":
         return 0
     if tensor.device.type != "cuda":
-        return 80
+        return 80 if _stand_in is None else _stand_in.capability
     import torch
 
     major, minor = torch.cuda.get_device_capability(tensor.device)

@@ -5,6 +5,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test processes share the cores: a thread that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import gpu
 import hypothesis
 import pytest
 import torch
@@ -14,6 +15,14 @@ hypothesis.settings.register_profile(
     "ivl", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("ivl")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--target", type=int, default=80, help="compute capability of the simulated GPU")
+
+
+def pytest_configure(config):
+    gpu.TARGET = config.getoption("--target")
 
 
 @pytest.fixture(autouse=True)

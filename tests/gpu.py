@@ -13,6 +13,7 @@ from ptxsim.frontend import compile_cuda
 from ivl_kernels import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
+TARGET = 80
 CUDA_SOURCES = sorted(f.stem for f in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
@@ -24,11 +25,13 @@ def cuda_ptx(source: str, arch: str = "sm_80") -> str:
 
 
 @contextlib.contextmanager
-def simulated_gpu(*, preferred: bool = False, target: int = 80, **sim):
+def simulated_gpu(*, preferred: bool = False, target: int | None = None, **sim):
     """Yields the list of simulator reports, one a launch. A shared-memory race raises.
 
+    target: compute capability; 80, 86, 89 and 120 (mma.sync) and 90 (wgmma) are simulated. None: pytest's --target.
     preferred: backends for CPU tensors are chosen as on a GPU, not only when one is forced.
     """
+    target = target or TARGET
     options = {"check_races": "error", **sim}
     with ptxsim.patched_triton(target=target, sim=options) as log:
 
@@ -37,7 +40,7 @@ def simulated_gpu(*, preferred: bool = False, target: int = 80, **sim):
             report = ptxsim.run(text, kernel, tuple(grid), block, list(args), shared_bytes, **options)
             log.append(report)
 
-        with _dispatch.stand_in("simulator", launch, preferred=preferred):
+        with _dispatch.stand_in("simulator", launch, preferred=preferred, capability=target):
             yield log
 
 
