@@ -226,6 +226,16 @@ def test_old_gpus_are_left_to_the_reference(monkeypatch, capability, served):
             probe.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "built, available, why", [([], True, "not built"), (["token_packing"], False, "no CUDA device")]
+)
+def test_why_kernels_cannot_be_launched(monkeypatch, built, available, why):
+    monkeypatch.setattr(_cuda, "built", lambda: built)
+    monkeypatch.setattr(_cuda, "too_old", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert why in _cuda._problem.__wrapped__()
+
+
 @pytest.mark.parametrize("columns", [128_000, 128_001])
 def test_longest_row_to_pack_fits_shared_memory(columns):
     launched = []
