@@ -1,5 +1,9 @@
 """The rotary kernel against transformers' functions, float64 truth, and the counters of the GPU simulator."""
 
+import importlib
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from gpu import backends, simulated_gpu
@@ -93,16 +97,18 @@ def test_gpt_oss_half_width_cos_sin(backend, dtype):
 
 
 @backends("native", "triton", "reference")
-@settings(max_examples=12)
+@settings(max_examples=16)
 @given(
-    batch=st.integers(0, 2), tokens=st.integers(0, 9), kv_heads=st.integers(1, 3), groups=st.integers(1, 3),
-    width=st.sampled_from([2, 6, 64, 80, 128, 200]), partial=st.booleans(), dtype=st.sampled_from(DTYPES),
+    few=st.booleans(), batch=st.integers(0, 2), tokens=st.integers(0, 9), kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3), width=st.sampled_from([2, 6, 64, 80, 128, 200]), partial=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
     norm=st.booleans(), rounding=st.sampled_from(["transformers", "float32"]), heads_dim=st.sampled_from([1, 2]),
     table=st.booleans(), shared=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_accurate(
-    backend, batch, tokens, kv_heads, groups, width, partial, dtype, norm, rounding, heads_dim, table, shared, seed
+    backend, few, batch, tokens, kv_heads, groups, width, partial, dtype, norm, rounding, heads_dim, table, shared, seed
 ):
+    """few: with the GPU kernel's tiles for few tokens, or with those for many."""
     torch.manual_seed(seed)
     rotary = width // 4 * 2 if partial and width >= 4 else width
     q, k, positions, inv_freq = make(batch, tokens, kv_heads * groups, kv_heads, width, dtype, rotary)
@@ -115,7 +121,8 @@ def test_accurate(
     eager = plain(q, k, *stock_cos_sin(positions, inv_freq, dtype), *weights)
     true = truth(q, k, *exact, *weights)
     turn = (lambda x: x.transpose(1, 2)) if heads_dim == 2 else (lambda x: x)
-    with poisoned():
+    kernels = importlib.import_module("ivl_kernels.ops.v2pe_rope.triton") if backend == "triton" else None
+    with poisoned(), mock.patch.object(kernels, "FEW", 64 if few else 0) if kernels else nullcontext():
         got = v2pe_rope(
             turn(q), turn(k), **angles, q_weight=weights[0], k_weight=weights[1], eps=EPS, heads_dim=heads_dim,
             rounding=rounding, backend=backend,

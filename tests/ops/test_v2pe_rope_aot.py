@@ -27,13 +27,16 @@ def test_compiles(target, monkeypatch):
         common = (w, w, 1.0, 1e-6, width, 2, True)
         with aot.compiling(target) as log:
             kernels.rope(q, k, table, table, True, *common, False)
+            kernels.rope(q[:, :3], k[:, :3], positions[:, :3], inv_freq[: width // 2], False, *common, False)
             if (q_heads, kv_heads) == (16, 8):
                 kernels.rope(q, k, positions, inv_freq[: width // 2], False, *common, False)
                 if norm:
                     kernels.norm_backward(q, k, q, k, table, table, True, *common)
         assert log
         for compiled in log:
-            assert compiled.spills == 0 and compiled.registers <= 128, (compiled.kernel, compiled.registers)
+            few = compiled is log[1]  # of which there are few programs
+            assert compiled.spills == 0 and (few or compiled.registers <= 128), (compiled.kernel, compiled.registers)
             assert compiled.shared <= aot.SHARED_LIMIT[target]
         if not isinstance(target, str) and not norm:
-            assert log[0].count(r"ld\.global\S*\.v4") > 0 and log[0].count(r"st\.global\S*\.v4") > 0
+            for compiled in log[:2]:
+                assert compiled.count(r"ld\.global\S*\.v4") > 0 and compiled.count(r"st\.global\S*\.v4") > 0

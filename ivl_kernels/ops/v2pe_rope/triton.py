@@ -52,11 +52,16 @@ def _sin_cos(x):
 
 
 @triton.jit
+def _same(value: tl.constexpr, x):
+    return tl.full(x.shape, value, x.dtype)
+
+
+@triton.jit
 def _times(x, y, PACKED: tl.constexpr):
     """The product rounded to the operands' 16-bit type. PACKED: two at a time (NVIDIA)."""
     if PACKED and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }", "=r,r,r", [x, y], x.dtype, True, 2
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, _same(-0.0, x)], x.dtype, True, 2
         )
     elif PACKED:
         return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], x.dtype, True, 2)
@@ -68,7 +73,7 @@ def _times(x, y, PACKED: tl.constexpr):
 def _plus(x, y, PACKED: tl.constexpr):
     if PACKED and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 o; mov.b32 o, 0x3f803f80; fma.rn.bf16x2 $0, $1, o, $2; }", "=r,r,r", [x, y], x.dtype, True, 2
+            "fma.rn.bf16x2 $0, $1, $3, $2;", "=r,r,r,r", [x, y, _same(1.0, x)], x.dtype, True, 2
         )
     elif PACKED:
         return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], x.dtype, True, 2)
@@ -80,7 +85,7 @@ def _plus(x, y, PACKED: tl.constexpr):
 def _minus(x, y, PACKED: tl.constexpr):
     if PACKED and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 o; mov.b32 o, 0xbf80bf80; fma.rn.bf16x2 $0, $2, o, $1; }", "=r,r,r", [x, y], x.dtype, True, 2
+            "fma.rn.bf16x2 $0, $2, $3, $1;", "=r,r,r,r", [x, y, _same(-1.0, x)], x.dtype, True, 2
         )
     elif PACKED:
         return tl.inline_asm_elementwise("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], x.dtype, True, 2)
@@ -191,29 +196,51 @@ def rope_kernel(
     q, k, q_out, k_out, q_weight, k_weight, first, second, tokens, angle_batch, angle_token, scale, eps,
     q_batch, q_head, q_token, k_batch, k_head, k_token, qo_batch, qo_head, qo_token, ko_batch, ko_head, ko_token,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    REST: tl.constexpr, REST_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, TABLE: tl.constexpr,
-    NORM: tl.constexpr, ROUND: tl.constexpr, INVERSE: tl.constexpr, PACKED: tl.constexpr,
+    REST: tl.constexpr, REST_BLOCK: tl.constexpr, TOKENS: tl.constexpr, TABLE: tl.constexpr,
+    NORM: tl.constexpr, ROUND: tl.constexpr, INVERSE: tl.constexpr, PACKED: tl.constexpr, Q_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (token block, batch row, split): its share of the heads of q and of k."""
+    """Program (token block, batch row).
+
+    Q_BLOCK > 0, for few tokens: program (token, batch row), that many heads at a time, so that its threads share the
+    work of the angles.
+    """
     b = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, BLOCK)
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = n < tokens
-    i = tl.arange(0, BLOCK)
     cos, sin = _angles(
         first, second, angle_batch, angle_token, scale, b, n, i, inside, i < HALF, TABLE, ROUND, INVERSE,
         q.dtype.element_ty,
     )  # fmt: skip
-    split = tl.program_id(2)
-    _heads(
-        q, q_out, q_weight, cos, sin, split * Q_HEADS // SPLITS, (split + 1) * Q_HEADS // SPLITS,
-        q_batch, q_head, q_token, qo_batch, qo_head, qo_token, b, n, inside, eps,
-        DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
-    )  # fmt: skip
-    _heads(
-        k, k_out, k_weight, cos, sin, split * K_HEADS // SPLITS, (split + 1) * K_HEADS // SPLITS,
-        k_batch, k_head, k_token, ko_batch, ko_head, ko_token, b, n, inside, eps,
-        DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
-    )  # fmt: skip
+    if Q_BLOCK > 0:
+        # Heads take the place of tokens: rows of the tile are heads, and the loop has one turn.
+        t = tl.program_id(0)
+        h = tl.arange(0, Q_BLOCK)
+        for done in tl.static_range(0, Q_HEADS, Q_BLOCK):
+            skip = tl.full((), done, tl.int64)
+            _heads(
+                q + skip * q_head, q_out + skip * qo_head, q_weight, cos, sin, t, t + 1,
+                q_batch, q_token, q_head, qo_batch, qo_token, qo_head, b, h,
+                h < Q_HEADS - done, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
+            )  # fmt: skip
+        h = tl.arange(0, K_BLOCK)
+        for done in tl.static_range(0, K_HEADS, K_BLOCK):
+            skip = tl.full((), done, tl.int64)
+            _heads(
+                k + skip * k_head, k_out + skip * ko_head, k_weight, cos, sin, t, t + 1,
+                k_batch, k_token, k_head, ko_batch, ko_token, ko_head, b, h,
+                h < K_HEADS - done, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
+            )  # fmt: skip
+    else:
+        _heads(
+            q, q_out, q_weight, cos, sin, 0, Q_HEADS, q_batch, q_head, q_token, qo_batch, qo_head, qo_token, b, n,
+            inside, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
+        )  # fmt: skip
+        _heads(
+            k, k_out, k_weight, cos, sin, 0, K_HEADS, k_batch, k_head, k_token, ko_batch, ko_head, ko_token, b, n,
+            inside, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -304,13 +331,23 @@ def norm_backward_kernel(
     )  # fmt: skip
 
 
-def config(batch: int, tokens: int, half: int, kv_heads: int) -> dict[str, int]:
-    """Tokens a program, warps and head splits. A warp's lanes cover a row's half with 16 bytes each, and whole rows."""
-    block = triton.next_power_of_2(half)
-    rows_a_warp = max(1, 256 // block)
+def config(batch: int, tokens: int, half: int) -> dict[str, int]:
+    """Tokens a program and warps. A warp's lanes cover a row's half with 16 bytes each, and whole rows."""
     warps = 1 if batch * tokens <= 4096 else 4
-    splits = 1 if batch * tokens > 64 else min(kv_heads, 8)
-    return dict(TOKENS=rows_a_warp * warps, SPLITS=splits, num_warps=warps, num_stages=1)
+    return dict(TOKENS=max(1, 256 // triton.next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
+
+
+FEW = 64  # tokens
+
+
+def few_config(half: int, q_heads: int, kv_heads: int, rest: int) -> dict[str, int]:
+    """A program a token, an angle a thread: as many heads at a time as leave registers, so that loads overlap."""
+    block = triton.next_power_of_2(half)
+    # One warp where a few columns are left: in place, two would read them while the other writes.
+    warps = 1 if rest else max(1, min(4, block // 32))
+    least = max(1, 256 * warps // block)  # 16 bytes a lane
+    q_block, k_block = (max(least, min(2048 // block, triton.next_power_of_2(h))) for h in (q_heads, kv_heads))
+    return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, num_warps=warps, num_stages=1)
 
 
 def constants(q: torch.Tensor, k: torch.Tensor, rotary_dim: int, heads_dim: int) -> dict[str, int]:
@@ -341,8 +378,11 @@ def _launch(
     batch, tokens = q.shape[0], q.shape[3 - heads_dim]
     if q.numel() + k.numel() == 0:
         return
-    options = config(batch, tokens, rotary_dim // 2, k.shape[heads_dim])
-    grid = (triton.cdiv(tokens, options["TOKENS"]), batch, options["SPLITS"])
+    if batch * tokens <= FEW:
+        options = few_config(rotary_dim // 2, q.shape[heads_dim], k.shape[heads_dim], q.shape[3] - rotary_dim)
+    else:
+        options = config(batch, tokens, rotary_dim // 2) | dict(Q_BLOCK=0, K_BLOCK=0)
+    grid = (triton.cdiv(tokens, options["TOKENS"]), batch)
     rope_kernel[grid](
         q, k, q_out, k_out, q_weight, k_weight, first, second, tokens,
         0 if first.shape[0] == 1 else first.stride(0), first.stride(1), None if scale == 1 else scale, eps,
@@ -379,8 +419,7 @@ def norm_backward(
     grad_q, grad_k, q, k = _rows(grad_q), _rows(grad_k), _rows(q), _rows(k)
     out = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, width = q.shape[0], q.shape[3 - heads_dim], q.shape[3]
-    options = config(batch, tokens, rotary_dim // 2, 1)
-    del options["SPLITS"]
+    options = config(batch, tokens, rotary_dim // 2)
     blocks = triton.cdiv(tokens, options["TOKENS"])
     partial = q.new_empty(batch * blocks, 2, width, dtype=torch.float32)
     if q.numel() + k.numel():
