@@ -64,57 +64,61 @@ def _row_features(k, stride_token, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _row_statistics(base, stride_token, eps, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr,
-                    BLOCK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """Mean and 1 / sqrt(variance + eps) of one row, in one pass: Welford's update in each lane, then merged."""
+def _row_statistics(base, stride_token, eps, R: tl.constexpr, C: tl.constexpr, MERGE: tl.constexpr,
+                    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """Mean and 1 / sqrt(variance + eps) of R rows, in one pass: Welford's update in each lane, then merged."""
     K: tl.constexpr = C * MERGE * MERGE
-    mean = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([R, BLOCK], tl.float32)
+    squares = tl.zeros([R, BLOCK], tl.float32)
+    count = tl.zeros([1, BLOCK], tl.float32)
     for k in range(0, K, BLOCK):
         feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
-        inside = feature < K
-        value = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+        inside = (feature < K)[None, :]
+        value = tl.load(base + offset[None, :], mask=inside, other=0.0).to(tl.float32)
         count += inside.to(tl.float32)
         delta = tl.where(inside, value - mean, 0.0)
         mean += delta / tl.maximum(count, 1.0)
         squares += delta * tl.where(inside, value - mean, 0.0)
-    total = tl.sum(mean * count) / K
-    spread = mean - total
-    variance = (tl.sum(squares) + tl.sum(spread * spread * count)) / K
+    total = tl.sum(mean * count, 1) / K
+    spread = mean - total[:, None]
+    variance = (tl.sum(squares, 1) + tl.sum(spread * spread * count, 1)) / K
     return total, 1.0 / tl.sqrt(variance + eps)
 
 
 @triton.jit
-def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, stride_tile, stride_token, eps, C: tl.constexpr,
-                        MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
-                        TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
-                        RUN: tl.constexpr):  # fmt: skip
+def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, M, stride_tile, stride_token, eps,
+                        C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                        SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, R: tl.constexpr,
+                        BLOCK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
     """stats [M, 2] = mean and scale of each shuffled row; rows [M, K] = the normalised rows. Either may be None."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    live = row < M
     K: tl.constexpr = C * MERGE * MERGE
-    base = x + _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
+    first = _first_patch(tl.minimum(row, M - 1), tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP,
+                         TRANSPOSED, CHOSEN)  # fmt: skip
+    base = x + first[:, None]
     if BLOCK >= K:
         feature, offset = _row_features(0, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
-        inside = feature < K
-        whole = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(whole) / K
-        spread = tl.where(inside, whole - mean, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(spread * spread) / K + eps)
+        inside = (feature < K)[None, :]
+        whole = tl.load(base + offset[None, :], mask=live[:, None] & inside, other=0.0).to(tl.float32)
+        mean = tl.sum(whole, 1) / K
+        spread = tl.where(inside, whole - mean[:, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(spread * spread, 1) / K + eps)
     else:
-        mean, scale = _row_statistics(base, stride_token, eps, C, MERGE, WIDTH, BLOCK, RUN)
+        mean, scale = _row_statistics(base, stride_token, eps, R, C, MERGE, WIDTH, BLOCK, RUN)
     if stats is not None:
-        tl.store(stats + row.to(tl.int64) * 2, mean)
-        tl.store(stats + row.to(tl.int64) * 2 + 1, scale)
+        tl.store(stats + row.to(tl.int64) * 2, mean, mask=live)
+        tl.store(stats + row.to(tl.int64) * 2 + 1, scale, mask=live)
     if rows is not None:
+        target = rows + row.to(tl.int64)[:, None] * K
         for k in range(0, K, BLOCK):
             feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
-            inside = feature < K
-            value = whole if BLOCK >= K else tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
-            weight = tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
-            bias = tl.load(norm_bias + feature, mask=inside, other=0.0).to(tl.float32)
-            value = (value - mean) * scale * weight + bias
-            tl.store(rows + row.to(tl.int64) * K + feature, value.to(rows.dtype.element_ty), mask=inside)
+            mask = live[:, None] & (feature < K)[None, :]
+            value = whole if BLOCK >= K else tl.load(base + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+            weight = tl.load(norm_weight + feature, mask=feature < K, other=0.0)[None, :].to(tl.float32)
+            bias = tl.load(norm_bias + feature, mask=feature < K, other=0.0)[None, :].to(tl.float32)
+            value = (value - mean[:, None]) * scale[:, None] * weight + bias
+            tl.store(target + feature[None, :], value.to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -194,7 +198,7 @@ def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts,
 
 
 @triton.jit
-def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.constexpr, SLAB: tl.constexpr,
+def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre: tl.constexpr, N: tl.constexpr, SLAB: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """activated = gelu(pre), grad *= gelu'(pre) in place, sums [slabs, N] = its column sums. Any may be None."""
     slab = tl.program_id(0)
@@ -217,58 +221,63 @@ def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre, N: tl.conste
 
 
 @triton.jit
-def _centred_and_gradient(k, base, grad_row, norm_weight, mean, scale, stride_token, C: tl.constexpr,
+def _centred_and_gradient(k, base, grad_rows, live, norm_weight, mean, scale, stride_token, C: tl.constexpr,
                           MERGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                           RUN: tl.constexpr):  # fmt: skip
-    """Of the features from k on: the normalised value, and the gradient times the norm's weight (0 past the end)."""
+    """Of the features from k on: the normalised values, and the gradients times the norm's weight (0 past the end)."""
     feature, offset = _row_features(k, stride_token, C, MERGE, WIDTH, BLOCK, RUN)
     inside = feature < C * MERGE * MERGE
-    centred = (tl.load(base + offset, mask=inside, other=0.0).to(tl.float32) - mean) * scale
-    g = tl.load(grad_row + feature, mask=inside, other=0.0).to(tl.float32)
-    return centred, g * tl.load(norm_weight + feature, mask=inside, other=0.0).to(tl.float32)
+    mask = live[:, None] & inside[None, :]
+    centred = (tl.load(base + offset[None, :], mask=mask, other=0.0).to(tl.float32) - mean) * scale
+    g = tl.load(grad_rows + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    return centred, g * tl.load(norm_weight + feature, mask=inside, other=0.0)[None, :].to(tl.float32)
 
 
 @triton.jit
-def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, stride_tile, stride_token, C: tl.constexpr,
+def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, M, stride_tile, stride_token, C: tl.constexpr,
                                  MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
-                                 TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
+                                 TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
                                  RUN: tl.constexpr):  # fmt: skip
     """dx [K, SKIP + HEIGHT * WIDTH, C], without the skipped tokens, from the gradient [M, K] of the normalised rows."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    live = row < M
+    row = tl.minimum(row, M - 1)
     K: tl.constexpr = C * MERGE * MERGE
-    base = x + _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
     TOKENS: tl.constexpr = SKIP + HEIGHT * WIDTH
-    target = dx + _first_patch(row, tiles, TOKENS * C, C, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, False)
-    mean = tl.load(stats + row.to(tl.int64) * 2)
-    scale = tl.load(stats + row.to(tl.int64) * 2 + 1)
-    grad_row = grad + row.to(tl.int64) * K
+    first = _first_patch(row, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
+    base = x + first[:, None]
+    first = _first_patch(row, tiles, TOKENS * C, C, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, False)
+    target = dx + first[:, None]
+    mean = tl.load(stats + row.to(tl.int64) * 2)[:, None]
+    scale = tl.load(stats + row.to(tl.int64) * 2 + 1)[:, None]
+    grad_rows = grad + row.to(tl.int64)[:, None] * K
     if BLOCK >= K:
         all_centred, all_g = _centred_and_gradient(
-            0, base, grad_row, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
+            0, base, grad_rows, live, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
         )  # fmt: skip
-        mean_g = tl.sum(all_g) / K
-        mean_gx = tl.sum(all_g * all_centred) / K
+        mean_g = tl.sum(all_g, 1)[:, None] / K
+        mean_gx = tl.sum(all_g * all_centred, 1)[:, None] / K
     else:
-        sum_g = tl.zeros([BLOCK], tl.float32)
-        sum_gx = tl.zeros([BLOCK], tl.float32)
+        sum_g = tl.zeros([R, BLOCK], tl.float32)
+        sum_gx = tl.zeros([R, BLOCK], tl.float32)
         for k in range(0, K, BLOCK):
             centred, g = _centred_and_gradient(
-                k, base, grad_row, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
+                k, base, grad_rows, live, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
             )  # fmt: skip
             sum_g += g
             sum_gx += g * centred
-        mean_g = tl.sum(sum_g) / K
-        mean_gx = tl.sum(sum_gx) / K
+        mean_g = tl.sum(sum_g, 1)[:, None] / K
+        mean_gx = tl.sum(sum_gx, 1)[:, None] / K
     for k in range(0, K, BLOCK):
         if BLOCK >= K:
             centred, g = all_centred, all_g
         else:
             centred, g = _centred_and_gradient(
-                k, base, grad_row, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
+                k, base, grad_rows, live, norm_weight, mean, scale, stride_token, C, MERGE, WIDTH, BLOCK, RUN
             )  # fmt: skip
         value = (g - mean_g - centred * mean_gx) * scale
         feature, place = _row_features(k, C, C, MERGE, WIDTH, BLOCK, RUN)
-        tl.store(target + place, value.to(dx.dtype.element_ty), mask=feature < K)
+        tl.store(target + place[None, :], value.to(dx.dtype.element_ty), mask=live[:, None] & (feature < K)[None, :])
 
 
 @triton.jit
@@ -334,14 +343,20 @@ def implicit(columns: int, config: dict, itemsize: int) -> bool:
     return -(-columns // config["BN"]) <= IMPLICIT_TILES[itemsize]
 
 
-def row_config(features: int, channels: int, target: int) -> dict:
-    """One program a row, which it holds when registers allow, else BLOCK features at a time; runs stay in one patch."""
+def row_config(rows: int, features: int, channels: int, itemsize: int, target: int, tensors: int) -> dict:
+    """R rows a program, which share one reading of the norm's parameters; runs of RUN features stay in one patch.
+
+    A program holds `tensors` float32 values for each element of its rows when registers allow, else of BLOCK features.
+    """
     block = triton.next_power_of_2(features)
-    warps = max(1, min(16, block // 512))
-    if block > 16384:
-        block, warps = 1024, 4
+    threads, values = min(512, max(32, block // 8)), 64  # values: a thread's
+    if itemsize == 4:  # more registers a thread where parameters are shared, fewer values where they are not
+        threads, values = (min(256, threads), 128) if block <= 4096 else (threads, 32)
+    if block > 16384 or (target == 120 and itemsize * tensors == 8 and features == 16384):  # the latter would spill
+        block, threads = 1024, 128
+    r = max(1, min(8, values // tensors * threads // block, triton.next_power_of_2(rows)))
     run = min(block, channels & -channels)
-    return dict(BLOCK=block, RUN=run, num_warps=warps if target else max(1, warps // 2), enable_fp_fusion=True)
+    return dict(R=r, BLOCK=block, RUN=run, num_warps=max(1, threads // (32 if target else 64)), enable_fp_fusion=True)
 
 
 def slab_config(rows: int, columns: int) -> tuple[dict, int]:
@@ -367,9 +382,9 @@ def _rows_last(tensor: Tensor) -> Tensor:
 
 
 def _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, rows, count, eps, geometry) -> None:
-    config = row_config(norm_weight.shape[0], x.shape[2], capability(x))
-    shuffle_norm_kernel[(count,)](
-        x, tiles, norm_weight, norm_bias, stats, rows, x.stride(0), x.stride(1), eps, **geometry, **config
+    config = row_config(count, norm_weight.shape[0], x.shape[2], x.element_size(), capability(x), 1)
+    shuffle_norm_kernel[(triton.cdiv(count, config["R"]),)](
+        x, tiles, norm_weight, norm_bias, stats, rows, count, x.stride(0), x.stride(1), eps, **geometry, **config
     )
 
 
@@ -488,9 +503,9 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
     if needs[0]:
         count = x.shape[0] if tiles is None else tiles.shape[0]
         dx = x.new_empty(count, *x.shape[1:])
-        config = row_config(features, x.shape[2], capability(x))
-        shuffle_norm_backward_kernel[(rows,)](
-            x, tiles, norm_weight, stats, da, dx, *strides, **geometry, **config
+        config = row_config(rows, features, x.shape[2], x.element_size(), capability(x), 2)
+        shuffle_norm_backward_kernel[(triton.cdiv(rows, config["R"]),)](
+            x, tiles, norm_weight, stats, da, dx, rows, *strides, **geometry, **config
         )  # fmt: skip
         dx[:, :skip] = 0
         found[0] = dx if tiles is None else x.new_zeros(x.shape).index_add_(0, tiles, dx)
