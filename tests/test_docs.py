@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from bench import readme
-from ivl_kernels import _env, _library
+from ivl_kernels import _env, _library, ops
 
+assert ops.__all__  # registered before `OPS` is replaced
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
