@@ -358,6 +358,17 @@ def test_gradcheck_of_each_op(backend):
 
 
 @ALL
+def test_pool_backward_of_strided_gradients(backend):
+    z, u = pool_inputs(2, 20, 32, 4, torch.float32)
+    pooled, lse = reference.tile_pool(z, u)
+    backward, grad = torch.ops.ivl.tile_pool_backward, torch.randn_like(u)
+    expected = backward(z, u, pooled, lse, grad, True, backend)
+    got = backward(z, u, pooled.mT.contiguous().mT, lse.t().contiguous().t(), grad.mT.contiguous().mT, True, backend)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)
+
+
+@ALL
 def test_opcheck(backend):
     z, u = pool_inputs(2, 20, 32, 4, torch.float32)
     pooled, lse = reference.tile_pool(z, u)

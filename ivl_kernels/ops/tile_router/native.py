@@ -26,7 +26,8 @@ def tile_pool_backward(
     u = u if u[0:1].is_contiguous() else u.contiguous()
     grad_u = u.new_empty(u.shape)
     grad_z = z.new_empty(z.shape if need_z else 0)
-    _native.op("tile_pool_backward")(z, u, pooled, lse, grad.contiguous(), grad_u, grad_z)
+    pooled, lse, grad = pooled.contiguous(), lse.contiguous(), grad.contiguous()
+    _native.op("tile_pool_backward")(z, u, pooled, lse, grad, grad_u, grad_z)
     return grad_z, grad_u
 
 
