@@ -28,7 +28,7 @@ def cuda_ptx(source: str, arch: str = "sm_80") -> str:
 def simulated_gpu(*, preferred: bool = False, target: int | None = None, **sim):
     """Yields the list of simulator reports, one a launch. A shared-memory race raises.
 
-    target: compute capability; 80, 86, 89 and 120 (mma.sync) and 90 (wgmma) are simulated. None: pytest's --target.
+    target: compute capability; 80, 86, 89, 120 (mma.sync), 90 (wgmma) or 100 (tcgen05). None: pytest's --target.
     preferred: backends for CPU tensors are chosen as on a GPU, not only when one is forced.
     """
     target = target or TARGET

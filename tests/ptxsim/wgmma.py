@@ -1,34 +1,11 @@
 """Products of warpgroups (wgmma, sm_90): operands in shared memory, results in flight until their group is waited for."""
+import re
 import numpy as np
 from .parse import PtxError
 from .mem import SimError, LANES, WARPGROUP
+from .warpgroup import IN_FLIGHT, read_operand
 
 u32, i64 = np.uint32, np.int64
-IN_FLIGHT = u32(0x7FC0DEAD)                                  # what a register holds until then: NaN
-
-
-def units(desc, rows, k16, transposed):
-    """Shared addresses [G, X, Y] of the 16-byte units of a matrix by its descriptors [G]: X rows of Y units along K, or
-    transposed X steps of K with Y units along the rows. `k16`: units along K, or steps of K when transposed.
-
-    The canonical layouts of the PTX ISA's chapter on wgmma's shared memory: 8 rows of 128, 64, 32 or 16 bytes follow each
-    other; SBO leads to the next 8, LBO to the next along the other side. The XOR acts on the address itself.
-    """
-    d = desc.astype(np.uint64)
-    field = lambda at, bits: ((d >> np.uint64(at)) & np.uint64((1 << bits) - 1)).astype(i64)
-    start, lead, stride, base, mode = field(0, 14) * 16, field(16, 14) * 16, field(32, 14) * 16, field(49, 3), field(62, 2)
-    if base.any(): raise PtxError('wgmma descriptor with a base offset')
-    if (mode != mode[0]).any(): raise PtxError('wgmma descriptors of several swizzles')
-    wide = {0: 1, 1: 8, 2: 4, 3: 2}[int(mode[0])]            # units of one row of the pattern
-    start, lead, stride = start[:, None, None], lead[:, None, None], stride[:, None, None]
-    if transposed:
-        x, y = np.arange(k16)[:, None], np.arange(rows // 8)[None, :]
-        if wide == 1: lead, stride = stride, lead
-        a = start + y % wide * 16 + y // wide * lead + x % 8 * wide * 16 + x // 8 * stride
-    else:
-        x, y = np.arange(rows)[:, None], np.arange(k16)[None, :]
-        a = start + x % 8 * wide * 16 + x // 8 * stride + y * (lead if wide == 1 else 16)
-    return a ^ (a >> 7 & wide - 1) * 16
 
 
 class Products:
@@ -39,8 +16,6 @@ class Products:
         self.groups = np.zeros(self.warps, i64)              # committed, by warp
         self.results = {}                                    # register -> values [T], group by warp (-1: none)
         self.reads = []                                      # (group, lanes, units) of operands in shared memory
-        X.S.reading = np.zeros(len(X.S.mem) // 16, np.int32)
-        X.S.unfenced = np.zeros(len(X.S.mem) // 16, bool)
 
     def warpgroups(self, ins):
         X = self.X; W = X.warps(ins)
@@ -48,18 +23,15 @@ class Products:
             raise SimError(f'not whole warpgroups at {ins}')
         return W
 
-    def operand(self, desc, W, rows, k16, transposed, ins):
-        """Bytes [G, X, Y, 16] by descriptors; the reads count as in flight."""
+    def operand(self, desc, W, rows, K, transposed, ty, decode, ins):
+        """Matrices [G, rows, K] by descriptors."""
         X = self.X; v = np.broadcast_to(desc, X.T).reshape(-1, 32)[W].reshape(-1, 128)
         if (v != v[:, :1]).any(): raise SimError(f'descriptors that differ within a warpgroup at {ins}')
-        a = units(v[:, 0], rows, k16, transposed); shape = a.shape
-        lanes = np.repeat(W[::4] * 32, a[0].size)
-        i = X.shared_index(a.reshape(-1), lanes, 16, ins, True, warp=self.code(lanes))
-        if X.S.unfenced[i].any():
-            X.fault('wgmma reads shared memory written without a fence.proxy.async since', X.S.unfenced[i], lanes, ins)
-        np.add.at(X.S.reading, i, 1); self.reads.append((self.groups[lanes // 32], lanes, i, ins))
-        X.c['shared_load_bytes'] += 16 * len(i)
-        return X.S.mem.reshape(-1, 16)[i].reshape(*shape, 16)
+        first = W[::4] * 32
+        matrices, i = read_operand(X, v[:, 0], first, rows, K, transposed, ty, decode, ins, self.code(first))
+        lanes = np.repeat(first, i.shape[1])
+        self.reads.append((self.groups[lanes // 32], lanes, i.reshape(-1), ins))
+        return matrices
 
     def code(self, lanes): return WARPGROUP - 1 + self.X.warp[lanes] // 4
 
@@ -102,7 +74,6 @@ class Products:
 
 def compile_wgmma(compiler, a, decode):
     """The closure of a wgmma instruction; `decode`: raw registers to numbers."""
-    import re
     ins = compiler.i; kind = ins.parts[1]; ins.cls = 'other'; ins.sync = lambda X: np.array([0xFFFFFFFF], u32)
     if kind == 'fence': return lambda X: None
     if kind == 'commit_group': return lambda X: X.products.commit(ins)
@@ -123,20 +94,14 @@ def compile_wgmma(compiler, a, decode):
     where_a = [(np.repeat(q, n) + 8 * (i % 2), np.repeat(t, n) * n + np.tile(np.arange(n), 32) + 4 * n * (i // 2)) for i in range(4)]
     where_d = [(q + 8 * (i // 2 % 2), t * 2 + i % 2 + 8 * (i // 4)) for i in range(N // 2)]
 
-    def matrix(P, desc, W, rows, trans):
-        """[G, rows, K] as float64."""
-        raw = P.operand(desc, W, rows, K if trans else 2, trans, ins)
-        v = decode(np.ascontiguousarray(raw).reshape(*raw.shape[:2], -1).view(u32), ty)
-        return (v.swapaxes(1, 2) if trans else v).astype(np.float64)
-
     def run(X):
         P = X.products; W = P.warpgroups(ins); G = len(W) // 4
         if by_registers:
             left = np.empty((G, 4, 16, K))
             for k, (r, c) in zip(A, where_a):
                 left[:, :, r, c] = decode(np.ascontiguousarray(np.broadcast_to(X.R[k], X.T).reshape(-1, 32)[W]), ty).reshape(G, 4, -1)
-        else: left = matrix(P, A(X), W, 64, turned[0]).reshape(G, 4, 16, K)
-        right = matrix(P, B(X), W, N, turned[1])
+        else: left = P.operand(A(X), W, 64, K, turned[0], ty, decode, ins).reshape(G, 4, 16, K)
+        right = P.operand(B(X), W, N, K, turned[1], ty, decode, ins)
         product = signs[0] * signs[1] * (left.reshape(G, 64, K) @ right.swapaxes(1, 2)).reshape(G, 4, 16, N)
         add = scale if isinstance(scale, int) else np.broadcast_to(scale(X), X.T).reshape(-1, 32)[W, :1]
         for k, (r, c) in zip(D, where_d):

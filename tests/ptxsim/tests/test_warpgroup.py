@@ -1,4 +1,4 @@
-"""wgmma of Triton kernels compiled for sm_90: every operand layout, and what the simulator must not let pass."""
+"""wgmma and tcgen05 of Triton kernels compiled for sm_90 and sm_100: operand layouts, and what must not pass."""
 import re
 import numpy as np, pytest, torch, triton, triton.language as tl
 from ptxsim import Out, run, run_cuda, run_triton
@@ -16,23 +16,24 @@ def product_k(a, b, c, M, N, K, sam, sak, sbk, sbn, BM: tl.constexpr, BN: tl.con
     tl.store(c + m[:, None] * N + n[None, :], acc)
 
 
-def product(dtype, block, turned=(False, False), precision='tf32', warps=4):
+def product(dtype, block, turned=(False, False), precision='tf32', warps=4, target=90):
     BM, BN, BK = block; M, N, K = 2 * BM, BN, 5 * BK
     torch.manual_seed(0)
     a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
     left, right = (x.t().contiguous().t() if t else x for x, t in zip((a, b), turned))
     c = torch.empty(M, N)
     report = run_triton(product_k, (2,), left, right, Out(c), M, N, K, *left.stride(), *right.stride(), BM=BM, BN=BN, BK=BK,
-                        PRECISION=precision, num_warps=warps, num_stages=3, target=90, sim=dict(check_races='error', check_uninit='strict'))
+                        PRECISION=precision, num_warps=warps, num_stages=3, target=target, sim=dict(check_races='error', check_uninit='strict'))
     return report, (a, b, c)
 
 
+@pytest.mark.parametrize('target, name', [(90, 'wgmma.mma_async'), (100, 'tcgen05.mma')])
 @pytest.mark.parametrize('turned', [(x, y) for x in (False, True) for y in (False, True)])
-@pytest.mark.parametrize('dtype, precision', [(torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32x3')])
+@pytest.mark.parametrize('dtype, precision', [(torch.bfloat16, 'tf32'), (torch.float32, 'tf32x3')])
 @pytest.mark.parametrize('block, warps', [((64, 64, 64), 4), ((64, 16, 32), 4), ((128, 32, 16), 8)])     # 128, 64 and 32 byte swizzles
-def test_layouts(dtype, precision, block, warps, turned):
-    report, (a, b, c) = product(dtype, block, turned, precision, warps)
-    assert 'wgmma.mma_async' in report._ptx
+def test_layouts(dtype, precision, block, warps, turned, target, name):
+    report, (a, b, c) = product(dtype, block, turned, precision, warps, target)
+    assert name in report._ptx
     torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-5, atol=5e-5)
     assert report.mma_flops == 2 * a.shape[0] * b.shape[1] * a.shape[1] * (3 if precision == 'tf32x3' else 1)
     assert report.shared_races == 0 and report.uninit_shared_reads == 0
@@ -55,16 +56,6 @@ def test_stmatrix(trans):
     wanted = np.ascontiguousarray(matrices.swapaxes(1, 2) if trans else matrices)
     assert (out.numpy().view(np.uint16).reshape(4, 8, 8) == wanted).all()
     assert report.instructions['stmatrix'] == 1 and report.bank_conflicts == 0
-
-
-def broken(pattern):
-    """The product by PTX that lacks what matches."""
-    report, (a, b, c) = product(torch.bfloat16, (64, 64, 64))
-    text, count = re.subn(pattern, '', report._ptx)
-    assert count
-    M, K, N = *a.shape, b.shape[1]
-    values = [x for x in (a, b, Out(torch.empty(M, N)), M, N, K, *a.stride(), *b.stride()) if not isinstance(x, int) or x != 1]
-    run(text, None, (2,), 128, [*values, None, None], report._compiled.metadata.shared, check_races='error', check_uninit='strict')
 
 
 def without_swizzle(after):
@@ -100,11 +91,28 @@ def test_registers_hold_nothing_before_their_group_is_waited_for(after):
     assert without_swizzle(after)[0].isnan().all()
 
 
-@pytest.mark.parametrize('pattern, message', [
-    (r'wgmma\.wait_group\.sync\.aligned \d;', 'a wgmma in flight reads'),
-    (r'fence\.proxy\.async\.shared::cta;', 'without a fence.proxy.async'),
-    (r'cp\.async\.wait_group\s+\d;', 'uninitialised shared read'),
-    (r'bar\.sync\s+0;', 'race'),
+def broken(target, pattern, by=''):
+    """The product by PTX in which what matches is replaced."""
+    report, (a, b, c) = product(torch.bfloat16, (64, 64, 64), target=target)
+    text, count = re.subn(pattern, by, report._ptx)
+    assert count
+    M, K, N = *a.shape, b.shape[1]
+    values = [x for x in (a, b, Out(torch.empty(M, N)), M, N, K, *a.stride(), *b.stride()) if not isinstance(x, int) or x != 1]
+    run(text, None, (2,), 128, [*values, None, None], report._compiled.metadata.shared, check_races='error', check_uninit='strict', max_steps=5000)
+
+
+@pytest.mark.parametrize('target, pattern, by, message', [
+    (90, r'wgmma\.wait_group\.sync\.aligned \d;', '', 'a product in flight reads'),
+    (90, r'fence\.proxy\.async\.shared::cta;', '', 'without a fence.proxy.async'),
+    (90, r'cp\.async\.wait_group\s+\d;', '', 'uninitialised shared read'),
+    (90, r'bar\.sync\s+0;', '', 'race'),
+    (100, r'mbarrier\.try_wait[^;]*;', 'setp.eq.u32 complete, 0, 0;', 'a product in flight reads'),
+    (100, r'@%p\d+ tcgen05\.commit[^;]*;', '', 'endless loop'),
+    (100, r'@%p\d+ mbarrier\.init[^;]*;', '', 'no mbarrier'),
+    (100, r'@%p\d+ tcgen05\.dealloc[^;]*;', '', 'not deallocated'),
+    (100, r'@%p\d+ tcgen05\.alloc[^;]*;', '', 'uninitialised shared read'),
+    (100, r'fence\.proxy\.async\.shared::cta;', '', 'without a fence.proxy.async'),
+    (100, r'cp\.async\.wait_group\s+\d;', '', 'uninitialised shared read'),
 ])
-def test_errors(pattern, message):
-    with pytest.raises(SimError, match=message): broken(pattern)
+def test_errors(target, pattern, by, message):
+    with pytest.raises(SimError, match=message): broken(target, pattern, by)
