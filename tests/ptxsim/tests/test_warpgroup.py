@@ -116,3 +116,39 @@ def broken(target, pattern, by=''):
 ])
 def test_errors(target, pattern, by, message):
     with pytest.raises(SimError, match=message): broken(target, pattern, by)
+
+
+@pytest.mark.parametrize('how', ['max', 'min', 'max.NaN', 'max.abs'])
+def test_redux_of_floats(how):
+    source = r'''extern "C" __global__ void k(const float* x, float* y) {
+      float v = x[threadIdx.x], r;
+      asm volatile("redux.sync.HOW.f32 %0, %1, 0xffffffff;" : "=f"(r) : "f"(v));
+      y[threadIdx.x] = r;
+    }'''.replace('HOW', how)
+    x, y = torch.linspace(-3, 2, 32), torch.empty(32)
+    x[5] = float('nan')
+    run_cuda(source, 'k', 1, 32, [x, Out(y)], arch='sm_100a')
+    wanted = {'max': 2., 'min': -3., 'max.NaN': float('nan'), 'max.abs': 3.}[how]
+    torch.testing.assert_close(y, torch.full((32,), wanted), equal_nan=True)
+
+
+def test_packed_and_mixed_floats():
+    source = r'''extern "C" __global__ void k(const float* a, const float* b, const float* c, float* y) {
+      const int t = threadIdx.x;
+      unsigned short h;
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(a[2 * t]));
+      asm volatile("{.reg .b64 p, q, r; mov.b64 p, {%2, %3}; mov.b64 q, {%4, %5}; mov.b64 r, {%6, %7};\n"
+                   "fma.rn.f32x2 r, p, q, r; mul.f32x2 r, r, q; sub.f32x2 r, r, p; mov.b64 {%0, %1}, r;}"
+                   : "=f"(y[4 * t]), "=f"(y[4 * t + 1])
+                   : "f"(a[2 * t]), "f"(a[2 * t + 1]), "f"(b[2 * t]), "f"(b[2 * t + 1]), "f"(c[2 * t]), "f"(c[2 * t + 1]));
+      asm volatile("fma.rn.f32.bf16 %0, %1, %1, %2;" : "=f"(y[4 * t + 2]) : "h"(h), "f"(c[t]));
+      asm volatile("add.f32.bf16 %0, %1, %2;" : "=f"(y[4 * t + 3]) : "h"(h), "f"(c[t]));
+    }'''
+    torch.manual_seed(0)
+    a, b, c = torch.randn(3, 64); y = torch.empty(128)
+    report = run_cuda(source, 'k', 1, 32, [a, b, c, Out(y)], arch='sm_100a')
+    y, h = y.view(32, 4), a[::2].bfloat16().double()
+    packed = ((a.double() * b + c).float() * b - a).view(32, 2)
+    torch.testing.assert_close(y[:, :2], packed, rtol=0, atol=0)
+    torch.testing.assert_close(y[:, 2], (h * h + c[:32]).float(), rtol=0, atol=0)
+    torch.testing.assert_close(y[:, 3], (h + c[:32]).float(), rtol=0, atol=0)
