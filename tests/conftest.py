@@ -30,6 +30,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[90, 100], ids=["wgmma", "tcgen05"])
+def newer_gpu(request, monkeypatch):
+    """The simulated GPU has the products of Hopper or of Blackwell, and gets their configurations."""
+    monkeypatch.setattr(gpu, "TARGET", request.param)
+    return request.param
+
+
 @pytest.fixture
 def backend(request):
     """The name of a backend; for `triton` and `cuda` the simulator stands in for the GPU during the test."""

@@ -54,11 +54,18 @@ def test_accurate_from_ptx(options):
     check_accurate(options)
 
 
-@pytest.mark.parametrize("tokens", [1, 33])
-def test_accurate_with_the_weights_on_the_tall_side(tokens, monkeypatch):
-    """As from compute capability 9.0 on; compiled for 8.0 all the same."""
-    monkeypatch.setattr(kernels, "capability", lambda tensor: 90)
-    check_accurate(dict(tokens=tokens, width=72, inner=40, experts=6, top_k=3, dtype=BF16, bias=True))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(tokens=33, width=72, inner=40, experts=6, top_k=3, dtype=BF16, bias=True),  # weights on the tall side
+        dict(tokens=90, width=48, inner=128, experts=2, top_k=1, dtype=BF16, gpt_oss=True),
+        dict(tokens=70, width=40, inner=33, experts=2, top_k=1, dtype=FP32, outside=0.2),
+    ],
+)
+def test_accurate_on_newer_gpus(options, newer_gpu):
+    log = check_accurate(options)
+    name = {90: "wgmma.mma_async", 100: "tcgen05.mma"}[newer_gpu]
+    assert all(name in r._ptx for r in log if r.kernel in ("moe_gate_up_kernel", "moe_rows_kernel"))
 
 
 def check_accurate(options):
@@ -76,6 +83,7 @@ def check_accurate(options):
         same = torch.zeros_like(got) if same is None else same.to(got.dtype)
         assert_accurate(got, true if true is not None else torch.zeros_like(got).double(), same)
     assert torch.equal(out, again) and all(torch.equal(a, b) for a, b in zip(grads, grads_again))
+    return log
 
 
 def test_no_tokens():

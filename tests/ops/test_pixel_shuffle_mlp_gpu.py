@@ -1,5 +1,6 @@
 """The projector's Triton kernels: executed in the simulator, counted, and compiled ahead of time for every chip."""
 
+import re
 from unittest import mock
 
 import aot
@@ -15,6 +16,9 @@ from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
 from ivl_kernels.testing import MODELS
 
 OLD_TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9)
+TENSOR_CORE = {
+    80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", 120: r"mma\.sync", "gfx942": r"v_mfma"
+}  # fmt: skip
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +37,13 @@ def test_accuracy(dtype, implicit):
         options = dict(skip=1, order="v1", tile_indices=torch.tensor([1, 0, 1]))
         check(make(2, (8, 8), 24, (72, 40), 2, 1, dtype), "triton", **options)
     assert all(report.shared_races == 0 for report in log)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_accuracy_on_newer_gpus(dtype, implicit, newer_gpu):
+    with simulated_gpu() as log:
+        check(make(3, (8, 8), 40, (136, 72), 2, 0, dtype), "triton")
+    assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in log if r.kernel == "linear_kernel")
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -125,9 +136,6 @@ def _launches(target, dtype=torch.bfloat16):
         ]
         found.setdefault(str(key), launch)
     return found
-
-
-TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", 120: r"mma\.sync", "gfx942": r"v_mfma"}
 
 
 @pytest.mark.slow

@@ -199,11 +199,13 @@ def test_few_rows_triton(backend, dtype, rows, groups, each, width):
     torch.testing.assert_close(back.double(), exact, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_triton_router_as_accurate_as_shipped(dtype):
+@pytest.mark.parametrize(
+    "dtype, target", [(torch.bfloat16, 80), (torch.float16, 80), (torch.bfloat16, 90), (torch.bfloat16, 100)]
+)
+def test_triton_router_as_accurate_as_shipped(dtype, target):
     eager = shipped(64, 16, dtype)
     z = torch.randn(2, 41, 64).to(dtype)
-    with torch.no_grad(), simulated_gpu(), poisoned():
+    with torch.no_grad(), simulated_gpu(target=target), poisoned():
         got = tile_router(z, **parameters(eager), skip=1, backend="triton")
     with torch.no_grad():
         assert_accurate(got, copy.deepcopy(eager).double()(z.double()), eager(z))
