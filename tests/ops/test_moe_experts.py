@@ -145,8 +145,8 @@ def test_gradients(backend, gpt_oss, tokens, width, inner, experts, top_k, bias,
         got = gradients(case, lambda c: c.run(backend), grad)
     truth = gradients(case.to(torch.float64), lambda c: c.run("reference"), grad.double())
     plain = gradients(case, lambda c: eager(c) + 0 * c.hidden, grad)
-    for name, value in got.items():
-        assert_accurate(value, truth[name], plain[name], name)
+    for name, value in got.items():  # of few numbers, luck decides which is nearer
+        assert_accurate(value, truth[name], plain[name], name, 2 if value.numel() > 100 else 4)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
@@ -187,7 +187,7 @@ def test_every_instruction_set(isa, shape, gpt_oss, dtype):
     assert_accurate(got, wide.run("reference"), eager(case))
     truth = gradients(wide, lambda c: c.run("reference"), grad.double())
     plain = gradients(case, eager, grad)
-    for name, value in slopes.items():  # of few numbers, luck decides which is nearer
+    for name, value in slopes.items():
         assert_accurate(value, truth[name], plain[name], name, 2 if value.numel() > 100 else 4)
 
 

@@ -65,7 +65,7 @@ def test_as_accurate_as_shipped(backend, dtype, width, heads, tokens, tiles):
         if dtype == torch.float64:
             torch.testing.assert_close(got, eager(z), rtol=1e-13, atol=0)
         else:
-            assert_accurate(got, truth(z.double()), eager(z))
+            assert_accurate(got, truth(z.double()), eager(z), factor=4)  # of few numbers, luck decides which is nearer
 
 
 def test_released_width():
