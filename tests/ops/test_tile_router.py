@@ -575,3 +575,20 @@ def test_triton_compiles_for(target, monkeypatch):
     for compiled in log:
         assert compiled.shared <= aot.SHARED_LIMIT[target], compiled.kernel
         assert compiled.spills == 0, (compiled.kernel, compiled.spills)
+
+
+@pytest.mark.parametrize("target", [86, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tiles_do_not_spill(target, dtype):
+    aot = pytest.importorskip("aot")
+    from ivl_kernels.ops.tile_router import triton as kernels
+
+    with aot.compiling(target) as log:
+        for tiles, width in [(20, 1024), (40, 1024), (40, 3200)]:
+            w = torch.empty(width, width, dtype=dtype, device="meta")
+            kernels.few_rows_linear(torch.empty(tiles, 1, width, device="meta"), w, w[:, 0])
+            kernels.few_rows_linear_transposed(torch.empty(tiles, 16, width // 16, device="meta"), w)
+    assert len(log) == 6
+    for compiled in log:
+        assert compiled.shared <= aot.SHARED_LIMIT[target], compiled.kernel
+        assert compiled.spills == 0, (compiled.kernel, compiled.spills)

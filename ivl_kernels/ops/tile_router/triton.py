@@ -463,15 +463,26 @@ def few_rows_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None)
     return out[0] if splits == 1 else out.sum(0)
 
 
+def transposed_config(rows: int, each: int, itemsize: int) -> dict[str, int]:
+    """Launch of `linear_transposed_kernel`; fewer warps or longer steps spill."""
+    depth = 32 if rows > 32 and itemsize == 4 else 64
+    return {
+        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": min(depth, max(16, triton.next_power_of_2(each))),
+        "num_warps": 4 if rows <= 16 else 8,
+        "num_stages": 2,
+    }
+
+
 def few_rows_linear_transposed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     x, w = x.contiguous(), w if w.stride(1) == 1 else w.contiguous()
     (rows, groups, each), width = x.shape, w.shape[1]
     out = x.new_empty(rows, groups, width)
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    config = transposed_config(rows, each, w.element_size())
     if rows:
-        linear_transposed_kernel[triton.cdiv(width, 64), groups, triton.cdiv(rows, block_m)](
-            x, w, out, rows, each, width, w.stride(0), groups, BLOCK_M=block_m, BLOCK_N=64,
-            BLOCK_K=min(64, max(16, triton.next_power_of_2(each))), PRECISION=precision(w.dtype),
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+        linear_transposed_kernel[triton.cdiv(width, config["BLOCK_N"]), groups, triton.cdiv(rows, config["BLOCK_M"])](
+            x, w, out, rows, each, width, w.stride(0), groups, PRECISION=precision(w.dtype), enable_fp_fusion=True,
+            **config,
         )  # fmt: skip
     return out
