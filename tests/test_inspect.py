@@ -10,9 +10,6 @@ from bench import inspect as tool
 MARGIN = 0.05
 # (op, backend, limit) known to be over, and why.
 OVER = {
-    # For GPUs without CUDA C++ (AMD): three launches, of which two read the ids; counts between them.
-    ("moe_dispatch", "triton", "distinct"),
-    ("moe_dispatch", "triton", "sectors"),
     # The queries, 64 KB at 1,024 channels, are read again for each 16 rows, from L1: registers hold the sums.
     ("tile_router pooling", "triton", "sectors"),
     # Backward: the two kinds of scores are two launches, each of which reads the tokens.

@@ -17,7 +17,9 @@ from ivl_kernels.ops.moe_experts.op import tile_rows
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
 
 kernels = importlib.import_module("ivl_kernels.ops.moe_experts.triton")
-dispatch_cuda = importlib.import_module("ivl_kernels.ops.moe_routing.cuda")
+dispatch_cuda, dispatch_triton = (
+    importlib.import_module(f"ivl_kernels.ops.moe_routing.{name}") for name in ("cuda", "triton")
+)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -94,15 +96,19 @@ def test_no_tokens():
     assert all(not g.any() for g in grads)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("slots", [0, 1, 37, 300, 2500])
-def test_dispatch(backend, slots, monkeypatch):
-    monkeypatch.setattr(dispatch_cuda, "SLOTS", 1024)  # two launches at 2,500 slots
-    ids, tile = torch.randint(-1, 14, (slots, 1), dtype=torch.int32), 1 if slots > 1024 else 16
+@pytest.mark.parametrize("backend", ["cuda", "triton", "triton for AMD"])
+@pytest.mark.parametrize("tokens, top_k", [(0, 1), (1, 1), (37, 1), (150, 2), (2500, 1), (625, 4)])
+def test_dispatch(backend, tokens, top_k, monkeypatch):
+    for module in (dispatch_cuda, dispatch_triton):
+        monkeypatch.setattr(module, "SLOTS", 1024)  # two launches at 2,500 slots
+    ids = torch.randint(-1, 14, (tokens, top_k), dtype=torch.int64 if top_k == 4 else torch.int32)
+    tile = 1 if ids.numel() > 1024 else 16
     expected = moe_dispatch(ids, 12, tile=tile, backend="reference")
-    with simulated_gpu() as log, poisoned():
-        got = moe_dispatch(ids, 12, tile=tile, backend=backend)
-    assert len(log) == ({"cuda": 2, "triton": 3}[backend] if slots > 1024 else len(log))
+    with simulated_gpu() as log, poisoned(), monkeypatch.context() as amd:
+        if backend == "triton for AMD":
+            amd.setattr(torch.version, "hip", "6.4")
+        got = moe_dispatch(ids, 12, tile=tile, backend=backend.split()[0])
+    assert len(log) == (2 if ids.numel() > 1024 else 1)
     for name, value, wanted in zip(expected._fields, got, expected):
         assert torch.equal(value, wanted), name
 

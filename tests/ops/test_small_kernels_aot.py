@@ -23,11 +23,11 @@ def test_triton(target):
         for take in (False, True):
             packing._launch(embeds, positions, rows, take)
         for experts, top_k, scoring in ((128, 8, "softmax_then_topk"), (32, 4, "topk_then_softmax")):
-            logits = meta(700, experts)
+            logits = meta(1024, experts)
             ids, weights = routing.moe_routing(logits, meta(experts), top_k, scoring, False)
             routing.moe_routing_backward(weights, logits, None, ids, scoring, False)
             routing.moe_dispatch(ids, experts, 64)
-    assert len(log) == 12
+    assert len(log) == 9
     for kernel in log:
         assert kernel.spills == 0, kernel.kernel
         assert kernel.shared <= aot.SHARED_LIMIT.get(target, 99 * 1024), kernel.kernel

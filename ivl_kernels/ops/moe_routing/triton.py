@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+SLOTS = 4096  # of one dispatch program, at most
+
 
 @triton.jit
 def _scores(logits, bias, s, S, E: tl.constexpr, E_POW2: tl.constexpr):
@@ -86,75 +88,82 @@ def moe_routing_backward_kernel(
 
 
 @triton.jit
-def _expert(ids, i, slots, E: tl.constexpr):
+def _experts(ids, first, slots, E: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] from slot `first` on. In pairs: 16 bytes a thread, next to its neighbours', of int64."""
+    i = first + 2 * tl.arange(0, BLOCK // 2)[:, None] + tl.arange(0, 2)[None, :]
     expert = tl.load(ids + i, mask=i < slots, other=E)
-    return tl.where((expert < 0) | (expert > E), E, expert).to(tl.int32)
+    return tl.reshape(tl.where((expert < 0) | (expert > E), E, expert).to(tl.int32), [BLOCK])
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["S"])
 def moe_dispatch_count_kernel(
-    ids, block_counts, slots, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr
+    ids, block_counts, S, TOP_K: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """block_counts [blocks, E + 1]: slots of each expert, and without one, among BLOCK slots."""
+    """block_counts [blocks, ROW]: slots of each expert, and without one, among BLOCK slots."""
     block = tl.program_id(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    count = tl.histogram(_expert(ids, i, slots, E), E_POW2)
+    count = tl.histogram(_experts(ids, block * BLOCK, S * TOP_K, E, BLOCK), E_POW2)
     e = tl.arange(0, E_POW2)
-    # Slots past the end were counted as slots without an expert.
-    count -= tl.where(e == E, tl.maximum((block + 1) * BLOCK - slots, 0), 0)
-    tl.store(block_counts + block * (E + 1) + e, count, mask=e <= E)
+    tl.store(block_counts + block * ROW + e, count, mask=e < ROW)
 
 
-@triton.jit(do_not_specialize=["blocks", "num_tiles"])
-def moe_dispatch_scan_kernel(
-    block_counts, counts, offsets, tiles, blocks, num_tiles, E: tl.constexpr, TILE: tl.constexpr, E_POW2: tl.constexpr,
-    TILES: tl.constexpr,
-):  # fmt: skip
-    """One program. block_counts becomes, for a slot of a block, row minus place among the block's in expert order."""
-    e = tl.arange(0, E_POW2)
-    total = tl.zeros([E_POW2], dtype=tl.int32)
-    for block in range(0, blocks):
-        total += tl.load(block_counts + block * (E + 1) + e, mask=e <= E, other=0)
-    first = tl.cumsum(total, 0) - total
-    tl.store(offsets + e, first, mask=e <= E)
-    tl.store(counts + e, total, mask=e < E)
-    row = first
-    for block in range(0, blocks):
-        at = block_counts + block * (E + 1) + e
-        here = tl.load(at, mask=e <= E, other=0)
-        tl.store(at, row - (tl.cumsum(here, 0) - here), mask=e <= E)
-        row += here
-    if TILE > 0:
-        needed = tl.where(e < E, (total + TILE - 1) // TILE, 0)
-        past = tl.cumsum(needed, 0)
-        for start in range(0, num_tiles, TILES):
-            t = start + tl.arange(0, TILES)
-            # The expert of a tile: as many as have all their tiles before it; E at most.
-            expert = tl.sum(((past[None, :] <= t[:, None]) & (e < E)[None, :]).to(tl.int32), 1)
-            mine = e[None, :] == expert[:, None]
-            begin = tl.sum(tl.where(mine, first[None, :], 0), 1)
-            step = tl.sum(tl.where(mine & (e < E)[None, :], t[:, None] - (past - needed)[None, :], 0), 1)
-            both = tl.join(expert, begin + step * TILE)
-            at = tl.join(2 * t, 2 * t + 1)
-            tl.store(tiles + at, both, mask=tl.join(t < num_tiles, t < num_tiles))
-
-
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["S", "num_tiles"])
 def moe_dispatch_place_kernel(
-    ids, shift, permutation, inverse, slots, E: tl.constexpr, BLOCK: tl.constexpr
+    ids,
+    block_counts,  # of all blocks, or None: there is one
+    permutation, inverse, counts, offsets, tiles, S, num_tiles, TOP_K: tl.constexpr, E: tl.constexpr,
+    TILE: tl.constexpr, E_POW2: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    SORT_BACK: tl.constexpr,
 ):  # fmt: skip
-    """shift: what the scan left. Sorted by expert and back, so that both results are written in runs."""
+    """Sorted by expert, and back, so that both results are written in runs. Slots past the end sort last."""
     block = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     i = block * BLOCK + place
-    expert = tl.where(i < slots, _expert(ids, i, slots, E), E + 1)
+    expert = _experts(ids, block * BLOCK, S * TOP_K, E, BLOCK)
     order = tl.sort(expert * BLOCK + place)
-    expert, at = order // BLOCK, order % BLOCK
-    live = expert <= E
-    row = place + tl.load(shift + block * (E + 1) + expert, mask=live, other=0)
-    tl.store(permutation + row, block * BLOCK + at, mask=live)
-    back = tl.sort(at.to(tl.int64) * 4294967296 + row)
-    tl.store(inverse + i, (back & 0x7FFFFFFF).to(tl.int32), mask=i < slots)
+    at = order % BLOCK
+    e = tl.arange(0, E_POW2)
+    if block_counts is None:
+        total = tl.histogram(expert, E_POW2)
+        first = tl.cumsum(total, 0) - total
+        row = i
+    else:
+        total = tl.zeros([E_POW2], dtype=tl.int32)
+        before = tl.zeros([E_POW2], dtype=tl.int32)
+        for start in range(0, tl.num_programs(0), TILES):
+            b = start + tl.arange(0, TILES)
+            mask = (b < tl.num_programs(0))[:, None] & (e < ROW)[None, :]
+            part = tl.load(block_counts + b[:, None] * ROW + e[None, :], mask=mask, other=0)
+            total += tl.sum(part, 0)
+            before += tl.sum(tl.where((b < block)[:, None], part, 0), 0)
+        here = tl.load(block_counts + block * ROW + e, mask=e < ROW, other=0)
+        first = tl.cumsum(total, 0) - total
+        shift = first + before - (tl.cumsum(here, 0) - here)
+        row = place + tl.gather(shift, order // BLOCK, 0)
+    slot = block * BLOCK + at
+    tl.store(permutation + row, slot, mask=row < S * TOP_K)
+    if SORT_BACK:
+        back = tl.sort(at * BLOCK + place) % BLOCK
+        if block_counts is not None:
+            back += tl.gather(shift, expert, 0)
+        tl.store(inverse + i, back, mask=i < S * TOP_K)
+    else:
+        tl.store(inverse + slot, row, mask=row < S * TOP_K)
+    if block == 0:
+        tl.store(offsets + e, first, mask=e <= E)
+        tl.store(counts + e, total, mask=e < E)
+    if TILE > 0:
+        needed = tl.where(e < E, (total + TILE - 1) // TILE, 0)
+        past = tl.cumsum(needed, 0)
+        for start in range(block * TILES, num_tiles, tl.num_programs(0) * TILES):
+            t = start + tl.arange(0, TILES)
+            # The expert of a tile: as many as have all their tiles before it; E at most.
+            owner = tl.sum(((past[None, :] <= t[:, None]) & (e < E)[None, :]).to(tl.int32), 1)
+            mine = e[None, :] == owner[:, None]
+            begin = tl.sum(tl.where(mine, first[None, :], 0), 1)
+            step = tl.sum(tl.where(mine & (e < E)[None, :], t[:, None] - (past - needed)[None, :], 0), 1)
+            both = tl.join(owner, begin + step * TILE)
+            tl.store(tiles + tl.join(2 * t, 2 * t + 1), both, mask=tl.join(t < num_tiles, t < num_tiles))
 
 
 def moe_routing(
@@ -199,28 +208,27 @@ def moe_routing_backward(
 
 
 def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tensor, ...]:
-    slots = ids.numel()
+    S, top_k = ids.shape
+    slots = S * top_k
     num_tiles = slots // tile + num_experts if tile else 0
     sizes = ((slots,), (slots,), (num_experts,), (num_experts + 1,), (num_tiles, 2))
     permutation, inverse, counts, offsets, tiles = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
     ids = ids.contiguous()
-    # A slot a thread: neighbours in a warp then read and write neighbours, masked or not.
-    block = min(256 if torch.version.hip else 1024, max(128, triton.next_power_of_2(slots)))  # AMD: scalar registers
-    warps = block // (64 if torch.version.hip else 32)
-    blocks = triton.cdiv(slots, block)
-    shift = permutation.new_empty(blocks, num_experts + 1)
+    block = min(SLOTS, max(128, triton.next_power_of_2(slots)))
+    blocks = max(1, triton.cdiv(slots, block))
     width = triton.next_power_of_2(num_experts + 1)
-    common = dict(E=num_experts, enable_fp_fusion=True)
-    if blocks:
-        moe_dispatch_count_kernel[(blocks,)](
-            ids, shift, slots, E_POW2=width, BLOCK=block, num_warps=warps, **common
-        )  # fmt: skip
-    moe_dispatch_scan_kernel[(1,)](
-        shift, counts, offsets, tiles, blocks, num_tiles, TILE=tile, E_POW2=width, TILES=max(16, 4096 // width),
-        num_warps=4, **common,
+    row = (num_experts + 8) // 8 * 8  # whole sectors
+    common = dict(
+        TOP_K=top_k, E=num_experts, E_POW2=width, ROW=row, BLOCK=block, num_warps=max(4, min(8, block // 128)),
+        enable_fp_fusion=True,
     )  # fmt: skip
-    if blocks:
-        moe_dispatch_place_kernel[(blocks,)](
-            ids, shift, permutation, inverse, slots, BLOCK=block, num_warps=warps, **common
-        )  # fmt: skip
+    block_counts = None
+    if blocks > 1:
+        block_counts = permutation.new_empty(blocks, row)
+        moe_dispatch_count_kernel[(blocks,)](ids, block_counts, S, **common)
+    # On AMD the masks of two sorts do not fit into scalar registers.
+    moe_dispatch_place_kernel[(blocks,)](
+        ids, block_counts, permutation, inverse, counts, offsets, tiles, S, num_tiles, TILE=tile,
+        TILES=max(4, 4096 // width), SORT_BACK=torch.version.hip is None, **common,
+    )  # fmt: skip
     return permutation, inverse, counts, offsets, tiles
