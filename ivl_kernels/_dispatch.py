@@ -134,6 +134,17 @@ def capability(tensor: torch.Tensor) -> int:
     return 10 * major + minor
 
 
+def float32_precision() -> str:
+    """How products of float32 are made from tf32 ones on NVIDIA GPUs, for `tl.dot`.
+
+    "tf32", one product, where the user lets torch's own matrix products do that; else "tf32x3", float32's accuracy.
+    """
+    import torch
+
+    # Older ways to allow tf32 set this too; their own readings raise once this was set directly.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
 def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | None) -> str | None:
     """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
     if impl.backend == "reference":

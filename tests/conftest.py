@@ -38,6 +38,15 @@ def newer_gpu(request, monkeypatch):
 
 
 @pytest.fixture
+def tf32_setting():
+    """Restores, after the test, whether torch may use tf32, however the test allowed it."""
+    before = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
+    yield
+    torch.backends.fp32_precision = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.fixture
 def backend(request):
     """The name of a backend; for `triton` and `cuda` the simulator stands in for the GPU during the test."""
     if request.param in ("triton", "cuda"):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import ptxsim
 import pytest
+import torch
 from ptxsim.frontend import compile_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivl_kernels import _dispatch
 
@@ -42,6 +44,18 @@ def simulated_gpu(*, preferred: bool = False, target: int | None = None, **sim):
 
         with _dispatch.stand_in("simulator", launch, preferred=preferred, capability=target):
             yield log
+
+
+class Tf32Products(TorchDispatchMode):
+    """Products of plain torch in float32 as on a GPU that may use tf32: operands rounded to 11 bits, to nearest."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        operands = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+        first = operands.get(function._schema.name)
+        if first is not None and args[first].dtype == torch.float32:
+            bits = [t.contiguous().view(torch.int32) for t in args[first : first + 2]]
+            args = [*args[:first], *(((b + 0x1000) & ~0x1FFF).view(torch.float32) for b in bits), *args[first + 2 :]]
+        return function(*args, **(kwargs or {}))
 
 
 def backends(*names: str):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aot import SHARED_LIMIT, compiling
-from gpu import simulated_gpu
+from gpu import Tf32Products, simulated_gpu
 from ops.test_moe_experts import eager, make
 
-from ivl_kernels._dispatch import BackendError
+from ivl_kernels._dispatch import BackendError, float32_precision
 from ivl_kernels.ops import moe_dispatch, moe_routing
 from ivl_kernels.ops.moe_experts.op import tile_rows
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
@@ -68,6 +68,46 @@ def test_accurate_on_newer_gpus(options, newer_gpu):
     log = check_accurate(options)
     name = {90: "wgmma.mma_async", 100: "tcgen05.mma"}[newer_gpu]
     assert all(name in r._ptx for r in log if r.kernel in ("moe_gate_up_kernel", "moe_rows_kernel"))
+
+
+def test_one_tf32_product_where_torch_may(tf32_setting):
+    """A third of the tensor cores' work; plain torch then rounds the operands of its products to tf32."""
+    case = make(tokens=29, width=45, inner=64, experts=4, top_k=2, dtype=FP32, gpt_oss=True, outside=0.2)
+    with simulated_gpu(preferred=True) as precise:
+        exact = gradients(case, lambda leaves: leaves.run())[0]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    with simulated_gpu(preferred=True) as log, poisoned():
+        out, grads = gradients(case, lambda leaves: leaves.run())
+    assert sum(r.mma_flops for r in precise) == 3 * sum(r.mma_flops for r in log) > 0
+    truth, true_grads = gradients(case.to(torch.float64), lambda leaves: leaves.run("reference"))
+    assert_accurate(exact, truth, gradients(case, eager)[0])
+    with Tf32Products():
+        plain, plain_grads = gradients(case, eager)
+    assert_accurate(out, truth, plain)
+    for got, true, same in zip(grads, true_grads, plain_grads):
+        assert_accurate(got, true, same)
+
+
+@pytest.mark.parametrize(
+    "allow",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+)
+def test_every_way_to_allow_tf32(allow, tf32_setting):
+    assert float32_precision() == "tf32x3"
+    allow()
+    assert float32_precision() == "tf32"
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_one_tf32_product_does_not_spill(tokens, tf32_setting, monkeypatch):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    log = launch_on_meta(MODELS["InternVL3.5-GPT-OSS-20B-A4B"], tokens, 120, monkeypatch, FP32)
+    assert [kernel.spills for kernel in log] == [0] * 7
 
 
 def check_accurate(options):

@@ -7,7 +7,7 @@ import aot
 import pytest
 import torch
 import triton
-from gpu import simulated_gpu
+from gpu import Tf32Products, simulated_gpu
 from ops.test_pixel_shuffle_mlp import check, flat, make
 from triton.runtime.jit import JITFunction
 
@@ -44,6 +44,16 @@ def test_accuracy_on_newer_gpus(dtype, implicit, newer_gpu):
     with simulated_gpu() as log:
         check(make(3, (8, 8), 40, (136, 72), 2, 0, dtype), "triton")
     assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in log if r.kernel == "linear_kernel")
+
+
+def test_one_tf32_product_where_torch_may(implicit, tf32_setting):
+    """A third of the tensor cores' work; plain torch, whose products also stand for the vendor's, rounds to tf32."""
+    with simulated_gpu() as precise:
+        check(make(2, (8, 8), 24, (72, 40), 2, 1), "triton", skip=1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    with simulated_gpu() as log, Tf32Products():
+        check(make(2, (8, 8), 24, (72, 40), 2, 1), "triton", skip=1)
+    assert sum(r.mma_flops for r in precise) == 3 * sum(r.mma_flops for r in log) > 0
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

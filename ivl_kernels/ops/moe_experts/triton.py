@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._dispatch import capability, interpreting
+from ..._dispatch import capability, float32_precision, interpreting
+from .._tf32 import rounded_to_tf32
 from .op import tile_rows
 
 
@@ -72,6 +73,8 @@ def _mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.cons
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if PRECISION == "tf32":
+        a, b = rounded_to_tf32(a), rounded_to_tf32(b)
     if SWAP:
         return tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
     else:
@@ -548,9 +551,9 @@ def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> 
 
 
 def flags(itemsize: int, target: int) -> dict:
-    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, which keeps its accuracy."""
+    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, or one where torch may do so."""
     upcast = interpreting()
-    precision = "tf32x3" if itemsize == 4 and target and not upcast else "ieee"
+    precision = float32_precision() if itemsize == 4 and target and not upcast else "ieee"
     return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
 
 
@@ -664,6 +667,8 @@ def moe_experts_backward(
     need_up, need_down = needs[2] or needs[4], needs[3] or needs[5]
 
     config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True)
+    if target == 120 and common["PRECISION"] == "tf32":
+        config |= dict(num_warps=4, num_stages=2)  # with more of either ptxas takes so few registers that it spills
     column_tiles = triton.cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None

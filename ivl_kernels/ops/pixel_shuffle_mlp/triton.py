@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._dispatch import capability, interpreting
+from ..._dispatch import capability, float32_precision, interpreting
+from .._tf32 import rounded_to_tf32
 
 
 @triton.jit
@@ -181,6 +182,8 @@ def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts,
             other = tl.load(w_rows + lanes[:, None], mask=inside[:, None], other=0.0)
         if UPCAST:
             value, other = value.to(tl.float32), other.to(tl.float32)
+        if PRECISION == "tf32":
+            value, other = rounded_to_tf32(value), rounded_to_tf32(other)
         acc = tl.dot(value, other, acc, input_precision=PRECISION)
     stored = (row < M)[:, None] & (column < N)[None, :]
     z = acc + tl.load(bias + column_in).to(tl.float32)[None, :]
@@ -366,9 +369,9 @@ def slab_config(rows: int, columns: int) -> tuple[dict, int]:
 
 
 def flags(itemsize: int, target: int) -> dict:
-    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, which keeps its accuracy."""
+    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, or one where torch may do so."""
     upcast = interpreting()
-    precision = "tf32x3" if itemsize == 4 and target and not upcast else "ieee"
+    precision = float32_precision() if itemsize == 4 and target and not upcast else "ieee"
     return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
 
 

@@ -2,7 +2,7 @@
 
 Every product is a `tl.dot` of float32 operands with the 16 heads (or at least 16 tiles) as one side. TF32 holds
 bfloat16 and float16 exactly, so for these only the queries, softmax weights and activations are rounded, to 11 bits;
-float32 inputs take three TF32 products.
+float32 inputs take three TF32 products, even where torch may take one: the choice of tiles must not depend on that.
 """
 
 from __future__ import annotations
