@@ -707,6 +707,8 @@ def compile_all(launches: Sequence[Any], jobs: int) -> dict[str, dict[str, Any]]
     """What the compiler made of each distinct launch, by its key."""
     distinct = {launch.key: launch for launch in launches}
     _pending[:] = distinct.values()
+    if jobs == 1:
+        return dict(zip(distinct, map(_compile, range(len(distinct)))))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         return dict(zip(distinct, pool.map(_compile, range(len(distinct)))))
 

@@ -44,6 +44,29 @@ def test_no_worse_than_the_baseline(name, baseline):
     assert all(row["shared_races"] == 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    "name, target, dtype",
+    [
+        ("pack_tokens", 86, "bf16"),
+        ("place_rows", "gfx942", "fp32"),
+        ("moe_routing", 90, "fp32"),
+        ("v2pe_rope", 120, "bf16"),
+        ("tile_router", 89, "bf16"),
+        ("pixel_shuffle_mlp 1/4", 100, "bf16"),
+        ("moe_experts", 80, "fp32"),
+    ],
+)
+def test_machine_code_no_worse_than_the_baseline(name, target, dtype, baseline):
+    """The first of an op's shapes on one target; `make inspect` does all."""
+    shape, models = next(tool.real_shapes(name, []))
+    shape = dataclasses.replace(shape, dtype=tool.DTYPES[dtype])
+    rows = tool.machine_rows(name, [(shape, models)], [target], jobs=1)
+    key = (*tool.KEYS["machine"], "kernel")
+    known = {str([row[k] for k in key]) for row in baseline["machine"]}
+    assert rows and {str([row[k] for k in key]) for row in rows} <= known
+    assert tool.check({"machine": rows}, baseline, MARGIN) == []
+
+
 def test_limits(counted):
     """Memory-bound ops at every shape: distinct bytes and sectors, and a least that is one."""
     assert {key[0] for key in counted} == set(tool.SUBJECTS)
