@@ -685,12 +685,12 @@ def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[An
         row["shared"] += shared
         log.append({"kernel": kernel, "target": target, "threads": block, **row})
 
-    capability = 0 if isinstance(target, str) else target  # what launchers ask for; 0 for AMD
+    amd = isinstance(target, str)
     with (
         unchecked_counts(),
         aot.compiling(target, log, make=lambda launch: launch),
         no_products(),
-        _dispatch.stand_in("simulator", launch, preferred=True, capability=capability),
+        _dispatch.stand_in("simulator", None if amd else launch, preferred=True, capability=0 if amd else target),
         forced(backend),
     ):
         return run(job, job.call, direction, log)
