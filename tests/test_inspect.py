@@ -141,15 +141,14 @@ def test_16_byte_accesses(baseline):
     """Each kernel that moves rows does so 16 bytes at a time, at all widths of the catalogue."""
     small = ("moe_dispatch", "count_tokens", "list_tokens", "pack_", "moe_routing")  # numbers, a few bytes each
     for row in baseline["machine"]:
-        if row["target"] != "gfx942" and not row["kernel"].startswith(small):
+        one_token = (row["op"], row["tokens"]) == ("moe_experts", 1)  # tiles so small that a thread has less
+        if row["target"] != "gfx942" and not row["kernel"].startswith(small) and not one_token:
             assert "ld16" in row["widths"], row
             # Column sums, a float a thread; the router's last layer has two outputs; two statistics a row, where the
             # product normalises its own operand.
             name = row["op"], row["kernel"]
             few = row["kernel"] == "norm_parameters_kernel" or name == ("tile_router", "linear_kernel")
-            few |= (
-                row["kernel"] == "shuffle_norm_kernel" and row["direction"] == "forward" and row["widths"]["st4"] == 2
-            )
+            few |= row["kernel"] == "shuffle_norm_kernel" and row["widths"].get("st4") == 2
             assert few or "st16" in row["widths"], row
 
 
