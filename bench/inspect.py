@@ -968,7 +968,7 @@ def plot(tables: Tables, path: Path) -> None:
         roof.plot([], [], " ", label=f"{number}  {'; '.join(names)}")
     roof.set_xlabel("FLOP a byte, at the least traffic")
     roof.set_ylabel("TFLOP/s bf16 (dots: ceiling on H100)")
-    roof.legend(fontsize=6, loc="lower right", handlelength=1.5)
+    roof.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1.02), handlelength=1.5)
     colors = {"liger": "C1", "eager": "C3"}
     names = [f"{row['op']}, {row['direction']}: {row['who']}" for row in bars]
     values = [row["requested_bytes"] / row["least"] for row in bars]
