@@ -2,7 +2,7 @@
 import re
 import numpy as np
 from .parse import PtxError
-from .mem import SimError, LANES
+from .mem import SimError, FULL, LANES
 from .warpgroup import IN_FLIGHT, read_operand
 
 u32, i64 = np.uint32, np.int64
@@ -87,7 +87,7 @@ def compile_mbarrier(compiler, a):
 
 def compile_tcgen05(compiler, a, decode):
     """The closure of a tcgen05 instruction; `decode`: raw registers to numbers."""
-    ins = compiler.i; kind = ins.parts[1]; name = '.'.join(ins.parts); ins.cls = 'tcgen05'; full = lambda X: np.array([0xFFFFFFFF], u32)
+    ins = compiler.i; kind = ins.parts[1]; name = '.'.join(ins.parts); ins.cls = 'tcgen05'; full = lambda X: FULL
     if 'cta_group::2' in ins.parts: raise PtxError(f'unsupported instruction {ins}')
     if kind == 'relinquish_alloc_permit' or kind.startswith(('fence', 'wait')): return lambda X: None
     if kind == 'alloc':
@@ -123,7 +123,7 @@ def compile_access(compiler, a, kind, ins):
     shape = next((p for p in ins.parts if re.fullmatch(r'\d+x\d+b(x2)?', p)), '')
     if shape not in ('32x32b', '16x32bx2') or any(p.startswith(('pack', 'unpack', 'red')) for p in ins.parts):
         raise PtxError(f'unsupported instruction {ins}')
-    ins.sync = lambda X: np.array([0xFFFFFFFF], u32)
+    ins.sync = lambda X: FULL
     a = list(a); registers, address = (a.pop(0), a.pop(0)) if kind == 'ld' else (a.pop(), a.pop(0))
     split = int(a[0]) if shape == '16x32bx2' else 0
     g, regs = compiler.addr(address)[0], compiler.vec(registers)

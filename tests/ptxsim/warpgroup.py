@@ -1,7 +1,6 @@
 """What wgmma (sm_90) and tcgen05 (sm_100) share: operands in shared memory by descriptors, read while in flight."""
 import numpy as np
 from .parse import PtxError
-from .mem import SimError
 
 u32, i64 = np.uint32, np.int64
 IN_FLIGHT = u32(0x7FC0DEAD)                                  # what a register or tensor memory holds until then: NaN

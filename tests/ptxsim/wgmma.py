@@ -2,7 +2,7 @@
 import re
 import numpy as np
 from .parse import PtxError
-from .mem import SimError, LANES, WARPGROUP
+from .mem import SimError, FULL, LANES, WARPGROUP
 from .warpgroup import IN_FLIGHT, read_operand
 
 u32, i64 = np.uint32, np.int64
@@ -74,7 +74,7 @@ class Products:
 
 def compile_wgmma(compiler, a, decode):
     """The closure of a wgmma instruction; `decode`: raw registers to numbers."""
-    ins = compiler.i; kind = ins.parts[1]; ins.cls = 'other'; ins.sync = lambda X: np.array([0xFFFFFFFF], u32)
+    ins = compiler.i; kind = ins.parts[1]; ins.cls = 'other'; ins.sync = lambda X: FULL
     if kind == 'fence': return lambda X: None
     if kind == 'commit_group': return lambda X: X.products.commit(ins)
     if kind == 'wait_group': n = int(a[0]); return lambda X: X.products.wait(n, ins)
