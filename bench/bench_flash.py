@@ -8,7 +8,7 @@ import torch
 
 from bench.bench_token_packing import TEXT, TOKEN, prompt
 from bench.runner import Case, Work, device
-from ivl_kernels.nn.flash import FlashParts, Projector, flash_inputs
+from ivl_kernels.flash import FlashParts, Projector, flash_inputs
 from ivl_kernels.nn.router import TileRouter
 from ivl_kernels.testing import MODELS, ModelShape
 from ivl_kernels.testing.shipped import ShippedFlash

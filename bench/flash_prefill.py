@@ -21,7 +21,7 @@ import torch
 import ivl_kernels
 from bench.bench_flash import parts_of_shipped
 from bench.bench_token_packing import TOKEN, prompt
-from ivl_kernels.nn.flash import flash_inputs
+from ivl_kernels.flash import flash_inputs
 from ivl_kernels.testing import MODELS
 from ivl_kernels.testing.shipped import ShippedFlash, shipped_decision, shipped_packing, shipped_shuffle
 

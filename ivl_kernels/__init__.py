@@ -19,7 +19,7 @@ _LAZY = {
     "VerifyReport": "ivl_kernels.integrations",
     "enable_remote_code": "ivl_kernels.integrations",
 }
-_SUBMODULES = ("ops", "nn", "integrations", "doctor", "testing")
+_SUBMODULES = ("ops", "nn", "flash", "integrations", "doctor", "testing")
 
 __all__ = [*_LAZY, *_SUBMODULES, "__version__"]
 

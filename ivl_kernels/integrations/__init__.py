@@ -1,7 +1,9 @@
 """Patching of whole models: `patch`, `patched` and `verify`; one adapter a model family."""
 
-from ._patch import Adapter, Editor, Feature, PatchError, PatchHandle, PatchReport, Row, Site, patch, patched
-from ._remote_code import enable_remote_code
+from ..models.remote_code import enable_remote_code
+from ._edit import Editor
+from ._patch import Adapter, Feature, PatchError, PatchHandle, Site, patch, patched
+from ._report import PatchReport, Row
 from ._verify import VerifyReport, verify
 
 __all__ = [

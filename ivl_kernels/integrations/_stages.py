@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._patch import Editor, named_instances
+from ..models.upstream import named_instances
+from ._edit import Editor
 
 VISION = "vision transformer"
 PROJECTOR = "shuffle, projector"

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._patch import PatchReport, named_instances, patched
+from ..models.upstream import named_instances
+from ._patch import patched
+from ._report import PatchReport
 from ._stages import PLACEMENT, PROJECTOR, STAGES, can_measure_memory, stage_memory, stage_times
 
 # Largest allowed root-mean-square difference, relative to that of the plain output. A layer of a transformer in

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ._patch import not_plain
+from ..models.plain import not_plain
 
 
 class DeferredShuffle:

@@ -14,18 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._patch import (
-    PACKING,
-    PROJECTOR,
-    Adapter,
-    Editor,
-    Site,
-    StandIn,
-    class_of,
-    named_instances,
-    replaced_before,
-    serving,
-)
+from ..models.upstream import StandIn, class_of, named_instances, replaced_before
+from ._edit import Editor
+from ._patch import PACKING, PROJECTOR, Adapter, Site
+from ._report import serving
 from ._vision import DeferredShuffle, place, projector_problem
 
 _LAYERS = (("0", nn.LayerNorm), ("1", nn.Linear), ("2", nn.GELU), ("3", nn.Linear))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn.flash import (
+from ..flash import (
     FlashInputs,
     FlashParts,
     Routing,
@@ -22,8 +22,10 @@ from ..nn.flash import (
     parts_of,
 )
 from ..ops import select_tiles
-from ._patch import Adapter, Editor, Feature, Site, note, serving
-from .rope import announce
+from ._edit import Editor, note
+from ._patch import Adapter, Feature, Site
+from ._report import serving
+from .v2pe import announce
 
 FindParts = Callable[[nn.Module], FlashParts]
 FORWARDS = (False, True, "unpadded")

@@ -15,8 +15,12 @@ import torch
 from torch import nn
 
 from .. import _native
+from ..models.plain import not_plain
+from ..models.upstream import named_instances, replaced_before
 from ..ops.moe_experts import moe_experts, moe_experts_list
-from ._patch import Adapter, Editor, Feature, Site, named_instances, not_plain, replaced_before, serving
+from ._edit import Editor
+from ._patch import Adapter, Feature, Site
+from ._report import serving
 
 IMPLEMENTATION = "ivl"
 _STACKED = ("Qwen3MoeExperts", "GptOssExperts")

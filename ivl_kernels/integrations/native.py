@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._patch import PACKING, PROJECTOR, Adapter, Editor, Site, StandIn, named_instances, replaced_before, serving
+from ..models.upstream import StandIn, named_instances, replaced_before
+from ._edit import Editor
+from ._patch import PACKING, PROJECTOR, Adapter, Site
+from ._report import serving
 from ._vision import DeferredMask, DeferredShuffle, place, projector_problem
 
 _LAYERS = (("layer_norm", nn.LayerNorm), ("linear_1", nn.Linear), ("act", nn.GELU), ("linear_2", nn.Linear))

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ivl_kernels.integrations import Adapter, Feature, PatchError, Site, _patch, patch, patched
-from ivl_kernels.integrations._patch import PatchWarning, note
+from ivl_kernels.integrations._edit import note
+from ivl_kernels.integrations._patch import PatchWarning
+from ivl_kernels.models import upstream
 
 
 class Config:
@@ -50,7 +52,7 @@ class AddOne(Adapter):
     features = {"plus": Feature(True, "adds one"), "strength": Feature(1, "how much", parse=float, option=True)}
 
     def find(self, model, options):
-        for path, module in _patch.named_instances(model, "Toy"):
+        for path, module in upstream.named_instances(model, "Toy"):
             reason = "" if type(module.linear) is nn.Linear else "linear is not plain"
             yield Site("plus", path, module, "Toy.forward", reason)
 
@@ -65,7 +67,7 @@ class Times(Adapter):
     features = {"times": Feature(None, "times ten", parse=float), "config": Feature(False, "sets an attribute")}
 
     def find(self, model, options):
-        for path, module in _patch.named_instances(model, "Toy"):
+        for path, module in upstream.named_instances(model, "Toy"):
             if options["times"]:
                 yield Site("times", path, module, "Toy.forward")
             yield Site("config", path, module, "Toy.config")

@@ -1,0 +1,52 @@
+"""What a patch did, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import _library
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a report. `state`: patched, already patched, refused, not found, off, undone or left."""
+
+    module: str
+    feature: str
+    what: str
+    state: str
+    detail: str = ""
+
+
+@dataclass
+class PatchReport:
+    """What was patched, which backend will serve it and why; what was not, and why not."""
+
+    model: str
+    rows: list[Row] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def patched(self) -> list[Row]:
+        return [row for row in self.rows if row.state in ("patched", "already patched")]
+
+    def __str__(self) -> str:
+        table = [("module", "feature", "what", "state", "served by, or why not")]
+        table += [(r.module or "(model)", r.feature, r.what, r.state, r.detail) for r in self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in table]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([f"ivl_kernels in {self.model}:", *lines, *(f"{k}: {v}" for k, v in self.notes.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "rows": [vars(row).copy() for row in self.rows], "notes": dict(self.notes)}
+
+
+def serving(op: str, tensor: torch.Tensor) -> str:
+    """ "native (float32 on cpu)": the backend of `ops.<op>` for tensors like this one, and why not a better one."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    choice = _library.OPS[op].explain(tensor.device.type, dtype)
+    return f"{choice} ({dtype} on {tensor.device.type})"
