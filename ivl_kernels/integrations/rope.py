@@ -1,159 +1,152 @@
 """Rotary embedding in the language models: Qwen2, Qwen3, Qwen3-MoE, GPT-OSS, InternLM3 and their like.
 
-`rope` replaces the forward of the attention modules of one model by a bound method that is the same sequence of calls
-with one op for q/k norm and rotation.
+The attention's own forward runs, with the rotary function of its module replaced by one op for q/k norm and rotation.
+Nothing is known of its arguments, its cache or its attention interface.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.plain import not_plain
-from ..models.upstream import class_of, replaced_before
+from ..models.plain import gives_new_memory, not_plain, rms_norm
+from ..models.upstream import (
+    Deferred,
+    StandIn,
+    class_of,
+    forward_name,
+    made,
+    renamed,
+    replaced_before,
+    uses,
+)
 from ..ops import v2pe_rope, v2pe_rope_
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
 from ._report import serving
 
-# Every name that the forward of an attention class we reproduce may use. One with another name does something else.
-_KNOWN = {
-    *("ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "apply_rotary_pos_emb", "attention_dropout", "config"),
-    *("contiguous", "eager_attention_forward", "get_interface", "head_dim", "k_norm", "k_proj", "layer_idx", "o_proj"),
-    *("q_norm", "q_proj", "reshape", "scaling", "shape", "sinks", "sliding_window", "training", "transpose"),
-    *("update", "v_proj", "view"),
-}
-_ARGUMENTS = ("self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values")
-_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling", "attention_dropout", "config")
+_ROTARY = "apply_rotary_pos_emb"
 
 
-@dataclass(frozen=True)
-class _Upstream:
-    """What the installed version's attention class does."""
+class DeferredNorm(Deferred):
+    """Stands for `norm(x)` between upstream's norm and its rotation, which then does both at once."""
 
-    names: frozenset[str]
-    apply: Any
-    eager: Any
-    functions: Any
-    cache_position: bool
-    half_width: bool  # cos and sin of half the width
+    def __init__(self, norm: Any, x: torch.Tensor) -> None:
+        self.norm, self.x = norm, x
+
+    def tensor(self) -> torch.Tensor:
+        return self.norm(self.x)
+
+    def transpose(self, one: int, other: int) -> Any:
+        last = self.x.dim() - 1
+        if last in (one % self.x.dim(), other % self.x.dim()):
+            return self.tensor().transpose(one, other)
+        return DeferredNorm(self.norm, self.x.transpose(one, other))
 
 
 @functools.cache
-def _upstream(kind: type) -> _Upstream | str:
-    """How an attention class works, or why we do not know."""
-    function: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
-    code, scope = function.__code__, function.__globals__
-    names, arguments = frozenset(code.co_names), code.co_varnames[: code.co_argcount]
-    unknown = sorted(names - _KNOWN)
-    if unknown or "apply_rotary_pos_emb" not in names:
-        return f"the forward of {kind.__name__} uses {', '.join(unknown) or 'no apply_rotary_pos_emb'}"
-    if arguments not in (_ARGUMENTS, (*_ARGUMENTS, "cache_position")):
-        return f"the forward of {kind.__name__} takes {', '.join(arguments)}"
-    wanted = ("apply_rotary_pos_emb", "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS")
-    missing = [name for name in wanted if name not in scope]
-    if missing:
-        return f"the module of {kind.__name__} has no {', '.join(missing)}"
-    apply = scope["apply_rotary_pos_emb"]
-    return _Upstream(
-        names, apply, scope["eager_attention_forward"], scope["ALL_ATTENTION_FUNCTIONS"],
-        "cache_position" in arguments, "rotate_half" not in inspect.unwrap(apply).__code__.co_names,
-    )  # fmt: skip
+def _angles(function: Any) -> tuple[int, ...]:
+    """How many times the width of cos and sin a head is wide (1, 2) for which the rotary function is ours."""
+    generator = torch.Generator().manual_seed(0)
+    widths = []
+    for times in (1, 2):
+        q, k = (torch.randn(1, heads, 3, 8, generator=generator, dtype=torch.float64) for heads in (4, 2))
+        angles = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
+        angles = angles if times == 2 else torch.cat((angles, angles), -1)
+        expected = v2pe_rope(q, k, cos=angles.cos(), sin=angles.sin(), backend="reference")
+        try:
+            got = function(q, k, angles.cos(), angles.sin())
+            same = all(torch.allclose(g, e, rtol=0, atol=1e-12) for g, e in zip(got, expected))
+        except Exception:
+            continue
+        widths += [times] if same else []
+    return tuple(widths)
+
+
+def _rotation(kind: type) -> tuple[Any, str]:
+    """(the rotary function that the attention class calls, why it cannot be ours)."""
+    function = kind.forward  # type: ignore[attr-defined]
+    if not uses(function, _ROTARY):
+        return None, f"unknown structure: the forward of {kind.__name__} does not call {_ROTARY} of its module"
+    stock = inspect.unwrap(function).__globals__[_ROTARY]
+    with torch.device("cpu"):
+        known = _angles(stock)
+    return stock, "" if known else f"unknown structure: {_ROTARY} of {kind.__name__} is not a rotation as we know it"
 
 
 def _attention_problem(attention: Any) -> str:
-    missing = [name for name in _PARTS if not hasattr(attention, name)]
-    if missing:
-        return f"unknown structure: {type(attention).__name__} has no {', '.join(missing)}"
-    upstream = _upstream(class_of(attention))
-    if isinstance(upstream, str):
-        return f"unknown structure: {upstream}"
-    return replaced_before(attention, "forward")
+    kind = class_of(attention)
+    problem = _rotation(kind)[1] or replaced_before(attention, forward_name(attention))
+    if problem:
+        return problem
+    try:
+        renamed(kind.forward, **{_ROTARY: None})
+    except ValueError as error:
+        return f"unknown structure: {error}"
+    return ""
 
 
-def _norm_problem(norm: Any) -> str:
+def _norm_problem(norm: nn.Module) -> str:
     """Why a q/k norm has to be called as it is, or ""."""
-    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
-        return f"{type(norm).__name__} is not an RMSNorm as we know it"
-    if "GptOss" in type(norm).__name__:
-        return "GPT-OSS multiplies by the weight in float32"
-    return not_plain(norm, type(norm), type(norm).__name__)
+    kind: Any = type(norm)
+    return rms_norm(kind)[1] or not_plain(norm, kind, kind.__name__)
 
 
-def _fusable(upstream: _Upstream, attention: Any, q: torch.Tensor) -> bool:
-    norms = (attention.q_norm, attention.k_norm)
-    if q.dtype == torch.float64:
+def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """What takes the place of `stock`, the module's rotary function."""
+    widths = _angles(stock)
+
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        deferred = isinstance(q, DeferredNorm) and isinstance(k, DeferredNorm)
+        x = q.x if deferred else made(q)
+        # Autocast and axes of several positions are upstream's, and so is a layout that was asked for.
+        known = cos.dim() == 3 and cos.dtype == x.dtype and any(x.shape[-1] == n * cos.shape[-1] for n in widths)
+        if args or kwargs or not known:
+            return stock(made(q), made(k), cos, sin, *args, **kwargs)
+        if not deferred:
+            return rotate(x, made(k), cos=cos, sin=sin, backend=backend)
+        weights = {"q_weight": q.norm.weight, "k_weight": k.norm.weight, "eps": getattr(q.norm, eps)}
+        return rotate(x, k.x, cos=cos, sin=sin, **weights, backend=backend)
+
+    return apply_rotary_pos_emb
+
+
+def _fusable(norms: tuple[Any, Any], eps: str, dtype: torch.dtype) -> bool:
+    if dtype == torch.float64:
         return False  # upstream's norm rounds to float32 inside, whatever the dtype
-    return all(n.weight.dtype == q.dtype and n.weight.shape == q.shape[-1:] and not _norm_problem(n) for n in norms)
+    q, k = norms
+    plain = all(not not_plain(n, type(n), "") and n.weight.dtype == dtype and n.weight.dim() == 1 for n in norms)
+    return plain and type(q) is type(k) and getattr(q, eps) == getattr(k, eps)
 
 
-def _attention(backend: str) -> Any:
-    def forward(
-        inner: Any,
-        self: Any,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Any:
-        upstream = _upstream(class_of(self))
-        if rest or position_embeddings is None or "past_key_value" in kwargs or isinstance(upstream, str):
-            return inner(self, hidden_states, position_embeddings, attention_mask, past_key_values, *rest, **kwargs)
-        cache_position = kwargs.pop("cache_position", None) if upstream.cache_position else None
-        shape = hidden_states.shape[:-1]
-        per_head = (*shape, -1, self.head_dim)
-        q, k = self.q_proj(hidden_states).view(per_head), self.k_proj(hidden_states).view(per_head)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
-        cos, sin = position_embeddings
-        weights: dict[str, Any] = {}
-        if "q_norm" in upstream.names:
-            if _fusable(upstream, self, q) and self.q_norm.variance_epsilon == self.k_norm.variance_epsilon:
-                weights = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight)
-                weights["eps"] = self.q_norm.variance_epsilon
-            else:
-                q, k = self.q_norm(q), self.k_norm(k)
-        width = self.head_dim // 2 if upstream.half_width else self.head_dim
-        if cos.dtype != q.dtype or cos.dim() != 3 or cos.shape[-1] != width:  # autocast, multi-axis positions
-            if weights:
-                q, k = self.q_norm(q), self.k_norm(k)
-            query, key = upstream.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-        else:
-            # In place unless somebody else may hold the projections: autograd, or a hook.
-            mine = not (torch.is_grad_enabled() or self.q_proj._forward_hooks or self.k_proj._forward_hooks)
-            rotate = v2pe_rope_ if mine else v2pe_rope
-            q, k = rotate(q, k, cos=cos, sin=sin, heads_dim=2, **weights, backend=backend)
-            query, key = q.transpose(1, 2), k.transpose(1, 2)
-        if past_key_values is not None:
-            extra = ({"sin": sin, "cos": cos, "cache_position": cache_position},) if upstream.cache_position else ()
-            key, value = past_key_values.update(key, value, self.layer_idx, *extra)
-        name = self.config._attn_implementation
-        if hasattr(upstream.functions, "get_interface"):
-            attend = upstream.functions.get_interface(name, upstream.eager)
-        else:
-            attend = upstream.eager if name == "eager" else upstream.functions[name]
-        if "sliding_window" in upstream.names:
-            kwargs["sliding_window"] = self.sliding_window
-        if "sinks" in upstream.names:
-            kwargs["s_aux"] = self.sinks
-        output, attention_weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), attention_weights
+def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]:
+    stock = kind.forward
+    rotary = _rotation(kind)[0]
+    eps = rms_norm(norm)[0] if norm else ""
+    in_place, copied = (
+        renamed(stock, **{_ROTARY: _rotate(rotary, eps, backend, rotate)}) for rotate in (v2pe_rope_, v2pe_rope)
+    )
+
+    def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        if class_of(self) is not kind or kind.forward is not stock:
+            return inner(self, *args, **kwargs)
+        projections, me = (self.q_proj, self.k_proj), self
+        alone = not torch.is_grad_enabled() and not torch.jit.is_tracing()
+        alone = alone and all(map(gives_new_memory, projections))
+        if eps and type(self.q_norm) is norm and _fusable((self.q_norm, self.k_norm), eps, projections[0].weight.dtype):
+            norms = {
+                name: functools.partial(DeferredNorm, module)
+                for name, module in (("q_norm", self.q_norm), ("k_norm", self.k_norm))
+            }
+            me = StandIn(self, **norms)
+        elif norm:
+            alone = False  # a norm that is called may keep what it returns
+        return (in_place if alone else copied)(me, *args, **kwargs)
 
     return forward
 
@@ -178,8 +171,13 @@ class Rope(Adapter):
             yield Site("rope", path, text, what, "; ".join(sorted(problems - {""})))
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
+        made: dict[Any, Any] = {}
         for layer in site.module.layers:  # type: ignore[union-attr]
-            edit.method(layer.self_attn, "forward", _attention(options["backend"]))  # type: ignore[union-attr, arg-type]
+            attention: Any = layer.self_attn  # type: ignore[union-attr]
+            key = (class_of(attention), type(attention.q_norm) if hasattr(attention, "q_norm") else None)
+            if key not in made:
+                made[key] = _attention(*key, options["backend"])
+            edit.method(attention, forward_name(attention), made[key])
 
     def serving(self, site: Site) -> str:
         layer = site.module.layers[0].self_attn  # type: ignore[union-attr, index]

@@ -1,10 +1,20 @@
-"""How upstream's code is entered: its own bodies run, on a stand-in of the module where parts of ours take part."""
+"""How upstream's code is entered.
+
+Its own bodies run, whichever version is installed: on a stand-in of the module where parts of ours take part
+(`StandIn`), with one of its module's names replaced (`renamed`), on values that stand for work not done yet
+(`Deferred`). What a call was given is asked by what it is (`arguments`, `cache_of`), so that a renamed or added
+argument changes nothing. State of a layer never lives in a replaced name; state of a call belongs to the call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,6 +43,128 @@ def class_of(module: Any) -> Any:
     return type(module)
 
 
+class Deferred:
+    """Stands for a tensor that upstream's body hands from one part to the next; for anything else it becomes one."""
+
+    def tensor(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return func(*map(made, args), **{name: made(value) for name, value in (kwargs or {}).items()})
+
+
+def made(value: Any) -> Any:
+    """The tensor that a `Deferred` stands for; any other value as it is."""
+    return value.tensor() if isinstance(value, Deferred) else value
+
+
+def _operator(name: str) -> Any:
+    return lambda self, *args: getattr(self.tensor(), name)(*map(made, args))
+
+
+# Python looks operators up in the class, not through __getattr__.
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "and", "or", "radd", "rsub", "rmul", "rtruediv"):
+    setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("neg", "invert", "len", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "iter", "bool", "float", "int"):
+    setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def code_of(function: Any) -> types.CodeType:
+    """The code of a function below its decorators."""
+    return inspect.unwrap(function).__code__
+
+
+def uses(function: Any, name: str) -> bool:
+    """Whether the body of `function` calls for this name of its module."""
+    inside = inspect.unwrap(function)
+    return name in inside.__code__.co_names and name in inside.__globals__
+
+
+def renamed(function: Any, **names: Any) -> Any:
+    """`function` with some of its module's names replaced: the same body under the same decorators.
+
+    Make it once a class, outside compiled code, and keep state of a layer or a call out of `names`.
+
+    Raises:
+        ValueError: a decorator does not hold the function it wraps, so the body cannot be replaced in it.
+    """
+    inside = getattr(function, "__wrapped__", None)
+    if inside is None:
+        # Without a module's name torch.compile takes the names from this dictionary, not from that module.
+        scope = {**function.__globals__, **names}
+        scope.pop("__name__", None)
+        copy = types.FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+        )
+    else:
+        cells = function.__closure__ or ()
+        if not any(_holds(cell, inside) for cell in cells):
+            raise ValueError(f"{function.__qualname__}: a decorator does not hold what it wraps")
+        replaced = renamed(inside, **names)
+        closure = tuple(types.CellType(replaced) if _holds(cell, inside) else cell for cell in cells)
+        copy = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+        )
+        copy.__wrapped__ = replaced  # type: ignore[attr-defined]
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+    return copy
+
+
+def _holds(cell: types.CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # empty
+        return False
+
+
+@functools.cache
+def signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What a call `function(*args, **kwargs)` gives, by name; what lands in `**kwargs` stands beside the rest.
+
+    Raises:
+        TypeError: the call does not fit the function, as the call itself would.
+    """
+    bound = signature(function).bind(*args, **kwargs)
+    given = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
+
+
+def is_cache(value: Any) -> bool:
+    """Whether this is a cache of keys and values, whatever its class."""
+    return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or fields of an output, whatever it is called; None without one.
+
+    Raises:
+        TypeError: a cache of a kind that cannot be asked for its length (the tuples of old).
+    """
+    for name, value in given.items():
+        if is_cache(value):
+            return value
+        if isinstance(value, tuple) and value and ("past" in name or "cache" in name):
+            raise TypeError(f"{name}: got a tuple, expected a transformers Cache")
+    return None
+
+
+def filled(cache: Any) -> int:
+    """Positions a cache holds; 0 without a cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def describe(value: Any) -> str:
     function = getattr(value, "func", value)  # a functools.partial
     function = getattr(function, "__func__", function)
@@ -48,6 +180,11 @@ def replaced_before(module: nn.Module, name: str) -> str:
     if function is not None and function is getattr(type(module), name, None):
         return ""
     return f"{name} of this instance was replaced before by {describe(current)}"
+
+
+def forward_name(module: nn.Module) -> str:
+    """The method to wrap so that ours runs inside accelerate's hook, after it has moved what it moves."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
 
 
 def named_instances(model: nn.Module, *class_names: str) -> Iterator[tuple[str, nn.Module]]:
