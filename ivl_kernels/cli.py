@@ -11,17 +11,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .commands import CommandError
+
 COMMANDS = {
-    "demo": ("demo", "run a model on a photograph, plain and patched, and compare"),
-    "verify": ("_verify_command", "compare a model plain and patched, layer by layer, and time both"),
+    "demo": ("commands.demo", "run a model on a photograph, plain and patched, and compare"),
+    "verify": ("commands.verify", "compare a model plain and patched, layer by layer, and time both"),
     "doctor": ("doctor", "what is installed, built and found, and which backend serves each op"),
-    "bench": ("_bench_command", "time the ops against eager, torch.compile and peers"),
-    "gpu-check": ("gpu_check", "prove every op on this machine's GPU and print the honest table"),
+    "bench": ("commands.bench", "time the ops against eager, torch.compile and peers"),
+    "gpu-check": ("commands.gpu_check", "prove every op on this machine's GPU and print the honest table"),
 }
-
-
-class CommandError(Exception):
-    """Something the user can put right; its text is the one line that is printed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,13 +8,14 @@ import torch
 from models import chat_model
 from PIL import Image
 
-from ivl_kernels import cli, demo
+from ivl_kernels import cli
+from ivl_kernels.commands import subject
 from ivl_kernels.testing import tiny
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return demo.random_tokenizer()
+    return subject.random_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_wrong_model_type_and_no_memory(tmp_path, capsys, monkeypatch):
     def no_memory(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr(demo, "random_subject", no_memory)
+    monkeypatch.setattr(subject, "random_subject", no_memory)
     assert run(tmp_path) == 2
     assert "out of memory: try fewer --tiles" in capsys.readouterr().err
 

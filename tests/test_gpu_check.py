@@ -8,7 +8,8 @@ import pytest
 import torch
 from gpu import simulated_gpu
 
-from ivl_kernels import _library, cli, gpu_check
+from ivl_kernels import _library, cli
+from ivl_kernels.commands import gpu_check
 from ivl_kernels.testing.samples import samples
 
 

@@ -17,7 +17,7 @@ SUBJECTS = [s.title for s in samples() if any(i.backend == "triton" for i in _li
 # The interpreter is chosen when Triton is imported, so in a process of its own.
 CODE = """
 import sys, traceback, torch
-from ivl_kernels.gpu_check import _cast, _Subject
+from ivl_kernels.commands.gpu_check import _cast, _Subject
 from ivl_kernels.testing.samples import samples
 for sample in samples():
     if sample.title in sys.argv:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.upstream import named_instances
+from ..models.families import families_in
 from ._edit import Editor
 
 VISION = "vision transformer"
@@ -98,10 +98,14 @@ def can_measure_memory(device: torch.device) -> bool:
         return False
 
 
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    given = [*args, *(kwargs.get(name) for name in ("inputs_embeds", "input_ids"))]
+    return next((value for value in given if isinstance(value, torch.Tensor)), None)
+
+
 def _language_stage(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    given = kwargs.get("inputs_embeds")
-    given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
-    return DECODE if given is not None and given.shape[1] == 1 else PREFILL
+    tokens = _tokens(args, kwargs)
+    return DECODE if tokens is not None and tokens.shape[1] == 1 else PREFILL
 
 
 def _core_stage(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -111,25 +115,20 @@ def _core_stage(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def _parts(model: nn.Module) -> Iterator[tuple[Any, str, str | Callable[..., str]]]:
     """(module, method, stage) of everything that is timed."""
-    for _, part in named_instances(model, "InternVLModel"):
-        core: Any = part
-        yield core.vision_tower, "forward", VISION
-        yield core, "get_image_features", PROJECTOR
-        yield core, "forward", _core_stage
-        yield core.language_model, "forward", _language_stage
-    for _, part in named_instances(model, "InternVLForConditionalGeneration"):
-        head: Any = part
-        yield head.lm_head, "forward", lambda args, kwargs: DECODE if args[0].shape[1] == 1 else PREFILL
-    for _, part in named_instances(model, "InternVLChatModel"):
-        chat: Any = part
-        yield chat.vision_model, "forward", VISION
-        for name in ("extract_feature", "extract_feature_flash"):
-            if hasattr(chat, name):
-                yield chat, name, PROJECTOR
-        for name in ("generate", "forward"):
-            yield chat, name, PLACEMENT
-        yield chat.language_model, "forward", _language_stage
-        yield chat.language_model, "generate", REST
+    for _, family in families_in(model):
+        yield family.vision, "forward", VISION
+        yield family.core, family.features_name, PROJECTOR
+        yield family.language, "forward", _language_stage
+        if family.core is not family.model:
+            yield family.core, "forward", _core_stage
+        if family.head is not None and family.head not in family.language.modules():
+            yield family.head, "forward", _language_stage
+        if hasattr(family.core, "extract_feature_flash"):
+            yield family.core, "extract_feature_flash", PROJECTOR
+        if hasattr(family.language, "generate"):  # the model embeds, then its language model generates
+            for name in ("generate", "forward"):
+                yield family.model, name, PLACEMENT
+            yield family.language, "generate", REST
 
 
 def _timed(clock: _Clock, stage: str | Callable[..., str]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.upstream import named_instances
+from ..models.families import families_in, family_of
 from ._patch import patched
 from ._report import PatchReport
 from ._stages import PLACEMENT, PROJECTOR, STAGES, can_measure_memory, stage_memory, stage_times
@@ -247,18 +247,22 @@ def verify(
 
 def _forward_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(inputs)
-    if any(True for _ in named_instances(model, "InternVLChatModel")) and "pixel_values" in inputs:
-        flags = torch.ones(len(inputs["pixel_values"]), 1, dtype=torch.int64, device=inputs["pixel_values"].device)
-        result.setdefault("image_flags", flags)
+    family = family_of(model)
+    if family is not None and "pixel_values" in inputs:
+        result |= {k: v for k, v in family.forward_inputs(inputs["pixel_values"]).items() if k not in inputs}
     return result
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    parts = {
+        id(part)
+        for _, family in families_in(model)
+        for part in (family.vision, family.projector, family.language, family.head)
+    }
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         in_list = name.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList)
-        parts = ("vision_tower", "vision_model", "multi_modal_projector", "mlp1", "language_model", "lm_head")
-        if (in_list and "expert" not in parent) or name in parts:
+        if (in_list and "expert" not in parent) or id(module) in parts:
             yield path, module
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from .upstream import named_instances
@@ -101,6 +102,10 @@ class Family:
     def order(self) -> str:
         """Of the pixel shuffle's tokens, "v2" or "v1"."""
         return "v2"
+
+    def forward_inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        """What the model's forward wants beside what its generate gets."""
+        return {}
 
     @property
     def flash_holder(self) -> Any:
@@ -225,6 +230,10 @@ class RemoteCode(Family):
     @property
     def order(self) -> str:
         return "v1" if self.model.ps_version == "v1" else "v2"
+
+    def forward_inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        flags = torch.ones(len(pixel_values), 1, dtype=torch.int64, device=pixel_values.device)
+        return {"image_flags": flags}  # every tile is a real one
 
     @property
     def flash_holder(self) -> Any:

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli import CommandError
+from . import CommandError
+from . import bench as bench_command
 
 SECONDS = 400  # after this no benchmark case is started, so that everything ends within 8 minutes
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -143,8 +144,8 @@ def _forward_backward(sample: Any, inputs: dict[str, Any], backend: str) -> list
 def _correctness(device: str, pattern: str) -> Iterator[Result]:
     import torch
 
-    from . import _dispatch, _library
-    from .testing.samples import samples
+    from .. import _dispatch, _library
+    from ..testing.samples import samples
 
     kind = _dispatch.device_kind(device)
     for sample in samples(large=device == "cuda"):
@@ -186,7 +187,7 @@ class _Subject:
     def check(self, backend: str) -> str:
         import torch
 
-        from .testing import assert_accurate, poisoned
+        from ..testing import assert_accurate, poisoned
 
         with poisoned():
             got = _forward_backward(self.sample, self.inputs, backend)
@@ -214,7 +215,7 @@ def _has_floats(values: Any) -> bool:
 
 
 def _unserved(op: str, dtype: str, device: str, backend: str) -> str:
-    from . import _dispatch, _library
+    from .. import _dispatch, _library
 
     try:
         _dispatch.choose(op, _library.OPS[op].implementations, device, dtype, forced=backend, warn=False)
@@ -227,7 +228,7 @@ def _graphs(device: str, pattern: str) -> Iterator[Result]:
     """Capture in a CUDA graph, replay on new inputs, compare with a plain call."""
     import torch
 
-    from .testing.samples import samples
+    from ..testing.samples import samples
 
     for sample in samples(large=device == "cuda"):
         if not sample.graph or pattern not in sample.title:
@@ -268,7 +269,7 @@ def _devices(device: str, pattern: str) -> Iterator[Result]:
     """Tensors on a GPU that is not the current one, forward and backward."""
     import torch
 
-    from .testing.samples import samples
+    from ..testing.samples import samples
 
     for sample in samples():
         if pattern not in sample.title:
@@ -323,7 +324,7 @@ def _huge(device: str, pattern: str) -> Iterator[Result]:
 def _huge_rows(device: str, elements: int = 2**31, width: int = 4096) -> str:
     import torch
 
-    from . import ops
+    from .. import ops
 
     length = elements // width + 64
     embeds = torch.zeros(1, length, width, dtype=torch.float16, device=device)
@@ -339,7 +340,7 @@ def _huge_rows(device: str, elements: int = 2**31, width: int = 4096) -> str:
 def _huge_tiles(device: str, elements: int = 2**31, width: int = 1024) -> str:
     import torch
 
-    from . import ops
+    from .. import ops
 
     tiles = elements // (1025 * width) + 2
     x = torch.zeros(tiles, 1025, width, dtype=torch.bfloat16, device=device)
@@ -357,7 +358,7 @@ def _huge_tiles(device: str, elements: int = 2**31, width: int = 1024) -> str:
 def _huge_rope(device: str, elements: int = 2**31, heads: int = 32) -> str:
     import torch
 
-    from . import ops
+    from .. import ops
 
     tokens = elements // (heads * 128) + 64
     q = torch.zeros(1, tokens, heads, 128, dtype=torch.bfloat16, device=device)
@@ -377,7 +378,7 @@ def _huge_rope(device: str, elements: int = 2**31, heads: int = 32) -> str:
 def _huge_experts(device: str, elements: int = 2**31, width: int = 4096, inner: int = 2048) -> str:
     import torch
 
-    from . import ops
+    from .. import ops
 
     experts = elements // (2 * inner * width) + 2
     gate_up = torch.zeros(experts, 2 * inner, width, dtype=torch.bfloat16, device=device)
@@ -394,7 +395,7 @@ def _huge_experts(device: str, elements: int = 2**31, width: int = 4096, inner: 
 
 def _sanitizer(device: str, pattern: str) -> Iterator[Result]:
     """The CUDA C++ kernels under compute-sanitizer."""
-    from . import _cuda
+    from .. import _cuda
 
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     for mode in ("memcheck", "racecheck", "initcheck"):
@@ -415,8 +416,8 @@ def _sanitizer(device: str, pattern: str) -> Iterator[Result]:
 
 def _sanitize(tool: str, mode: str) -> tuple[str, str]:
     """Status and detail. Without torch's caching allocator, which would hide an access past a tensor's end."""
-    code = "from ivl_kernels.gpu_check import run_cuda_kernels; run_cuda_kernels()"
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    code = "from ivl_kernels.commands.gpu_check import run_cuda_kernels; run_cuda_kernels()"
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [tool, "--tool", mode, "--error-exitcode", "3", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=settings)
@@ -429,8 +430,8 @@ def run_cuda_kernels() -> None:
     """Every op that has a CUDA C++ backend, once, on small inputs; run under compute-sanitizer."""
     import torch
 
-    from . import _library
-    from .testing.samples import samples
+    from .. import _library
+    from ..testing.samples import samples
 
     for sample in samples():
         if any(i.backend == "cuda" for i in _library.OPS[sample.op].implementations):
@@ -451,8 +452,8 @@ def _model(device: str, pattern: str) -> Iterator[Result]:
         return
     import torch
 
-    from . import verify
-    from .testing import tiny
+    from .. import verify
+    from ..testing import tiny
 
     for family in tiny.FAMILIES:
 
@@ -469,14 +470,11 @@ def _model(device: str, pattern: str) -> Iterator[Result]:
 
 def _bench(device: str, start: float) -> dict[str, Any]:
     """The quick benchmark table, from the repository's runner; the first case of each op, then the second, in time."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "bench" / "runner.py").exists():
-        return {"skipped": "the benchmarks are part of the repository, not of the installed package"}
-    sys.path.insert(0, str(root))
+    try:
+        runner = bench_command.runner()
+    except CommandError as missing:
+        return {"skipped": str(missing)}
     os.environ["IVL_BENCH_DEVICE"] = device
-    import importlib
-
-    runner = importlib.import_module("bench.runner")
     left = [runner.load_cases([op], quick=True) for op in runner.find_ops()]
 
     def cases() -> Iterator[Any]:
@@ -495,7 +493,7 @@ def _environment(device: str) -> dict[str, Any]:
 
     import torch
 
-    from . import doctor
+    from .. import doctor
 
     found = doctor.collect()
     return {

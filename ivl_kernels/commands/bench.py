@@ -6,8 +6,9 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
-from .cli import CommandError
+from . import CommandError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+    return runner().main(args.rest)
+
+
+def runner() -> Any:
+    """The module `bench.runner` of the repository this package, or the working directory, lies in."""
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (root / "bench" / "runner.py").exists():
             sys.path.insert(0, str(root))
-            return importlib.import_module("bench.runner").main(args.rest)
+            return importlib.import_module("bench.runner")
     raise CommandError("the benchmarks are part of the repository: run this inside a clone of it")
