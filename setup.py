@@ -20,12 +20,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
 
 
 def say(message):
     print(f"ivl_kernels build: {message}", file=sys.stderr, flush=True)
+
+
+def cuda_archs():
+    """The compute capabilities of the package's table of GPUs."""
+    spec = importlib.util.spec_from_file_location("_targets", ROOT / "ivl_kernels" / "_targets.py")
+    targets = sys.modules["_targets"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(targets)
+    return targets.NVIDIA
 
 
 def torch_root():
@@ -136,7 +143,7 @@ class Build(build_ext):
         out = self.package_dir() / "_C_cuda"
         out.mkdir(parents=True, exist_ok=True)
         known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
-        archs = [a for a in CUDA_ARCHS if f"sm_{a}" in known]
+        archs = [a for a in cuda_archs() if f"sm_{a}" in known]
         headers = max((os.path.getmtime(f) for f in glob.glob("csrc/include/ivl/**/*", recursive=True)), default=0)
 
         def compile_one(source):

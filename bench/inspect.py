@@ -32,6 +32,8 @@ from unittest import mock
 
 import torch
 
+from ivl_kernels._targets import NVIDIA
+from ivl_kernels._targets import TARGETS as TABLE
 from ivl_kernels.testing.catalogue import MODELS, ModelShape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,13 +43,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the simulator is a tool of the tests
 # GB/s, dense bf16 tensor-core TFLOP/s; NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024),
 # HGX B200 (2024; the sparse figure halved).
 GPUS = {"A100": (2039, 312), "H100": (3350, 989), "H200": (4800, 989), "B200": (8000, 2250)}
-# Multiprocessor limits by target: threads, shared memory in KiB, blocks; 65536 registers everywhere. CUDA C++
-# programming guide, table of technical specifications per compute capability.
-SM_LIMITS = {
-    80: (2048, 164, 32), 86: (1536, 100, 16), 89: (1536, 100, 24), 90: (2048, 228, 32), 100: (2048, 228, 32),
-    120: (1536, 100, 24),
-}  # fmt: skip
-TARGETS = (*SM_LIMITS, "gfx942")
+TARGETS = (*NVIDIA, "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What a memory-bound op may move, over the least possible: distinct bytes, and sectors requested.
 UNIQUE_LIMIT, SECTOR_LIMIT = 1.05, 1.15
@@ -631,11 +627,11 @@ TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 
 def occupancy(target: int, threads: int, registers: int, shared: int) -> float:
     """Share of a multiprocessor's threads that can be resident."""
-    most, shared_kib, blocks = SM_LIMITS[target]
+    gpu = TABLE[target]
     warps = -(-threads // 32)
-    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps) if registers else blocks
-    by_shared = shared_kib * 1024 // (shared + 1024) if shared else blocks
-    return min(most // threads, by_registers, by_shared, blocks) * threads / most
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps) if registers else gpu.blocks
+    by_shared = gpu.shared // (shared + 1024) if shared else gpu.blocks
+    return min(gpu.threads // threads, by_registers, by_shared, gpu.blocks) * threads / gpu.threads
 
 
 @contextlib.contextmanager
@@ -676,7 +672,7 @@ def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[An
     """What would be launched: rows of kernels in CUDA C++, `aot.Launch` for those in Triton."""
     import aot
 
-    from ivl_kernels import _dispatch
+    from ivl_kernels import _gpu
 
     log: list[Any] = []
 
@@ -690,7 +686,7 @@ def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[An
         unchecked_counts(),
         aot.compiling(target, log, make=lambda launch: launch),
         no_products(),
-        _dispatch.stand_in("simulator", None if amd else launch, preferred=True, capability=0 if amd else target),
+        _gpu.stand_in("simulator", None if amd else launch, preferred=True, capability=0 if amd else target),
         forced(backend),
     ):
         return run(job, job.call, direction, log)
@@ -788,7 +784,7 @@ def machine_rows(
         found = [json.dumps(one if isinstance(one, dict) else code[one.key]) for one in launches]
         rows += [{**key, **json.loads(row), "launches": count} for row, count in Counter(found).items()]
     for row in rows:
-        if row["target"] in SM_LIMITS and row["threads"]:
+        if row["target"] in NVIDIA and row["threads"]:
             share = occupancy(row["target"], row["threads"], row["registers"], row["shared"])
             row["occupancy"] = round(share, 3)
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 
 FATBINS = Path(__file__).parent / "_C_cuda"
 
-# launch(source, kernel, grid, block, args, shared_bytes): set by `_dispatch.stand_in`, None on a real GPU.
+# launch(source, kernel, grid, block, args, shared_bytes): set by `_gpu.stand_in`, None on a real GPU.
 launcher: Callable[..., None] | None = None
 
 

@@ -14,16 +14,14 @@ A backend is one of:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _cuda, _env, _native
+from . import _cuda, _env, _gpu, _native
 
 if TYPE_CHECKING:
     import torch
@@ -58,51 +56,6 @@ class Implementation:
     unless: Callable[..., str | None] | None = None
 
 
-@dataclass
-class _StandIn:
-    """What takes the place of a GPU: `kind` is "interpreter" or "simulator"."""
-
-    kind: str
-    preferred: bool
-    capability: int = 80
-
-
-_stand_in: _StandIn | None = None
-
-
-@contextlib.contextmanager
-def stand_in(
-    kind: str, cuda_launcher: Callable[..., None] | None = None, *, preferred: bool = False, capability: int = 80
-) -> Iterator[None]:
-    """Let GPU backends serve CPU tensors while something executes their kernels without a GPU.
-
-    Args:
-        kind: "interpreter" (Triton's) or "simulator" (compiled PTX).
-        cuda_launcher: replaces `_cuda.launch`; None leaves CUDA C++ unavailable.
-        preferred: choose backends for CPU tensors as on a GPU, instead of only when one is forced.
-        capability: what `capability` answers for CPU tensors.
-    """
-    global _stand_in
-    before = _stand_in, _cuda.launcher
-    _stand_in, _cuda.launcher = _StandIn(kind, preferred, capability), cuda_launcher
-    try:
-        yield
-    finally:
-        _stand_in, _cuda.launcher = before
-
-
-def _current_stand_in() -> _StandIn | None:
-    if _stand_in is None and os.environ.get("TRITON_INTERPRET") == "1":
-        return _StandIn("interpreter", preferred=False)
-    return _stand_in
-
-
-def interpreting() -> bool:
-    """True when Triton's interpreter runs the kernels (its bfloat16 `tl.dot` is wrong: upcast the operands)."""
-    current = _current_stand_in()
-    return current is not None and current.kind == "interpreter"
-
-
 @functools.cache
 def _triton_missing() -> str | None:
     return _cuda.too_old() if importlib.util.find_spec("triton") else "triton is not installed"
@@ -110,46 +63,14 @@ def _triton_missing() -> str | None:
 
 def unforced_cpu(tensor: torch.Tensor) -> bool:
     """A CPU tensor, no stand-in for a GPU, and no backend forced by the environment."""
-    return tensor.device.type == "cpu" and _stand_in is None and not _env.BACKEND.get()
-
-
-def device_kind(device_type: str) -> str:
-    """ "cpu", "cuda" or "hip" (a ROCm build of torch calls its devices cuda)."""
-    if device_type == "cuda":
-        import torch
-
-        return "hip" if torch.version.hip else "cuda"
-    return device_type
-
-
-def capability(tensor: torch.Tensor) -> int:
-    """80 for compute capability 8.0, 0 for AMD; of what stands in for the GPU where something does."""
-    if device_kind(tensor.device.type) == "hip":
-        return 0
-    if tensor.device.type != "cuda":
-        return 80 if _stand_in is None else _stand_in.capability
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
-def float32_precision() -> str:
-    """How products of float32 are made from tf32 ones on NVIDIA GPUs, for `tl.dot`.
-
-    "tf32", one product, where the user lets torch's own matrix products do that; else "tf32x3", float32's accuracy.
-    """
-    import torch
-
-    # Older ways to allow tf32 set this too; their own readings raise once this was set directly.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return tensor.device.type == "cpu" and not _gpu.simulated() and not _env.BACKEND.get()
 
 
 def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | None) -> str | None:
     """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
     if impl.backend == "reference":
         return None
-    if kind not in impl.devices and not (kind == "cpu" and "cuda" in impl.devices and _current_stand_in()):
+    if kind not in impl.devices and not (kind == "cpu" and "cuda" in impl.devices and _gpu.current()):
         return f"it serves {' and '.join(impl.devices)} tensors, not {kind}"
     if impl.dtypes and dtype not in impl.dtypes:
         return f"it serves {', '.join(impl.dtypes)}, not {dtype}"
@@ -204,7 +125,7 @@ def choose(
         BackendError: the forced backend does not exist for this op or cannot serve the call.
     """
     forced = forced or _env.BACKEND.get()
-    kind = device_kind(device_type)
+    kind = _gpu.device_kind(device_type)
     if forced:
         if forced not in NAMES:
             raise BackendError(f"backend: got '{forced}', expected one of {', '.join(NAMES)}")
@@ -217,7 +138,7 @@ def choose(
                 reasons.append(why)
         reasons = reasons or ["the op has no such backend"]
         raise BackendError(f"ivl::{op}: backend '{forced}' was forced but cannot serve this call: {'; '.join(reasons)}")
-    if kind == "cpu" and _stand_in is not None and _stand_in.preferred:
+    if kind == "cpu" and _gpu.preferred():
         kind = "cuda"
     passed: list[tuple[str, str]] = []
     for impl in implementations:

@@ -14,11 +14,11 @@ from unittest import mock
 import torch
 from ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
 
+from ivl_kernels._targets import TARGETS as LIMITS
+
 TARGETS = (80, 90, 100, 120, "gfx942")
 # Shared memory a block can have, in bytes.
-SHARED_LIMIT = {
-    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, "gfx942": 64 * 1024,
-}  # fmt: skip
+SHARED_LIMIT = {capability or "gfx942": target.shared_block for capability, target in LIMITS.items()}
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from ptxsim.frontend import compile_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ivl_kernels import _dispatch
+from ivl_kernels import _gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 80
@@ -42,7 +42,7 @@ def simulated_gpu(*, preferred: bool = False, target: int | None = None, **sim):
             report = ptxsim.run(text, kernel, tuple(grid), block, list(args), shared_bytes, **options)
             log.append(report)
 
-        with _dispatch.stand_in("simulator", launch, preferred=preferred, capability=target):
+        with _gpu.stand_in("simulator", launch, preferred=preferred, capability=target):
             yield log
 
 

@@ -13,7 +13,7 @@ import torch
 from gpu import CUDA_SOURCES, cuda_ptx
 from ptxsim.sim import load_program
 
-from ivl_kernels import _cuda, _dispatch, _library
+from ivl_kernels import _cuda, _dispatch, _gpu, _library
 from ivl_kernels.ops import embed_text, moe_dispatch, moe_routing, pack_tokens, place_rows
 
 DRIVER = """
@@ -115,7 +115,7 @@ def driver(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
     caches = (_cuda._context, _cuda._module, _cuda._function)
     fake.on_launch(launch)
-    with _dispatch.stand_in("simulator"):
+    with _gpu.stand_in("simulator"):
         yield fake
     for cache in caches:
         cache.cache_clear()
@@ -240,7 +240,7 @@ def test_why_kernels_cannot_be_launched(monkeypatch, built, available, why):
 def test_longest_row_to_pack_fits_shared_memory(columns):
     launched = []
     ids = torch.zeros(1, columns, dtype=torch.int64)
-    with _dispatch.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
+    with _gpu.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
         refused = pytest.raises(_dispatch.BackendError, match="up to 128,000 tokens")
         with refused if columns > 128_000 else contextlib.nullcontext():
             pack_tokens(ids, torch.zeros(0, dtype=torch.bool), 7, capacity=True, backend="cuda")
@@ -251,7 +251,7 @@ def test_longest_row_to_pack_fits_shared_memory(columns):
 def test_most_experts_to_dispatch_fit_shared_memory(experts):
     launched = []
     ids = torch.zeros(8191, 1, dtype=torch.int64)  # nearly two blocks
-    with _dispatch.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
+    with _gpu.stand_in("simulator", lambda source, kernel, *rest: launched.append(rest[-1])):
         refused = pytest.raises(_dispatch.BackendError, match="counts 512 experts")
         with refused if experts > 512 else contextlib.nullcontext():
             moe_dispatch(ids, experts, backend="cuda")

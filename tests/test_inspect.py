@@ -116,7 +116,7 @@ def test_nothing_spills(baseline):
     for name in ops:
         for dtype in tool.SUBJECTS[name].dtypes:
             cuda_only = tool.SUBJECTS[name].backends == ("cuda",)
-            wanted = set(tool.SM_LIMITS) if cuda_only else set(tool.TARGETS)
+            wanted = set(tool.NVIDIA) if cuda_only else set(tool.TARGETS)
             assert {target for op, kind, target in covered if (op, kind) == (name, dtype)} == wanted, (name, dtype)
     assert [row for row in baseline["machine"] if row["spills"]] == []
 

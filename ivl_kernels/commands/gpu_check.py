@@ -144,10 +144,10 @@ def _forward_backward(sample: Any, inputs: dict[str, Any], backend: str) -> list
 def _correctness(device: str, pattern: str) -> Iterator[Result]:
     import torch
 
-    from .. import _dispatch, _library
+    from .. import _gpu, _library
     from ..testing.samples import samples
 
-    kind = _dispatch.device_kind(device)
+    kind = _gpu.device_kind(device)
     for sample in samples(large=device == "cuda"):
         if pattern not in sample.title:
             continue

@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._dispatch import capability, float32_precision, interpreting
+from ..._gpu import capability, float32_precision, interpreting
+from ..._targets import limits
 from .._tf32 import rounded_to_tf32
 from .op import tile_rows
 
@@ -490,14 +491,9 @@ def moe_combine_backward_kernel(
             tl.store(grad_weights + at, total.to(grad_weights.dtype.element_ty), mask=mask)
 
 
-# Shared memory of a block that the pipelines may use, in bytes.
-SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
-SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
-
-
 def _pipeline(rows: int, columns: int, steps: int, depth: int, itemsize: int, target: int) -> tuple[int, int]:
     """Depth of a step along K, at most `depth`, and number of stages: as many as shared memory and K's length allow."""
-    limit = SHARED.get(target, SHARED_SMALL)
+    limit = limits(target).pipeline
     while depth > 16 and 2 * (rows + columns) * depth * itemsize > limit:
         depth //= 2
     stages = limit // ((rows + columns) * depth * itemsize)
@@ -529,7 +525,7 @@ def gemm_config(
     if itemsize < 4:
         large = rows * width > (64 * 128 if target == 100 else 64 * 256)  # there accumulators are not in registers
         # Small ones: registers spill before stages fit.
-        depth = 64 // itemsize if target not in SHARED else 128 // itemsize
+        depth = 128 // itemsize if limits(target).large else 64 // itemsize
     else:
         # Three tf32 products, and below Hopper their operands, in two parts each, are in registers.
         if target not in (0, 90, 100) and not epilogue:
@@ -545,7 +541,7 @@ def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> 
     mean = slots / experts
     side = 128 if itemsize < 4 else 64
     depth = 16 if mean <= 16 else 32 if mean <= 128 or itemsize == 4 else 64
-    limit = SHARED.get(target, SHARED_SMALL)
+    limit = limits(target).pipeline
     stages = 1 if mean <= 128 else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
     return dict(BR=depth, BP=side, BG=side, num_warps=4 if stages == 1 and target else 8, num_stages=stages)
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._dispatch import capability, float32_precision, interpreting
+from ..._gpu import capability, float32_precision, interpreting
+from ..._targets import limits
 from .._tf32 import rounded_to_tf32
 
 
@@ -310,24 +311,18 @@ def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_t
     tl.store(target + K, tl.sum(bias_sum, 0), mask=feature < K)
 
 
-MULTIPROCESSORS = {0: 304, 80: 108, 90: 132, 100: 148, 120: 170}
-# Shared memory of a block that the pipelines may use, in bytes.
-SHARED = {0: 60_000, 80: 160_000, 90: 220_000, 100: 220_000}
-SHARED_SMALL = 96_000  # 8.6, 8.9, 12.x
-
-
 def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
     """Tile sizes of `linear_kernel`: the largest tile that still gives most multiprocessors one."""
     # Three tf32 products need the registers of a wider tile; 64 x 128 spills on gfx942.
     shapes = [(64, 64)] if itemsize == 4 else [(128, 128), (64, 128), (64, 64)] if target else [(128, 128), (64, 64)]
-    enough = 0.75 * MULTIPROCESSORS.get(target, 108)
+    enough = 0.75 * limits(target).multiprocessors
     for BM, BN in shapes:
         if -(-rows // BM) * -(-columns // BN) >= enough:
             break
     BK = 128 // itemsize
     while BK > 16 and 2 * depth <= BK:
         BK //= 2
-    limit = SHARED.get(target, SHARED_SMALL)
+    limit = limits(target).pipeline
     while BK > 16 and limit // ((BM + BN) * BK * itemsize) < 2:
         BK //= 2
     stages = 2 if target == 0 else max(2, min(4, limit // ((BM + BN) * BK * itemsize)))

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._dispatch import capability
+from ..._gpu import capability
 
 HEADS = 16  # least size of a side of tl.dot
 CHUNK = 256  # channels a fused program holds in one register tensor

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _dispatch
+from ... import _gpu
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -363,7 +363,7 @@ def _strides(heads_dim: int, *tensors: torch.Tensor) -> list[int]:
 
 
 def _packed(q: torch.Tensor) -> bool:
-    return q.element_size() == 2 and not _dispatch.interpreting() and torch.version.hip is None
+    return q.element_size() == 2 and not _gpu.interpreting() and torch.version.hip is None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
