@@ -86,6 +86,31 @@ def test_given_cos_sin_is_bit_identical(backend, dtype, layout):
 
 
 @BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_angles_are_rounded_as_in_the_models(backend, dtype):
+    q, k, positions, inv_freq = make(dtype=dtype)
+    cos, sin = stock_cos_sin(positions, inv_freq, torch.float32)
+    got = v2pe_rope(q, k, cos=cos, sin=sin, backend=backend)
+    for g, e in zip(got, plain(q, k, cos.to(dtype), sin.to(dtype))):
+        assert torch.equal(g, e)
+
+
+@BACKENDS
+@pytest.mark.parametrize("eps", [1e-2, 1e-5])
+def test_eps_of_the_norm(backend, eps):
+    q, k, positions, inv_freq = make()
+    q, k = 0.05 * q, 0.05 * k
+    weights = [torch.rand(64) + 0.5 for _ in range(2)]
+    cos, sin = stock_cos_sin(positions, inv_freq, torch.float32)
+    got = v2pe_rope(q, k, cos=cos, sin=sin, q_weight=weights[0], k_weight=weights[1], eps=eps, backend=backend)
+    for x, weight, g, heads in zip((q, k), weights, got, (4, 2)):
+        normed = x.double() * (x.double().square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+        exact = apply_rotary_pos_emb(normed, normed, cos.double(), sin.double())[0]
+        assert g.shape[1] == heads
+        torch.testing.assert_close(g.double(), exact, rtol=0, atol=2e-6)
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpt_oss_half_width_cos_sin(backend, dtype):
     q, k, positions, inv_freq = make(q_heads=8, kv_heads=1, dtype=dtype)
