@@ -96,6 +96,18 @@ def test_float32_angles_are_rounded_as_in_the_models(backend, dtype):
 
 
 @BACKENDS
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("width, rotary", [(64, 64), (80, 40), (128, 96)])
+def test_in_place_is_the_same_arithmetic(backend, norm, width, rotary):
+    q, k, positions, inv_freq = make(width=width, rotary=rotary)
+    weights = dict(q_weight=torch.rand(width) + 0.5, k_weight=torch.rand(width) + 0.5) if norm else {}
+    cos, sin = stock_cos_sin(positions, inv_freq, torch.float32)
+    expected = v2pe_rope(q, k, cos=cos, sin=sin, rotary_dim=rotary, **weights, backend=backend)
+    v2pe_rope_(q, k, cos=cos, sin=sin, rotary_dim=rotary, **weights, backend=backend)
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+
+
+@BACKENDS
 @pytest.mark.parametrize("eps", [1e-2, 1e-5])
 def test_eps_of_the_norm(backend, eps):
     q, k, positions, inv_freq = make()
