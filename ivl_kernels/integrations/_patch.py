@@ -17,7 +17,7 @@ from ._report import PatchReport, Row, failure
 
 # The adapters, in the order in which they are applied: a later one wraps an earlier one. Each name is a module of
 # this package with an `ADAPTER`.
-ADAPTERS: tuple[str, ...] = ("native", "chat", "flash", "moe", "rope", "v2pe")
+ADAPTERS: tuple[str, ...] = ("vision", "flash", "moe", "rope", "v2pe")
 
 
 class PatchError(RuntimeError):
@@ -309,7 +309,3 @@ def patched(model: nn.Module, *, strict: bool = False, backend: str = "", **feat
         yield handle
     finally:
         handle.undo()
-
-
-PROJECTOR = Feature(True, "pixel shuffle and projector in one op, at every ratio the model has")
-PACKING = Feature(True, "visual rows written over the placeholder tokens by an op, with a count check")

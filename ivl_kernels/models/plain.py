@@ -60,7 +60,8 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
 
 def gives_new_memory(layer: nn.Module) -> bool:
     """Whether nobody but its caller can hold what this layer returns: plain, and nobody watches. Without autograd."""
-    return type(layer) is nn.Linear and not not_plain(layer, nn.Linear, "")
+    kind = type(layer)
+    return kind in (nn.Linear, nn.Embedding) and not not_plain(layer, kind, "")
 
 
 class LinearStack(NamedTuple):
@@ -120,11 +121,11 @@ def _order(container: nn.Module) -> tuple[str, ...]:
     return _ORDERS[key]
 
 
-def linear_stack(container: nn.Module) -> LinearStack | str:
+def linear_stack(container: nn.Module, *, live_dropout: bool = False) -> LinearStack | str:
     """The layers of a projector whose parameters may be read instead of calling it, or why it must be called.
 
     Recognised is LayerNorm, Linear, exact GELU, Linear, ..., Linear under any names and in any class, with dropout
-    that is off; parameters of one dtype (a mix is upstream's to compute) on one device.
+    that is off (`live_dropout`: or on); parameters of one dtype (a mix is upstream's to compute) on one device.
     """
     why = _intercepted(container, "the projector")
     if why:
@@ -138,7 +139,7 @@ def linear_stack(container: nn.Module) -> LinearStack | str:
     for name, layer in layers:
         if isinstance(layer, (nn.Dropout, nn.Identity)):
             why = _intercepted(layer, name)
-            if not why and isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
+            if not (why or live_dropout) and isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
                 why = f"{name} is a dropout that is live"
         elif norm is None:
             why, norm = not_plain(layer, nn.LayerNorm, name), layer
