@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._checks import autocast_dtype
 from ..models.families import FAMILIES, Family, RemoteCode, family_of
 from ..models.plain import gives_new_memory, linear_stack, watched
 from ..models.upstream import (
@@ -82,8 +83,8 @@ def _project(backend: str) -> Any:
 
 def _reads(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the op takes this mix of dtypes and devices; what upstream makes of another is upstream's to say."""
-    kind = x.device.type
-    return x.device == weight.device and (x.dtype == weight.dtype or torch.is_autocast_enabled(kind))
+    cast = autocast_dtype(x) is not None and autocast_dtype(weight) is not None
+    return x.device == weight.device and (x.dtype == weight.dtype or cast)
 
 
 def _masked(backend: str) -> Any:
