@@ -1,7 +1,7 @@
 """Changes of instances that can be taken back exactly.
 
-Three kinds of change exist, never on a class or in a module's namespace: a method wrapped (`Editor.method`), an
-attribute set (`Editor.attribute`) and a hook attached (`Editor.hook`). What was changed is kept in the patched modules
+Two kinds of change exist, never on a class or in a module's namespace: a method wrapped (`Editor.method`) and an
+attribute set (`Editor.attribute`). What was changed is kept in the patched modules
 themselves (`module.__dict__["_ivl"]`), so a deep copy of a patched model is patched on its own, no registry keeps a
 model alive, and a pickled model loads unpatched.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..models.upstream import class_of, describe
@@ -172,15 +171,6 @@ class _AttributeEdit(_Edit):
         return ""
 
 
-@dataclass(eq=False)
-class _HookEdit(_Edit):
-    handle: torch.utils.hooks.RemovableHandle
-
-    def undo(self) -> str:
-        self.handle.remove()
-        return ""
-
-
 class Editor:
     """The only way in which adapters change a model. Everything done through it can be undone exactly."""
 
@@ -194,10 +184,11 @@ class Editor:
         `inner(self, *args, **kwargs)` is the method as it was. `function` must not hold the model or its tensors: a
         deep copy of the model shares it.
         """
-        state = attach(owner)
-        if name not in state.seats:
-            state.seats[name] = _Seat(owner, name)
-        seat = state.seats[name]
+        state = attachment(owner)
+        seat = state.seats.get(name) if state else None
+        if seat is None:
+            seat = _Seat(owner, name)  # may raise: nothing has been changed then
+            attach(owner).seats[name] = seat
         layer = _Layer(self._key, function)
         seat.layers.append(layer)
         seat.rebuild(owner)
@@ -209,11 +200,6 @@ class Editor:
         """Set a plain attribute in the `__dict__` of an instance (a module, a config): no parameter, no submodule."""
         self.edits.append(_AttributeEdit(owner, name, value, vars(owner).get(name, _Absent)))
         vars(owner)[name] = value
-
-    def hook(self, owner: nn.Module, function: Callable[..., Any], *, before: bool = False, **options: Any) -> None:
-        """Register a forward hook (`before=True`: a forward pre-hook); `options` go to torch's `register_*` method."""
-        register = owner.register_forward_pre_hook if before else owner.register_forward_hook
-        self.edits.append(_HookEdit(register(function, **options)))
 
     def roll_back(self) -> list[str]:
         left = [edit.undo() for edit in reversed(self.edits)]

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from ._edit import Editor, attach, attachment, detach_if_empty
-from ._report import PatchReport, Row
+from ._report import PatchReport, Row, failure
 
 # The adapters, in the order in which they are applied: a later one wraps an earlier one. Each name is a module of
 # this package with an `ADAPTER`.
-ADAPTERS: tuple[str, ...] = ("native", "chat", "flash", "moe", "rope", "v2pe")
+ADAPTERS: tuple[str, ...] = ("vision", "flash", "moe", "rope", "v2pe")
 
 
 class PatchError(RuntimeError):
@@ -65,7 +65,10 @@ class Site:
 
 
 class Adapter:
-    """Base of the adapters: one model family, or one part that several families share."""
+    """Base of the adapters: one part that several model families share.
+
+    What raises here is a refused row with the error's text, and what it changed is taken back.
+    """
 
     features: Mapping[str, Feature] = {}
 
@@ -88,20 +91,29 @@ class PatchHandle:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._applied: list[tuple[Adapter, Site, tuple[str, str]]] = []
+        self._present: list[tuple[Adapter, Site, tuple[str, str]]] = []  # patched before by another handle
         self._others: list[Row] = []
 
     def report(self) -> PatchReport:
-        """What is patched now, which backend serves it with the model where it is now, and notes on the last call."""
+        """What is patched now, which backend serves it with the model where it is now, and notes on the last call.
+
+        Never raises: what an adapter cannot tell about a module as it is now is the row's detail.
+        """
         report = PatchReport(type(self.model).__name__)
-        for adapter, site, key in self._applied:
-            active = key in getattr(attachment(site.module), "edits", {})
-            detail = adapter.serving(site) if active else ""
-            report.rows.append(Row(site.path, site.feature, site.what, "patched" if active else "undone", detail))
+        inside = set(map(id, self.model.modules()))
+        ours = [(*applied, "patched") for applied in self._applied]
+        for adapter, site, key, state in (*ours, *((*present, "already patched") for present in self._present)):
+            detail = ""
+            if key not in getattr(attachment(site.module), "edits", {}):
+                state = "undone"
+            elif id(site.module) not in inside:
+                state = "removed"
+            else:
+                detail = _serving(adapter, site)
+            report.rows.append(Row(site.path, site.feature, site.what, state, detail))
         report.rows += self._others
         for _, site, _ in self._applied:
-            state = attachment(site.module)
-            if state is not None:
-                report.notes.update({name: str(value) for name, value in state.notes.items()})
+            report.notes.update({name: str(value) for name, value in _notes(site.module).items()})
         return report
 
     def undo(self) -> PatchReport:
@@ -122,11 +134,7 @@ class PatchHandle:
 
     def note(self, name: str) -> Any:
         """What an adapter kept about the last call under this name, or None."""
-        for _, site, _ in self._applied:
-            state = attachment(site.module)
-            if state is not None and name in state.notes:
-                return state.notes[name]
-        return None
+        return next((_notes(s.module)[name] for _, s, _ in self._applied if name in _notes(s.module)), None)
 
     def last_routing(self, image_sizes: Sequence[tuple[int, int]] | None = None) -> Any:
         """How the last Flash call routed its tiles; None before the first one or without a router.
@@ -147,6 +155,17 @@ class PatchHandle:
 
     def __repr__(self) -> str:
         return f"<PatchHandle of {type(self.model).__name__}: {len(self._applied)} sites>"
+
+
+def _serving(adapter: Adapter, site: Site) -> str:
+    try:
+        return adapter.serving(site)
+    except Exception as error:
+        return f"not known as the module is now ({failure(error)})"
+
+
+def _notes(module: nn.Module) -> Mapping[str, Any]:
+    return getattr(attachment(module), "notes", {})
 
 
 def _undo_site(module: nn.Module, key: tuple[str, str]) -> list[str]:
@@ -209,48 +228,72 @@ def patch(model: nn.Module, *, strict: bool = False, backend: str = "", **featur
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     options = _parse(features)
     options["backend"] = backend
+    wanted = _wanted(options)
     handle = PatchHandle(model)
     found: list[tuple[Adapter, Site]] = []
+    rows = handle._others
     for adapter in adapters():
-        found += [(adapter, site) for site in adapter.find(model, options) if options[site.feature] is not False]
-    problems = [f"{s.path or '(model)'}: {s.feature}: {s.reason}" for _, s in found if s.reason]
-    for name, feature in _wanted(options).items():
-        if not any(site.feature == name for _, site in found):
-            handle._others.append(Row("", name, feature.meaning, "not found", "nothing in this model is recognised"))
-            if features.get(name):
-                problems.append(f"{name}: nothing in this {type(model).__name__} is recognised")
-    handle._others += [Row(s.path, s.feature, s.what, "refused", s.reason) for _, s in found if s.reason]
+        try:
+            sites = [site for site in adapter.find(model, options) if options[site.feature] is not False]
+        except Exception as error:
+            failed = [name for name in adapter.features if name in wanted]
+            rows += [Row("", name, wanted[name].meaning, "refused", failure(error)) for name in failed]
+            continue
+        found += [(adapter, site) for site in sites if not site.reason]
+        rows += [Row(site.path, site.feature, site.what, "refused", site.reason) for site in sites if site.reason]
+    seen = {site.feature for _, site in found} | {row.feature for row in rows}
+    nothing = f"nothing in this {type(model).__name__} is recognised"
+    rows += [
+        Row("", name, feature.meaning, "not found", nothing) for name, feature in wanted.items() if name not in seen
+    ]
+    problems = [row for row in rows if row.state == "refused" or features.get(row.feature)]
     if strict and problems:
-        raise PatchError("nothing was patched: " + "; ".join(problems))
+        raise PatchError("nothing was patched: " + "; ".join(map(_problem, problems)))
 
     done: list[tuple[Site, tuple[str, str], Editor]] = []
     try:
         for adapter, site in found:
             key = (site.feature, f"{type(adapter).__module__}.{type(adapter).__qualname__}")
-            if site.reason:
-                continue
             if key in getattr(attachment(site.module), "edits", {}):
-                row = Row(site.path, site.feature, site.what, "already patched", adapter.serving(site))
-                handle._others.append(row)
+                handle._present.append((adapter, site, key))
                 continue
-            editor = Editor(key)
-            done.append((site, key, editor))
-            adapter.apply(site, editor, options)
-            attach(site.module).edits[key] = editor.edits
-            handle._applied.append((adapter, site, key))
+            done.append((site, key, Editor(key)))
+            try:
+                adapter.apply(site, done[-1][2], options)
+                attach(site.module).edits[key] = done[-1][2].edits
+                adapter.serving(site)  # who cannot say what serves does not know this model
+            except Exception as error:
+                _take_back(*done.pop())
+                rows.append(Row(site.path, site.feature, site.what, "refused", failure(error)))
+                if strict:
+                    raise PatchError("nothing was patched: " + _problem(rows[-1])) from error
+            else:
+                handle._applied.append((adapter, site, key))
     except BaseException:
-        for site, key, editor in reversed(done):
-            editor.roll_back()
-            attach(site.module).edits.pop(key, None)
-            detach_if_empty(site.module)
+        for applied in reversed(done):
+            _take_back(*applied)
         raise
-    if not handle._applied and not handle.report().patched:
+    if not handle._applied and not handle._present:
         warnings.warn(
             f"patch: nothing was patched in this {type(model).__name__}; see handle.report()",
             PatchWarning,
             stacklevel=2,
         )
+    # Whoever asks for other answers must know that he does not get them.
+    missed = [row for row in rows if features.get(row.feature) and wanted[row.feature].default is not True]
+    if missed:
+        warnings.warn("patch: not there: " + "; ".join(map(_problem, missed)), PatchWarning, stacklevel=2)
     return handle
+
+
+def _problem(row: Row) -> str:
+    return f"{row.module or '(model)'}: {row.feature}: {row.detail}"
+
+
+def _take_back(site: Site, key: tuple[str, str], editor: Editor) -> None:
+    editor.roll_back()
+    getattr(attachment(site.module), "edits", {}).pop(key, None)
+    detach_if_empty(site.module)
 
 
 def _wanted(options: Mapping[str, Any]) -> dict[str, Feature]:
@@ -266,7 +309,3 @@ def patched(model: nn.Module, *, strict: bool = False, backend: str = "", **feat
         yield handle
     finally:
         handle.undo()
-
-
-PROJECTOR = Feature(True, "pixel shuffle and projector in one op, at every ratio the model has")
-PACKING = Feature(True, "visual rows written over the placeholder tokens by an op, with a count check")

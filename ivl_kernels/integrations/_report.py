@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import _library
+from .._checks import FLOATS
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a report. `state`: patched, already patched, refused, not found, off, undone or left."""
+    """One line of a report. `state`: patched, already patched, refused, not found, removed, undone or left."""
 
     module: str
     feature: str
@@ -45,8 +48,28 @@ class PatchReport:
         return {"model": self.model, "rows": [vars(row).copy() for row in self.rows], "notes": dict(self.notes)}
 
 
-def serving(op: str, tensor: torch.Tensor) -> str:
-    """ "native (float32 on cpu)": the backend of `ops.<op>` for tensors like this one, and why not a better one."""
+def serving(op: str, *computed: Any) -> str:
+    """ "native (float32 on cpu)": the backend of `ops.<op>`, and why not a better one.
+
+    computed: modules and tensors of the dtype that the op computes in; quantised ones are passed over.
+    """
+    tensor = next((found for value in computed for found in _floats(value)), None)
+    if tensor is None:
+        return "chosen at the call: all parameters are quantised"
     dtype = str(tensor.dtype).removeprefix("torch.")
     choice = _library.OPS[op].explain(tensor.device.type, dtype)
     return f"{choice} ({dtype} on {tensor.device.type})"
+
+
+def _floats(value: Any) -> Iterator[torch.Tensor]:
+    tensors: Iterable[Any] = (value,)
+    if isinstance(value, nn.Module):
+        tensors = (tensor for _, tensor in (*value.named_parameters(), *value.named_buffers()))
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS:
+            yield tensor
+
+
+def failure(error: BaseException) -> str:
+    """An error as the reason of a row."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

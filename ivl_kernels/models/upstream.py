@@ -34,7 +34,7 @@ class StandIn:
         setattr(self._ivl_module, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ivl_module(*args, **kwargs)
+        return entering(self._ivl_module)(*args, **kwargs)
 
 
 def class_of(module: Any) -> Any:
@@ -62,6 +62,11 @@ def made(value: Any) -> Any:
     return value.tensor() if isinstance(value, Deferred) else value
 
 
+def entering(function: Any) -> Any:
+    """`function` for callers that may hand it something deferred: it gets tensors."""
+    return lambda *args, **kwargs: function(*map(made, args), **{name: made(value) for name, value in kwargs.items()})
+
+
 def _operator(name: str) -> Any:
     return lambda self, *args: getattr(self.tensor(), name)(*map(made, args))
 
@@ -69,7 +74,23 @@ def _operator(name: str) -> Any:
 # Python looks operators up in the class, not through __getattr__.
 for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "and", "or", "radd", "rsub", "rmul", "rtruediv"):
     setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ("neg", "invert", "len", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "iter", "bool", "float", "int"):
+for _name in (
+    "neg",
+    "invert",
+    "len",
+    "getitem",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "iter",
+    "bool",
+    "float",
+    "int",
+    "setitem",
+):
     setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -133,6 +154,8 @@ def arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     Raises:
         TypeError: the call does not fit the function, as the call itself would.
     """
+    if isinstance(function, types.MethodType):  # the cache of signatures holds no model
+        function, args = function.__func__, (function.__self__, *args)
     bound = signature(function).bind(*args, **kwargs)
     given = dict(bound.arguments)
     for name, parameter in bound.signature.parameters.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..models.plain import linear_stack
 from ..ops import pixel_shuffle_mlp
 
 # Names of the LayerNorm and the linears: transformers' `multi_modal_projector`, and the Sequentials `mlp1` and `mlp2`
@@ -70,34 +71,23 @@ class PixelShuffleProjector(nn.Module):
         """A projector that shares the LayerNorm and linears of a `multi_modal_projector`, `mlp1` or `mlp2`.
 
         Raises:
-            ValueError: the module has another structure: a name is missing, the GELU is not the exact one, or a linear
-                has no bias.
+            ValueError: the module has other names, or its parameters cannot be read instead of calling it (another
+                activation than the exact GELU, no bias, hooks, quantised or LoRA layers), with the reason.
         """
+        stack = linear_stack(module, live_dropout=True)
+        if isinstance(stack, str):
+            raise ValueError(f"module: {stack}")
         children = dict(module.named_children())
-        found = [n for n in NAMES if set(NAMES[n]) <= set(children)]
-        exact = [
-            n for n in found if {k for k, m in children.items() if [*m.parameters(recurse=False)]} == set(NAMES[n])
-        ]
-        if len(exact) != 1:
-            raise ValueError(f"module: got children {', '.join(children)}, expected those of {' or '.join(NAMES)}")
-        norm, *linears = (children[name] for name in NAMES[exact[0]])
-        if not isinstance(norm, nn.LayerNorm) or norm.bias is None or norm.weight is None:
-            raise ValueError(f"module: got {norm} as {NAMES[exact[0]][0]}, expected a LayerNorm with weight and bias")
-        for name, linear in zip(NAMES[exact[0]][1:], linears):
-            if not isinstance(linear, nn.Linear) or linear.bias is None:
-                raise ValueError(f"module: got {linear} as {name}, expected a Linear with a bias")
-        dropout = 0.0
-        for name, child in children.items():
-            if name in NAMES[exact[0]]:
-                continue
-            if isinstance(child, nn.Dropout):
-                dropout = child.p
-            elif not _is_exact_gelu(child):
-                raise ValueError(f"module: got {child} as {name}, expected the exact (erf) GELU")
+        paths = {id(child): name for name, child in children.items()}
+        found = tuple(paths[id(layer)] for layer in (stack.norm, *stack.linears))
+        names = next((name for name, known in NAMES.items() if known == found), None)
+        if names is None:
+            raise ValueError(f"module: got layers {', '.join(found)}, expected those of {' or '.join(NAMES)}")
+        dropout = max((child.p for child in children.values() if isinstance(child, nn.Dropout)), default=0.0)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._set_names(exact[0])
-        self.merge = (4 if exact[0] == "mlp2" else 2) if merge is None else merge
+        self._set_names(names)
+        self.merge = (4 if names == "mlp2" else 2) if merge is None else merge
         self.skip, self.order, self.dropout = skip, order, dropout
         for name in self._names:
             self.add_module(name, children[name])
@@ -137,14 +127,3 @@ class PixelShuffleProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"merge={self.merge}, skip={self.skip}, order={self.order!r}"
-
-
-def _is_exact_gelu(module: nn.Module) -> bool:
-    """Judged by what it computes: transformers has several classes for it."""
-    if [*module.parameters()]:
-        return False
-    x = torch.tensor([-3.0, -1.0, -0.1, 0.5, 2.0], dtype=torch.float64)
-    try:
-        return bool(torch.allclose(module(x), nn.functional.gelu(x), rtol=0, atol=1e-9))
-    except Exception:
-        return False

@@ -40,6 +40,33 @@ def embed(self, pixel_values, input_ids, image_flags):
     return embeds.reshape(batch, length, width), zero_loss
 
 
+def generate_normal(
+    self, pixel_values, input_ids, attention_mask, visual_features, generation_config, output_hidden_states,
+    generate_kwargs,
+):  # fmt: skip
+    assert self.img_context_token_id is not None
+    if pixel_values is not None:
+        vit = visual_features if visual_features is not None else self.extract_feature(pixel_values)
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        batch, length, width = embeds.shape
+        embeds = embeds.reshape(batch * length, width)
+        ids = input_ids.reshape(batch * length)
+        selected = ids == self.img_context_token_id
+        assert selected.sum() != 0
+        embeds[selected] = vit.reshape(-1, width).to(embeds.device)
+        embeds = embeds.reshape(batch, length, width)
+    else:
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+    return self.language_model.generate(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        generation_config=generation_config,
+        output_hidden_states=output_hidden_states,
+        use_cache=True,
+        **generate_kwargs,
+    )
+
+
 class ChatBase(PreTrainedModel):
     config_class = InternVLChatConfig
     main_input_name = "pixel_values"
@@ -135,32 +162,6 @@ class ChatBase(PreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def _generate_normal(
-        self, pixel_values, input_ids, attention_mask, visual_features, generation_config, output_hidden_states,
-        generate_kwargs,
-    ):  # fmt: skip
-        assert self.img_context_token_id is not None
-        if pixel_values is not None:
-            vit = visual_features if visual_features is not None else self.extract_feature(pixel_values)
-            embeds = self.language_model.get_input_embeddings()(input_ids)
-            batch, length, width = embeds.shape
-            embeds = embeds.reshape(batch * length, width)
-            ids = input_ids.reshape(batch * length)
-            selected = ids == self.img_context_token_id
-            assert selected.sum() != 0
-            embeds[selected] = vit.reshape(-1, width).to(embeds.device)
-            embeds = embeds.reshape(batch, length, width)
-        else:
-            embeds = self.language_model.get_input_embeddings()(input_ids)
-        return self.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            generation_config=generation_config,
-            output_hidden_states=output_hidden_states,
-            use_cache=True,
-            **generate_kwargs,
         )
 
     def _query(self, tokenizer, question, tiles):

@@ -7,7 +7,7 @@ from torch import nn
 
 from ivl_kernels.testing.shipped import ShippedGating, ShippedPooling, shipped_decision
 
-from .chat_common import ChatBase, embed
+from .chat_common import ChatBase, embed, generate_normal
 
 # transformers 4 copies only what the main file of a checkpoint's code imports itself.
 from .configuration import InternVLChatConfig  # noqa: F401
@@ -169,8 +169,8 @@ class InternVLChatModel(ChatBase):
         output_hidden_states=None,
         **generate_kwargs,
     ):
-        return self._generate_normal(
-            pixel_values, input_ids, attention_mask, visual_features, generation_config, output_hidden_states,
+        return generate_normal(
+            self, pixel_values, input_ids, attention_mask, visual_features, generation_config, output_hidden_states,
             generate_kwargs,
         )  # fmt: skip
 

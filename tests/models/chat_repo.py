@@ -2,7 +2,7 @@
 
 import torch
 
-from .chat_common import ChatBase, embed
+from .chat_common import ChatBase, embed, generate_normal
 
 
 class InternVLChatModel(ChatBase):
@@ -68,7 +68,7 @@ class InternVLChatModel(ChatBase):
         output_hidden_states=None,
         **generate_kwargs,
     ):
-        return self._generate_normal(
-            pixel_values, input_ids, attention_mask, visual_features, generation_config, output_hidden_states,
+        return generate_normal(
+            self, pixel_values, input_ids, attention_mask, visual_features, generation_config, output_hidden_states,
             generate_kwargs,
         )  # fmt: skip

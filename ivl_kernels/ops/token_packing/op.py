@@ -147,7 +147,12 @@ def place_rows(
     width = embeds.shape[2]
     if rows.dim() < 2 or rows.shape[-1] != width:
         raise ValueError(f"rows: got shape {list(rows.shape)}, expected [..., {width}] as embeds")
-    return _PlaceRows.apply(embeds, input_ids, rows.reshape(-1, width), token_id, inplace, backend)
+    rows = rows.reshape(-1, width)
+    if torch.is_grad_enabled() and (embeds.requires_grad or rows.requires_grad):
+        return _PlaceRows.apply(embeds, input_ids, rows, token_id, inplace, backend)
+    out = embeds if inplace else embeds.clone()
+    _place_rows(out, input_ids, rows, token_id, backend)
+    return out
 
 
 def _checked_table(name: str, table: torch.Tensor, ids: torch.Tensor, other: str) -> torch.Tensor:
