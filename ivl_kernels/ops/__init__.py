@@ -2,6 +2,7 @@
 
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
+from .norm import layer_norm, rms_norm
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
 from .tile_router import select_tiles, tile_router
 from .token_packing import PackedTokens, embed_text, pack_tokens, place_rows
@@ -11,6 +12,7 @@ __all__ = [
     "Dispatch",
     "PackedTokens",
     "embed_text",
+    "layer_norm",
     "moe_dispatch",
     "moe_experts",
     "moe_experts_list",
@@ -18,6 +20,7 @@ __all__ = [
     "pack_tokens",
     "pixel_shuffle_mlp",
     "place_rows",
+    "rms_norm",
     "rope_frequencies",
     "select_tiles",
     "tile_router",

@@ -53,6 +53,7 @@ def samples(large: bool = False) -> Iterator[Sample]:
     yield from _router(large)
     yield from _packing(large)
     yield from _rotary(large)
+    yield from _norms(large)
     yield from _moe(large)
 
 
@@ -264,6 +265,31 @@ def _rotary(large: bool) -> Iterator[Sample]:
         ids,
         lambda v, backend: ops.v2pe_position_ids(v["input_ids"], TOKEN, 1 / 16, backend=backend),
     )
+
+
+def _norms(large: bool) -> Iterator[Sample]:
+    rows, width = (1025, 1024) if large else (13, 72)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        vectors = {name: 1 + _normal(g, width, scale=0.1) for name in ("weight", "bias", "layer_scale")}
+        return {"x": _normal(g, rows, width), "residual": _normal(g, rows, width)} | vectors
+
+    def layer(v: dict[str, Any], backend: str) -> Any:
+        return ops.layer_norm(**v, backend=backend)
+
+    def plain_layer(v: dict[str, Any]) -> Any:
+        s = v["residual"] + v["layer_scale"] * v["x"]
+        return functional.layer_norm(s, s.shape[-1:], v["weight"], v["bias"], 1e-6), s
+
+    names = ("x", "residual", "layer_scale", "weight", "bias")
+    yield Sample("norm", f"LayerNorm of a layer-scaled sum, {rows} rows", make, layer, names, True, plain_layer)
+
+    def rms(v: dict[str, Any], backend: str, rounding: str) -> Any:
+        return ops.rms_norm(v["x"], v["weight"], residual=v["residual"], rounding=rounding, backend=backend)
+
+    for rounding in ("before_weight", "after_weight"):
+        title = f"RMSNorm of a sum, rounded {rounding.replace('_', ' ')}, {rows} rows"
+        yield Sample("norm", title, make, partial(rms, rounding=rounding), ("x", "residual", "weight"), True)
 
 
 def _moe(large: bool) -> Iterator[Sample]:
