@@ -1,5 +1,6 @@
 """The ops, in the order of the forward pass. Each folder holds one: its `__init__` documents the public functions."""
 
+from .attention import attention
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .norm import layer_norm, rms_norm
@@ -11,6 +12,7 @@ from .v2pe_rope import rope_frequencies, v2pe_position_ids, v2pe_rope, v2pe_rope
 __all__ = [
     "Dispatch",
     "PackedTokens",
+    "attention",
     "embed_text",
     "layer_norm",
     "moe_dispatch",
