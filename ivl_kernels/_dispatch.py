@@ -5,6 +5,7 @@ A backend is one of:
 * `native`: C++ on CPU tensors
 * `cuda`: CUDA C++ on NVIDIA GPUs
 * `triton`: Triton on NVIDIA and AMD GPUs
+* `torch`: fused kernels of torch, or of a library beside it, on GPUs
 * `reference`: plain torch, everywhere
 
 `IVL_BACKEND` or an op's `backend=` argument forces one; a forced backend that cannot serve the call raises
@@ -26,7 +27,7 @@ from . import _cuda, _env, _gpu, _native
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("native", "cuda", "triton", "reference")
+NAMES = ("native", "cuda", "triton", "torch", "reference")
 
 
 class BackendError(RuntimeError):
@@ -76,6 +77,8 @@ def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | 
         return f"it serves {', '.join(impl.dtypes)}, not {dtype}"
     if impl.backend == "native":
         why = _native.problem()
+    elif impl.backend == "torch":
+        why = None
     else:
         why = _cuda.problem() if impl.backend == "cuda" else _triton_missing()
     if why is None and impl.unless is not None and args is not None:

@@ -1,7 +1,9 @@
 """The ops, in the order of the forward pass. Each folder holds one: its `__init__` documents the public functions."""
 
+from .attention import attention
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
+from .norm import layer_norm, rms_norm
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
 from .tile_router import select_tiles, tile_router
 from .token_packing import PackedTokens, embed_text, pack_tokens, place_rows
@@ -10,7 +12,9 @@ from .v2pe_rope import rope_frequencies, v2pe_position_ids, v2pe_rope, v2pe_rope
 __all__ = [
     "Dispatch",
     "PackedTokens",
+    "attention",
     "embed_text",
+    "layer_norm",
     "moe_dispatch",
     "moe_experts",
     "moe_experts_list",
@@ -18,6 +22,7 @@ __all__ = [
     "pack_tokens",
     "pixel_shuffle_mlp",
     "place_rows",
+    "rms_norm",
     "rope_frequencies",
     "select_tiles",
     "tile_router",

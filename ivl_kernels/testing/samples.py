@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def samples(large: bool = False) -> Iterator[Sample]:
     yield from _router(large)
     yield from _packing(large)
     yield from _rotary(large)
+    yield from _norms(large)
+    yield from _attention(large)
     yield from _moe(large)
 
 
@@ -264,6 +267,82 @@ def _rotary(large: bool) -> Iterator[Sample]:
         ids,
         lambda v, backend: ops.v2pe_position_ids(v["input_ids"], TOKEN, 1 / 16, backend=backend),
     )
+
+
+def _norms(large: bool) -> Iterator[Sample]:
+    rows, width = (1025, 1024) if large else (13, 72)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        vectors = {name: 1 + _normal(g, width, scale=0.1) for name in ("weight", "bias", "layer_scale")}
+        return {"x": _normal(g, rows, width), "residual": _normal(g, rows, width)} | vectors
+
+    def layer(v: dict[str, Any], backend: str) -> Any:
+        return ops.layer_norm(**v, backend=backend)
+
+    def plain_layer(v: dict[str, Any]) -> Any:
+        s = v["residual"] + v["layer_scale"] * v["x"]
+        return functional.layer_norm(s, s.shape[-1:], v["weight"], v["bias"], 1e-6), s
+
+    names = ("x", "residual", "layer_scale", "weight", "bias")
+    yield Sample("norm", f"LayerNorm of a layer-scaled sum, {rows} rows", make, layer, names, True, plain_layer)
+
+    def rms(v: dict[str, Any], backend: str, rounding: str) -> Any:
+        return ops.rms_norm(v["x"], v["weight"], residual=v["residual"], rounding=rounding, backend=backend)
+
+    for rounding in ("before_weight", "after_weight"):
+        title = f"RMSNorm of a sum, rounded {rounding.replace('_', ' ')}, {rows} rows"
+        yield Sample("norm", title, make, partial(rms, rounding=rounding), ("x", "residual", "weight"), True)
+
+
+def _attention(large: bool) -> Iterator[Sample]:
+    heads, kv_heads, width, lengths = (16, 8, 128, (1025, 300, 1)) if large else (4, 2, 24, (13, 30, 1))
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        tokens = sum(lengths)
+        values = {"q": _normal(g, tokens, heads, width), "sinks": _normal(g, heads)}
+        return values | {name: _normal(g, tokens, kv_heads, width) for name in "kv"}
+
+    offsets = (0, *itertools.accumulate(lengths))
+
+    def call(v: dict[str, Any], backend: str, sinks: bool = False, **options: Any) -> torch.Tensor:
+        cu = _integers((offsets,), v["q"].device)[0]
+        if sinks:
+            options["sinks"] = v["sinks"]
+        return ops.attention(
+            v["q"], v["k"], v["v"], cu, **options, max_seqlen_q=max(lengths), max_seqlen_k=max(lengths), backend=backend
+        )
+
+    for name, options in (
+        ("full", {}),
+        ("causal", {"causal": True}),
+        ("window and sinks", {"causal": True, "window": 128 if large else 7, "sinks": True}),
+    ):
+        names = ("q", "k", "v", "sinks") if "sinks" in options else ("q", "k", "v")
+        yield Sample(
+            "attention",
+            f"{name}, sequences of {', '.join(map(str, lengths))}",
+            make,
+            partial(call, **options),
+            names,
+            plain=partial(_plain_attention, lengths=lengths, **options),
+        )
+
+
+def _plain_attention(
+    v: dict[str, Any], lengths: tuple[int, ...], causal: bool = False, window: int = 0, sinks: bool = False
+) -> torch.Tensor:
+    """A sequence at a time, every product and the softmax rounded to the dtype of the inputs."""
+    results = []
+    group = v["q"].shape[1] // v["k"].shape[1]
+    for q, k, value in zip(*(v[name].split(lengths) for name in "qkv")):
+        q, k, value = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
+        distance = torch.arange(q.shape[1], device=q.device)[:, None] - torch.arange(q.shape[1], device=q.device)
+        hidden = (causal & (distance < 0)) | (distance >= (window or q.shape[1]))
+        scores = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).masked_fill(hidden, -torch.inf)
+        if sinks:
+            scores = torch.cat((scores, v["sinks"][:, None, None].expand(*scores.shape[:2], 1)), -1)
+        results.append((scores.softmax(-1)[..., : q.shape[1]] @ value).transpose(0, 1))
+    return torch.cat(results)
 
 
 def _moe(large: bool) -> Iterator[Sample]:

@@ -1,0 +1,42 @@
+#include "ivl/norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "ivl/parallel.h"
+#include "ivl/scratch.h"
+#include "ivl/types.h"
+
+#define IVL_KERNELS "ivl/norm_isa.h"
+#include "ivl/foreach_isa.h"
+
+namespace ivl {
+
+template <class T>
+void norm(const NormArgs& args) {
+  IVL_CALL(norm<T>, args);
+}
+
+template <class T>
+void norm_backward(const NormBackwardArgs& args) {
+  IVL_CALL(norm_backward<T>, args);
+}
+
+template void norm<float>(const NormArgs&);
+template void norm<bfloat16>(const NormArgs&);
+template void norm<float16>(const NormArgs&);
+template void norm_backward<float>(const NormBackwardArgs&);
+template void norm_backward<bfloat16>(const NormBackwardArgs&);
+template void norm_backward<float16>(const NormBackwardArgs&);
+
+}  // namespace ivl

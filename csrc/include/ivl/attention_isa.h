@@ -1,0 +1,3 @@
+// What attention.cpp compiles for every instruction set.
+#include "ivl/vec_kernels.h"
+#include "ivl/attention_kernels.h"

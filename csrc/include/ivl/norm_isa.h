@@ -1,0 +1,3 @@
+// What norm.cpp compiles for every instruction set.
+#include "ivl/vec_kernels.h"
+#include "ivl/norm_kernels.h"

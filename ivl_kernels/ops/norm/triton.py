@@ -1,0 +1,193 @@
+"""Norms on GPUs: a program holds whole rows in registers, so every byte of x and residual is read once.
+
+The backward gives each program a run of rows and keeps its partial gradients of the vectors in registers; the partial
+sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _through(x, dtype: tl.constexpr):
+    """The value after a trip through `dtype`."""
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _normalised(s, mask, eps, WIDTH: tl.constexpr, CENTER: tl.constexpr):
+    """s [BLOCK] normalised, zero outside the mask, and one over its standard deviation."""
+    if CENTER:
+        s = tl.where(mask, s - tl.sum(s, 0) / WIDTH, 0.0)
+        s = tl.where(mask, s - tl.sum(s, 0) / WIDTH, 0.0)  # what rounding left of the mean
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(s * s, 0) / WIDTH + eps)
+    return s * rstd, rstd
+
+
+@triton.jit
+def norm_kernel(
+    x, residual, layer_scale, weight, bias,  # [R, WIDTH] by rows, [R, WIDTH] by rows, [WIDTH], [WIDTH], [WIDTH]
+    y, total,  # [R, WIDTH] contiguous
+    rows, x_row, residual_row, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Program (block of ROWS rows)."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    i = tl.arange(0, BLOCK)
+    mask = i < WIDTH
+    w = tl.load(weight + i, mask, 0.0).to(tl.float32)
+    if bias is not None:
+        b = tl.load(bias + i, mask, 0.0).to(tl.float32)
+    if layer_scale is not None:
+        scale = tl.load(layer_scale + i, mask, 0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for r in range(first, tl.minimum(first + ROWS, rows)):
+        s = tl.load(x + r * x_row + i, mask, 0.0).to(tl.float32)
+        if residual is not None:
+            if layer_scale is not None:
+                s = _through(s * scale, dtype)
+            s = _through(tl.load(residual + r * residual_row + i, mask, 0.0).to(tl.float32) + s, dtype)
+            tl.store(total + r * WIDTH + i, s.to(dtype), mask)
+        n, _ = _normalised(s, mask, eps, WIDTH, CENTER)
+        if ROUND:
+            n = _through(n, dtype)
+        n = n * w
+        if bias is not None:
+            n = n + b
+        tl.store(y + r * WIDTH + i, n.to(dtype), mask)
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad, grad_total, total, x, layer_scale, weight,  # [R, WIDTH] by rows x 4, [WIDTH], [WIDTH]
+    ds, dx,  # [R, WIDTH] contiguous
+    partial,  # [programs, 3, WIDTH]: gradients of weight, bias and layer scale
+    rows, grad_row, grad_total_row, total_row, x_row, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr, BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Program (block of ROWS rows). KEEP: registers have room for layer scale; else it is read again for each row."""
+    dtype: tl.constexpr = total.dtype.element_ty
+    i = tl.arange(0, BLOCK)
+    mask = i < WIDTH
+    w = tl.load(weight + i, mask, 0.0).to(tl.float32)
+    if KEEP and layer_scale is not None:
+        scale = tl.load(layer_scale + i, mask, 0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        dbias = tl.zeros([BLOCK], tl.float32)
+    if x is not None:
+        dscale = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for r in range(first, tl.minimum(first + ROWS, rows)):
+        g = tl.load(grad + r * grad_row + i, mask, 0.0).to(tl.float32)
+        n, rstd = _normalised(
+            tl.load(total + r * total_row + i, mask, 0.0).to(tl.float32), mask, eps, WIDTH, CENTER
+        )  # fmt: skip
+        dweight += g * n
+        if BIAS:
+            dbias += g
+        g = g * w
+        d = g - n * (tl.sum(g * n, 0) / WIDTH)
+        if CENTER:
+            d = d - tl.sum(g, 0) / WIDTH
+        d = d * rstd
+        if grad_total is not None:
+            d = d + tl.load(grad_total + r * grad_total_row + i, mask, 0.0).to(tl.float32)
+        tl.store(ds + r * WIDTH + i, d.to(dtype), mask)
+        if layer_scale is not None:
+            if not KEEP:
+                scale = tl.load(layer_scale + i, mask, 0.0).to(tl.float32)
+            tl.store(dx + r * WIDTH + i, (d * scale).to(dtype), mask)
+        if x is not None:
+            dscale += d * tl.load(x + r * x_row + i, mask, 0.0).to(tl.float32)
+    partial += tl.program_id(0).to(tl.int64) * 3 * WIDTH + i
+    tl.store(partial, dweight, mask)
+    if BIAS:
+        tl.store(partial + WIDTH, dbias, mask)
+    if x is not None:
+        tl.store(partial + 2 * WIDTH, dscale, mask)
+
+
+PROGRAMS = 264  # of the backward: two for each multiprocessor of the largest GPUs
+
+
+def _warps(threads: int) -> int:
+    return max(1, min(512, threads) // (64 if torch.version.hip else 32))
+
+
+def config(rows: int, width: int) -> dict[str, int]:
+    """A row a program; a thread holds 16 elements of it."""
+    block = triton.next_power_of_2(width)
+    return dict(BLOCK=block, ROWS=1, num_warps=_warps(block // 16), num_stages=1)
+
+
+def backward_config(rows: int, width: int) -> dict[str, int]:
+    """As many rows a program as leave PROGRAMS of them, and at least 4: each writes sums as long as three rows.
+
+    A thread holds 8 or 16 elements of up to seven vectors.
+    """
+    block = triton.next_power_of_2(width)
+    rows = max(4, triton.cdiv(rows, PROGRAMS))
+    return dict(BLOCK=block, ROWS=rows, KEEP=block <= 4096, num_warps=_warps(block // 8), num_stages=1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[R, C] with adjacent columns; a copy only where the strides leave no other way."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, layer_scale: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    center: bool, round: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
+    x = _rows(x)
+    residual = None if residual is None else _rows(residual)
+    vectors = [None if v is None else v.contiguous() for v in (layer_scale, weight, bias)]
+    rows, width = x.shape
+    if rows:
+        options = config(rows, width)
+        norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+            x, residual, *vectors, y, total, rows, x.stride(0), _row_stride(residual), eps, WIDTH=width,
+            CENTER=center, ROUND=round, **options, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y, total
+
+
+def norm_backward(
+    grad: Tensor, grad_total: Tensor | None, total: Tensor, x: Tensor | None, layer_scale: Tensor | None,
+    weight: Tensor, bias: bool, eps: float, center: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like: dict[str, Any] = dict(dtype=total.dtype, device=total.device)
+    ds = torch.empty(total.shape, **like)
+    dx = torch.empty(total.shape if layer_scale is not None else 0, **like)
+    total, grad = _rows(total), _rows(grad)
+    grad_total = None if grad_total is None else _rows(grad_total)
+    x = None if x is None else _rows(x)
+    layer_scale = None if layer_scale is None else layer_scale.contiguous()
+    rows, width = total.shape
+    options = backward_config(rows, width)
+    programs = triton.cdiv(rows, options["ROWS"])
+    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
+    if rows:
+        norm_backward_kernel[(programs,)](
+            grad, grad_total, total, x, layer_scale, weight.contiguous(), ds, dx, partial, rows, grad.stride(0),
+            _row_stride(grad_total), total.stride(0), _row_stride(x), eps, WIDTH=width, CENTER=center, BIAS=bias,
+            **options, enable_fp_fusion=False,
+        )  # fmt: skip
+    wanted = (True, bias, x is not None)
+    dweight, dbias, dscale = (partial[:, k].sum(0) if wanted[k] else partial.new_empty(0) for k in range(3))
+    return ds, dx, dscale, dweight, dbias
