@@ -57,7 +57,8 @@ def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return self._ivl.seats[name].entry(self, *args, **kwargs)  # type: ignore[union-attr, operator]
 
     functools.update_wrapper(method, getattr(original, "__func__", original))
-    method.__name__ = name  # a bound method is pickled by its name: the copy gets the method of its class
+    # A bound method is pickled by its name: the copy gets the method of its class.
+    method.__name__ = name.removeprefix("_old_")
     method.__dict__["_ivl_dispatcher"] = True
     return method
 
@@ -73,6 +74,16 @@ def _drop_self(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: function(inner, self, *args, **kwargs)
+
+
+def _place_of(owner: nn.Module, seat: _Seat) -> tuple[dict[str, Any], str] | None:
+    """What holds our method now: accelerate moves a forward to `_old_forward` and back, and ours may sit on ours."""
+    seats = owner.__dict__[ATTACHMENT].seats.values()
+    for holder in (owner.__dict__, *(vars(other) for other in seats if other is not seat)):
+        for name, value in holder.items():
+            if isinstance(value, types.MethodType) and value.__func__ is seat.method:
+                return holder, name
+    return None
 
 
 class _Attachment:
@@ -137,18 +148,21 @@ class _MethodEdit(_Edit):
         seat.rebuild(self.owner)
         if seat.layers:
             return ""
+        where = _place_of(self.owner, seat)
         current = self.owner.__dict__.get(self.name)
-        if not (isinstance(current, types.MethodType) and current.__func__ is seat.method):
-            if current is None:  # somebody deleted ours
-                del state.seats[self.name]
-                detach_if_empty(self.owner)
-                return ""
+        if where is None and current is not None:
             kind = type(self.owner).__name__
             return f"{self.name} of {kind} has another wrapper on top ({describe(current)}): ours does nothing below it"
-        if seat.previous is _Absent:
-            del self.owner.__dict__[self.name]
-        else:
-            self.owner.__dict__[self.name] = seat.previous
+        if where is not None:  # else somebody deleted ours
+            holder, name = where
+            if seat.previous is not _Absent:
+                holder[name] = seat.previous
+            elif name == self.name:
+                del holder[name]
+            else:
+                holder[name] = types.MethodType(getattr(type(self.owner), self.name), self.owner)
+        for other in state.seats.values():
+            other.rebuild(self.owner)
         del state.seats[self.name]
         detach_if_empty(self.owner)
         return ""

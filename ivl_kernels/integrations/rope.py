@@ -93,8 +93,8 @@ def _attention_problem(attention: Any) -> str:
 
 def _norm_problem(norm: nn.Module) -> str:
     """Why a q/k norm has to be called as it is, or ""."""
-    kind: Any = type(norm)
-    return rms_norm(kind)[1] or not_plain(norm, kind, kind.__name__)
+    kind: Any = class_of(norm)
+    return rms_norm(kind)[1] or not_plain(norm, kind, kind.__name__, later=True)
 
 
 def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,18 +110,19 @@ def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> C
             return stock(made(q), made(k), cos, sin, *args, **kwargs)
         if not deferred:
             return rotate(x, made(k), cos=cos, sin=sin, backend=backend)
+        if any(norm.weight.dtype != x.dtype or norm.weight.device != x.device for norm in (q.norm, k.norm)):
+            return stock(made(q), made(k), cos, sin)
         weights = {"q_weight": q.norm.weight, "k_weight": k.norm.weight, "eps": getattr(q.norm, eps)}
         return rotate(x, k.x, cos=cos, sin=sin, **weights, backend=backend)
 
     return apply_rotary_pos_emb
 
 
-def _fusable(norms: tuple[Any, Any], eps: str, dtype: torch.dtype) -> bool:
-    if dtype == torch.float64:
-        return False  # upstream's norm rounds to float32 inside, whatever the dtype
+def _fusable(norms: tuple[Any, Any], norm: type, eps: str) -> bool:
     q, k = norms
-    plain = all(not not_plain(n, type(n), "") and n.weight.dtype == dtype and n.weight.dim() == 1 for n in norms)
-    return plain and type(q) is type(k) and getattr(q, eps) == getattr(k, eps)
+    plain = all(not not_plain(n, norm, "") and n.weight.dim() == 1 for n in norms)
+    # float64: upstream's norm rounds to float32 inside, whatever the dtype.
+    return plain and q.weight.dtype != torch.float64 and getattr(q, eps) == getattr(k, eps)
 
 
 def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]:
@@ -138,7 +139,7 @@ def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]
         projections, me = (self.q_proj, self.k_proj), self
         alone = not torch.is_grad_enabled() and not torch.jit.is_tracing()
         alone = alone and all(map(gives_new_memory, projections))
-        if eps and type(self.q_norm) is norm and _fusable((self.q_norm, self.k_norm), eps, projections[0].weight.dtype):
+        if eps and norm and _fusable((self.q_norm, self.k_norm), norm, eps):
             norms = {
                 name: functools.partial(DeferredNorm, module)
                 for name, module in (("q_norm", self.q_norm), ("k_norm", self.k_norm))
@@ -174,7 +175,7 @@ class Rope(Adapter):
         made: dict[Any, Any] = {}
         for layer in site.module.layers:  # type: ignore[union-attr]
             attention: Any = layer.self_attn  # type: ignore[union-attr]
-            key = (class_of(attention), type(attention.q_norm) if hasattr(attention, "q_norm") else None)
+            key = (class_of(attention), class_of(attention.q_norm) if hasattr(attention, "q_norm") else None)
             if key not in made:
                 made[key] = _attention(*key, options["backend"])
             edit.method(attention, forward_name(attention), made[key])
