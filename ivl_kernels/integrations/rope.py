@@ -184,7 +184,7 @@ class Rope(Adapter):
         layer = site.module.layers[0].self_attn  # type: ignore[union-attr, index]
         norms = [getattr(layer, name) for name in ("q_norm", "k_norm") if hasattr(layer, name)]
         problem = next(filter(None, map(_norm_problem, norms)), "")
-        text = serving("v2pe_rope_", layer.o_proj.weight)
+        text = serving("v2pe_rope_", layer, site.module)
         return f"{text}; q/k norm as upstream: {problem}" if problem else text
 
 

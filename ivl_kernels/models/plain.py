@@ -137,9 +137,7 @@ def _order(container: nn.Module) -> tuple[str, ...]:
     return _ORDERS[key]
 
 
-def linear_stack(
-    container: nn.Module, *, live_dropout: bool = False, later: bool = False
-) -> LinearStack | str:
+def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: bool = False) -> LinearStack | str:
     """The layers of a projector whose parameters may be read instead of calling it, or why it must be called.
 
     Recognised is LayerNorm, Linear, exact GELU, Linear, ..., Linear under any names and in any class, with dropout
