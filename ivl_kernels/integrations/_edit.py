@@ -19,6 +19,7 @@ from torch import nn
 from ..models.upstream import class_of, describe
 
 ATTACHMENT = "_ivl"
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 class _Absent:
@@ -127,10 +128,21 @@ def note(module: nn.Module, name: str, value: Any) -> None:
         state.notes[name] = value
 
 
+def _no_replica(inner: Any, self: Any) -> Any:
+    raise RuntimeError(
+        "nn.DataParallel on a patched model: its replicas would run the methods of the original; undo the patch, "
+        "or use DistributedDataParallel or fully_shard"
+    )
+
+
 class _Edit:
     def undo(self) -> str:
         """Take the change back; returns what had to be left, or ""."""
         raise NotImplementedError
+
+    def covered(self) -> str:
+        """Who sits on top of this change and may not call it, or ""."""
+        return ""
 
 
 @dataclass(eq=False)
@@ -138,6 +150,14 @@ class _MethodEdit(_Edit):
     owner: nn.Module
     name: str
     layer: _Layer
+
+    def covered(self) -> str:
+        state = attachment(self.owner)
+        seat = state.seats.get(self.name) if state else None
+        if seat is None or _place_of(self.owner, seat) is not None:
+            return ""
+        who = describe(self.owner.__dict__[self.name]) if self.name in self.owner.__dict__ else "its class"
+        return f"only where {who}, now {self.name} of {type(self.owner).__name__}, calls what was there before"
 
     def undo(self) -> str:
         state = attachment(self.owner)
@@ -198,6 +218,10 @@ class Editor:
         `inner(self, *args, **kwargs)` is the method as it was. `function` must not hold the model or its tensors: a
         deep copy of the model shares it.
         """
+        self._wrap(owner, name, function)
+        self._wrap(owner, _REPLICATE, _no_replica)
+
+    def _wrap(self, owner: nn.Module, name: str, function: Callable[..., Any]) -> None:
         state = attachment(owner)
         seat = state.seats.get(name) if state else None
         if seat is None:

@@ -93,7 +93,7 @@ def is_exact_gelu(layer: nn.Module) -> bool:
         return layer.approximate == "none"
     if torch.compiler.is_compiling():  # computes nothing while it traces
         return type(layer).__name__ == "GELUActivation" and layer.__dict__.get("act") is nn.functional.gelu
-    if "forward" in layer.__dict__ or next(layer.parameters(), None) is not None or len([*layer.buffers()]):
+    if replaced_before(layer, forward_name(layer)) or any(True for _ in (*layer.parameters(), *layer.buffers())):
         return False
     try:
         with torch.device("cpu"), torch.no_grad():

@@ -1,6 +1,7 @@
 """Beside others who change models: Liger-Kernel, quantisation, compilation, copies, DataParallel."""
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -80,9 +81,11 @@ def liger(monkeypatch):
         return out
 
     class liger:
-        apply = staticmethod(monkey.apply_liger_kernel_to_internvl)
+        apply = staticmethod(functools.partial(monkey.apply_liger_kernel_to_internvl, fused_linear_cross_entropy=False))
         norms = experts = 0
 
+    rms_norm.__module__, rms_norm.__qualname__ = "liger_kernel.transformers.rms_norm", "LigerRMSNorm.forward"
+    experts.__module__, experts.__qualname__ = "liger_kernel.transformers.swiglu", "LigerExperts.forward"
     monkeypatch.setattr(monkey, "liger_rotary_pos_emb", liger_rotary_pos_emb)
     monkeypatch.setattr(monkey.LigerRMSNorm, "forward", rms_norm)
     monkeypatch.setattr(monkey.LigerLayerNorm, "forward", layer_norm)
@@ -171,7 +174,7 @@ def test_liger_on_the_same_instance(name, order, liger):
         assert liger.norms >= 2 * 2 and "Qwen3" in text and "LigerRMSNorm" in text
     if name == "qwen3_moe" and liger.experts:
         served = [row for row in handle.report().rows if row.feature == "moe" and row.what == "experts"]
-        assert all("experts" in row.detail and "liger" in row.detail.lower() for row in served), text
+        assert len(served) == 2 and all("LigerExperts.forward" in row.detail for row in served), text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PatchWarning)
         handle.undo()
@@ -368,7 +371,9 @@ def replicate(model):
             replica._modules[name] = replicas.get(child)
             setattr(replica, name, replicas.get(child)) if child is not None else None
         for name, parameter in module._parameters.items():
+            replica._parameters[name] = None
             if parameter is not None:
+                del replica._parameters[name]
                 setattr(replica, name, parameter.detach().clone())
         for name, buffer in module._buffers.items():
             replica._buffers[name] = buffer
@@ -377,9 +382,18 @@ def replicate(model):
 
 @pytest.mark.parametrize("name", ["qwen3", "hub"])
 def test_data_parallel_is_refused(name):
+    """Where it would be wrong; undone, it works as before."""
     model, batch = make(name)
-    patch(model)
-    replica = replicate(model)
-    with pytest.raises(RuntimeError, match="DataParallel"):
-        logits(replica, batch)
+    replicate(model)
+    if name == "hub":  # transformers' own asks its parameters for their dtype, and a replica has none
+        expected = logits(replicate(model), batch)
+    handle = patch(model)
     logits(model, batch)
+    for patched in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match="nn.DataParallel on a patched model"):
+            replicate(patched)
+    replicate(pickle.loads(pickle.dumps(patch(make(name)[0]).model)))
+    handle.undo()
+    replica = replicate(model)
+    if name == "hub":
+        assert torch.equal(logits(replica, batch), expected)
