@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ivl_kernels import patch
 from ivl_kernels.integrations import PatchError
 from ivl_kernels.integrations._patch import PatchWarning
+from ivl_kernels.testing import tiny
 
 TILES = ((2, 1), ())
 DENSE = ("projector", "packing", "rope")
@@ -340,24 +341,24 @@ def test_copies_of_a_patched_model(name):
     close(logits(twin, batch), expected)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
-def test_compiled(name):
-    """Compiled after patching and patched after compiling: the same answers, with gradients too."""
-    model, batch = make(name)
-    expected = logits(model, batch)
-    for order in ("before", "after"):
-        torch._dynamo.reset()
-        model, _ = make(name)
-        if order == "before":
-            patch(model)
-            compiled = torch.compile(model, backend="eager")
-        else:
-            compiled = torch.compile(model, backend="eager")
-            handle = patch(compiled)
-            assert rows(handle, *DENSE) == {(feature, "patched") for feature in DENSE}
-        close(logits(compiled, batch), expected)
-        compiled(**batch, labels=batch["input_ids"]).loss.backward()
-        assert model.get_input_embeddings().weight.grad is not None
+def test_patched_after_compiling():
+    """The compiled module is recognised, and its graph is made anew."""
+    torch._dynamo.reset()
+    model = native_model(text=tiny.text_config("qwen3", num_hidden_layers=1)).model.language_model
+    compiled, embeds = torch.compile(model, backend="eager"), torch.randn(1, 5, 48)
+
+    def run():
+        with torch.no_grad():
+            return compiled(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    expected = run()
+    handle = patch(compiled)
+    assert rows(handle, "rope") == {("rope", "patched")}
+    got = run()
+    close(got, expected)
+    assert not torch.equal(got, expected)  # the op rounds in other places than the norm
+    handle.undo()
+    assert torch.equal(run(), expected)
 
 
 # DataParallel's replicas are shallow copies: methods bound to the original would run on its parameters.
