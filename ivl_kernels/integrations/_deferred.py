@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,38 +13,41 @@ from ..models.plain import LinearStack
 from ..models.upstream import Deferred, made
 
 
+@dataclass(eq=False)  # so that what casts or watches the tensors of dataclasses (fully_shard) reaches x
 class DeferredShuffle(Deferred):
     """Stands for the shuffled tiles between upstream's pixel shuffle and its projector, which then does both at once.
 
-    x: [T, h, w, C] patch tokens; order: of the result's tokens, "v1" or "v2"; flat: rows and columns are one axis.
+    x: [T, h, w, C] patch tokens; order: of the result's tokens, "v1" or "v2"; flat: rows and columns are one axis;
+    source: where x was before it was moved.
     """
 
-    def __init__(
-        self, x: torch.Tensor, scale_factor: float, shuffle: Callable[..., torch.Tensor], order: str, flat: bool = False
-    ) -> None:
-        self.x, self.scale_factor, self.order = x, scale_factor, order
-        self._shuffle, self._flat = shuffle, flat
+    x: torch.Tensor
+    scale_factor: float
+    shuffle: Callable[..., torch.Tensor]
+    order: str
+    flat: bool = False
+    source: torch.device | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         tiles, height, width, channels = self.x.shape
         scale = self.scale_factor
         rows, columns = int(height * scale), int(width * scale)
-        return (tiles, *((rows * columns,) if self._flat else (rows, columns)), int(channels / (scale * scale)))
+        return (tiles, *((rows * columns,) if self.flat else (rows, columns)), int(channels / (scale * scale)))
 
     def tensor(self) -> torch.Tensor:
-        shuffled = self._shuffle(self.x, scale_factor=self.scale_factor)
-        return shuffled.flatten(1, 2) if self._flat else shuffled
+        shuffled = self.shuffle(self.x, scale_factor=self.scale_factor)
+        return shuffled.flatten(1, 2) if self.flat else shuffled
 
     def reshape(self, *sizes: int) -> Any:
         tiles, *cells, width = self.shape
         if sizes in ((tiles, -1, width), (tiles, torch.Size(cells).numel(), width)):
-            return DeferredShuffle(self.x, self.scale_factor, self._shuffle, self.order, flat=True)
+            return replace(self, flat=True)
         return self.tensor().reshape(*sizes)
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredShuffle:
         """Before the shuffle, which is the same: accelerate moves so what goes into a layer."""
-        return DeferredShuffle(self.x.to(*args, **kwargs), self.scale_factor, self._shuffle, self.order, self._flat)
+        return replace(self, x=self.x.to(*args, **kwargs), source=self.source or self.x.device)
 
     def project(self, stack: LinearStack, backend: str) -> torch.Tensor:
         """[T, h * w * scale_factor ** 2, H]"""

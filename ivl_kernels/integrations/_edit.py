@@ -19,6 +19,7 @@ from torch import nn
 from ..models.upstream import class_of, describe
 
 ATTACHMENT = "_ivl"
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 class _Absent:
@@ -57,7 +58,8 @@ def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return self._ivl.seats[name].entry(self, *args, **kwargs)  # type: ignore[union-attr, operator]
 
     functools.update_wrapper(method, getattr(original, "__func__", original))
-    method.__name__ = name  # a bound method is pickled by its name: the copy gets the method of its class
+    # A bound method is pickled by its name: the copy gets the method of its class.
+    method.__name__ = name.removeprefix("_old_")
     method.__dict__["_ivl_dispatcher"] = True
     return method
 
@@ -73,6 +75,16 @@ def _drop_self(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: function(inner, self, *args, **kwargs)
+
+
+def _place_of(owner: nn.Module, seat: _Seat) -> tuple[dict[str, Any], str] | None:
+    """What holds our method now: accelerate moves a forward to `_old_forward` and back, and ours may sit on ours."""
+    seats = owner.__dict__[ATTACHMENT].seats.values()
+    for holder in (owner.__dict__, *(vars(other) for other in seats if other is not seat)):
+        for name, value in holder.items():
+            if isinstance(value, types.MethodType) and value.__func__ is seat.method:
+                return holder, name
+    return None
 
 
 class _Attachment:
@@ -116,10 +128,21 @@ def note(module: nn.Module, name: str, value: Any) -> None:
         state.notes[name] = value
 
 
+def _no_replica(inner: Any, self: Any) -> Any:
+    raise RuntimeError(
+        "nn.DataParallel on a patched model: its replicas would run the methods of the original; undo the patch, "
+        "or use DistributedDataParallel or fully_shard"
+    )
+
+
 class _Edit:
     def undo(self) -> str:
         """Take the change back; returns what had to be left, or ""."""
         raise NotImplementedError
+
+    def covered(self) -> str:
+        """Who sits on top of this change and may not call it, or ""."""
+        return ""
 
 
 @dataclass(eq=False)
@@ -127,6 +150,14 @@ class _MethodEdit(_Edit):
     owner: nn.Module
     name: str
     layer: _Layer
+
+    def covered(self) -> str:
+        state = attachment(self.owner)
+        seat = state.seats.get(self.name) if state else None
+        if seat is None or _place_of(self.owner, seat) is not None:
+            return ""
+        who = describe(self.owner.__dict__[self.name]) if self.name in self.owner.__dict__ else "its class"
+        return f"only where {who}, now {self.name} of {type(self.owner).__name__}, calls what was there before"
 
     def undo(self) -> str:
         state = attachment(self.owner)
@@ -137,18 +168,21 @@ class _MethodEdit(_Edit):
         seat.rebuild(self.owner)
         if seat.layers:
             return ""
+        where = _place_of(self.owner, seat)
         current = self.owner.__dict__.get(self.name)
-        if not (isinstance(current, types.MethodType) and current.__func__ is seat.method):
-            if current is None:  # somebody deleted ours
-                del state.seats[self.name]
-                detach_if_empty(self.owner)
-                return ""
+        if where is None and current is not None:
             kind = type(self.owner).__name__
             return f"{self.name} of {kind} has another wrapper on top ({describe(current)}): ours does nothing below it"
-        if seat.previous is _Absent:
-            del self.owner.__dict__[self.name]
-        else:
-            self.owner.__dict__[self.name] = seat.previous
+        if where is not None:  # else somebody deleted ours
+            holder, name = where
+            if seat.previous is not _Absent:
+                holder[name] = seat.previous
+            elif name == self.name:
+                del holder[name]
+            else:
+                holder[name] = types.MethodType(getattr(type(self.owner), self.name), self.owner)
+        for other in state.seats.values():
+            other.rebuild(self.owner)
         del state.seats[self.name]
         detach_if_empty(self.owner)
         return ""
@@ -184,6 +218,10 @@ class Editor:
         `inner(self, *args, **kwargs)` is the method as it was. `function` must not hold the model or its tensors: a
         deep copy of the model shares it.
         """
+        self._wrap(owner, name, function)
+        self._wrap(owner, _REPLICATE, _no_replica)
+
+    def _wrap(self, owner: nn.Module, name: str, function: Callable[..., Any]) -> None:
         state = attachment(owner)
         seat = state.seats.get(name) if state else None
         if seat is None:

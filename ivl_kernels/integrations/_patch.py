@@ -109,7 +109,7 @@ class PatchHandle:
             elif id(site.module) not in inside:
                 state = "removed"
             else:
-                detail = _serving(adapter, site)
+                detail = "; ".join(filter(None, (_serving(adapter, site), *_covered(site.module, key))))
             report.rows.append(Row(site.path, site.feature, site.what, state, detail))
         report.rows += self._others
         for _, site, _ in self._applied:
@@ -162,6 +162,11 @@ def _serving(adapter: Adapter, site: Site) -> str:
         return adapter.serving(site)
     except Exception as error:
         return f"not known as the module is now ({failure(error)})"
+
+
+def _covered(module: nn.Module, key: tuple[str, str]) -> Iterator[str]:
+    for edit in getattr(attachment(module), "edits", {}).get(key, ()):
+        yield edit.covered()
 
 
 def _notes(module: nn.Module) -> Mapping[str, Any]:

@@ -53,12 +53,19 @@ def serving(op: str, *computed: Any) -> str:
 
     computed: modules and tensors of the dtype that the op computes in; quantised ones are passed over.
     """
-    tensor = next((found for value in computed for found in _floats(value)), None)
-    if tensor is None:
+    found = next(((value, tensor) for value in computed for tensor in _floats(value)), None)
+    if found is None:
         return "chosen at the call: all parameters are quantised"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    choice = _library.OPS[op].explain(tensor.device.type, dtype)
-    return f"{choice} ({dtype} on {tensor.device.type})"
+    dtype, device = str(found[1].dtype).removeprefix("torch."), _device(*found)
+    return f"{_library.OPS[op].explain(device, dtype)} ({dtype} on {device})"
+
+
+def _device(value: Any, tensor: torch.Tensor) -> str:
+    """Where a module with this parameter computes: offloaded ones are loaded to the device of accelerate's hook."""
+    if tensor.device.type != "meta" or not isinstance(value, nn.Module):
+        return tensor.device.type
+    hooks = [getattr(part.__dict__.get("_hf_hook"), "execution_device", None) for part in value.modules()]
+    return torch.device(next((device for device in hooks if device is not None), tensor.device)).type
 
 
 def _floats(value: Any) -> Iterator[torch.Tensor]:

@@ -93,8 +93,8 @@ def _attention_problem(attention: Any) -> str:
 
 def _norm_problem(norm: nn.Module) -> str:
     """Why a q/k norm has to be called as it is, or ""."""
-    kind: Any = type(norm)
-    return rms_norm(kind)[1] or not_plain(norm, kind, kind.__name__)
+    kind: Any = class_of(norm)
+    return rms_norm(kind)[1] or not_plain(norm, kind, kind.__name__, later=True)
 
 
 def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +175,7 @@ class Rope(Adapter):
         made: dict[Any, Any] = {}
         for layer in site.module.layers:  # type: ignore[union-attr]
             attention: Any = layer.self_attn  # type: ignore[union-attr]
-            key = (class_of(attention), type(attention.q_norm) if hasattr(attention, "q_norm") else None)
+            key = (class_of(attention), class_of(attention.q_norm) if hasattr(attention, "q_norm") else None)
             if key not in made:
                 made[key] = _attention(*key, options["backend"])
             edit.method(attention, forward_name(attention), made[key])
@@ -184,7 +184,7 @@ class Rope(Adapter):
         layer = site.module.layers[0].self_attn  # type: ignore[union-attr, index]
         norms = [getattr(layer, name) for name in ("q_norm", "k_norm") if hasattr(layer, name)]
         problem = next(filter(None, map(_norm_problem, norms)), "")
-        text = serving("v2pe_rope_", layer)
+        text = serving("v2pe_rope_", layer, site.module)
         return f"{text}; q/k norm as upstream: {problem}" if problem else text
 
 

@@ -73,6 +73,8 @@ def _project(backend: str) -> Any:
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, DeferredShuffle):
+            if x.source and hasattr(self, "_hf_hook"):
+                self._hf_hook.input_device = x.source  # accelerate looks for it in tensors alone
             stack = linear_stack(self)
             if not isinstance(stack, str) and _reads(x.x, stack.norm.weight):
                 return x.project(stack, backend)
@@ -158,7 +160,7 @@ class Vision(Adapter):
         family = _family(site.module)
         if site.feature == "packing":
             return serving("place_rows_", family.embedding)
-        stack = linear_stack(family.projector)
+        stack = linear_stack(family.projector, later=True)
         why = _shuffle_problem(site.module) or (stack if isinstance(stack, str) else "")
         return f"upstream's own code: {why}" if why else serving("pixel_shuffle_mlp", family.projector)
 
@@ -180,7 +182,7 @@ def _projector_refused(family: Family) -> str:
     core, projector, merge = family.core, family.projector, family.merge
     why = replaced_before(core, family.features_name) or replaced_before(projector, forward_name(projector))
     # Hooks come and go: while there are any, upstream's code serves.
-    stack = linear_stack(projector) if not any(map(watched, projector.modules())) else ""
+    stack = linear_stack(projector, later=True) if not any(map(watched, projector.modules())) else ""
     why = why or (stack if isinstance(stack, str) else "") or _not_called(core, family.features_name, "pixel_shuffle")
     if why or not merge:
         return why or "the ratio of the pixel shuffle is not one over an integer"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,29 +23,40 @@ _GLOBAL_HOOKS = (
 
 def watched(module: nn.Module) -> str:
     """Who would see what goes into or comes out of this module: its hooks, those of all modules; "" for nobody."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(not _gathers(hook) for registered in hooks if registered for hook in registered.values()):
         return "has hooks"
+    hook = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook
+        if one is not None and type(one).__name__ != "AlignDevicesHook":
+            return f"has a {type(one).__name__}"
     return "is seen by global module hooks" if any(_GLOBAL_HOOKS) else ""
 
 
-def _only_moves_inputs(module: nn.Module) -> bool:
-    """An accelerate hook that keeps the weights where they are (models spread over devices)."""
-    hook = getattr(module, "_hf_hook", None)
-    return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
+def _gathers(hook: Callable[..., Any]) -> bool:
+    """A hook of `fully_shard`, which only gathers and shards parameters."""
+    owner = getattr(inspect.unwrap(hook), "__self__", None)
+    return type(owner).__module__.startswith("torch.distributed.fsdp._fully_shard.")
+
+
+def gathered_later(module: nn.Module) -> bool:
+    """Whether `fully_shard` manages this module: its parameters are plain inside its unit's forward, and only there."""
+    return class_of(module) is type(module) and getattr(module, "_is_fsdp_managed_module", False)
 
 
 def _intercepted(module: nn.Module, name: str) -> str:
     """Who would run besides the class's own forward if `module` were called; "" for nobody."""
-    if replaced_before(module, forward_name(module)) and not _only_moves_inputs(module):
-        return f"{name}.forward was replaced by {describe(module.__dict__['forward'])}"
+    if replaced_before(module, forward_name(module)):
+        return f"{name}.forward was replaced by {describe(module.__dict__[forward_name(module)])}"
     why = watched(module)
     return f"{name} {why}" if why else ""
 
 
-def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
+def not_plain(module: nn.Module, kind: type[nn.Module], name: str, *, later: bool = False) -> str:
     """Why reading the parameters of `module` would not be the same as calling it; "" when it would.
 
     Catches LoRA and quantised layers (another class), parametrizations, hooks, offloading and tensor subclasses.
+    later: the question is about a call to come, for which `fully_shard` gathers what it shards.
     """
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
@@ -51,7 +64,10 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     if why:
         return why
     for parameter_name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) is not nn.Parameter:
+        if later and type(parameter).__name__ == "DTensor" and gathered_later(module):
+            continue
+        # A plain tensor: FSDP1 puts views of its flat parameter there.
+        if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
             return f"{name}.{parameter_name} is a {type(parameter).__name__}"
         if parameter is not None and parameter.device.type == "meta":
             return f"{name}.{parameter_name} is on the meta device (offloaded)"
@@ -77,7 +93,7 @@ def is_exact_gelu(layer: nn.Module) -> bool:
         return layer.approximate == "none"
     if torch.compiler.is_compiling():  # computes nothing while it traces
         return type(layer).__name__ == "GELUActivation" and layer.__dict__.get("act") is nn.functional.gelu
-    if "forward" in layer.__dict__ or next(layer.parameters(), None) is not None or len([*layer.buffers()]):
+    if replaced_before(layer, forward_name(layer)) or any(True for _ in (*layer.parameters(), *layer.buffers())):
         return False
     try:
         with torch.device("cpu"), torch.no_grad():
@@ -121,11 +137,12 @@ def _order(container: nn.Module) -> tuple[str, ...]:
     return _ORDERS[key]
 
 
-def linear_stack(container: nn.Module, *, live_dropout: bool = False) -> LinearStack | str:
+def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: bool = False) -> LinearStack | str:
     """The layers of a projector whose parameters may be read instead of calling it, or why it must be called.
 
     Recognised is LayerNorm, Linear, exact GELU, Linear, ..., Linear under any names and in any class, with dropout
     that is off (`live_dropout`: or on); parameters of one dtype (a mix is upstream's to compute) on one device.
+    later: as in `not_plain`.
     """
     why = _intercepted(container, "the projector")
     if why:
@@ -142,11 +159,11 @@ def linear_stack(container: nn.Module, *, live_dropout: bool = False) -> LinearS
             if not (why or live_dropout) and isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
                 why = f"{name} is a dropout that is live"
         elif norm is None:
-            why, norm = not_plain(layer, nn.LayerNorm, name), layer
+            why, norm = not_plain(layer, nn.LayerNorm, name, later=later), layer
             if not why and (layer.weight is None or layer.bias is None or len(layer.normalized_shape) != 1):
                 why = f"{name} has no weight or bias, or normalises more than one axis"
         elif active:
-            why, active = not_plain(layer, nn.Linear, name), False
+            why, active = not_plain(layer, nn.Linear, name, later=later), False
             linears.append(layer)
             if not why and layer.bias is None:
                 why = f"{name} has no bias"

@@ -38,9 +38,13 @@ class StandIn:
 
 
 def class_of(module: Any) -> Any:
+    """The class as upstream wrote it: below a stand-in, and below the class that `fully_shard` puts before it."""
     while type(module) is StandIn:
         module = module._ivl_module
-    return type(module)
+    kinds = type(module).__mro__
+    if not kinds[1].__module__.startswith("torch.distributed."):
+        return kinds[0]
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
 
 
 class Deferred:
@@ -195,12 +199,12 @@ def describe(value: Any) -> str:
 
 
 def replaced_before(module: nn.Module, name: str) -> str:
-    """Why upstream's own method `name` cannot be reached on this instance, or ""."""
+    """Why upstream's own method `name` (`forward_name(module)` for a forward) cannot be reached here, or ""."""
     current = module.__dict__.get(name)
     function = getattr(current, "__func__", None)
     if current is None or "_ivl_dispatcher" in getattr(function, "__dict__", {}):
         return ""
-    if function is not None and function is getattr(type(module), name, None):
+    if function is not None and function is getattr(type(module), name.removeprefix("_old_"), None):
         return ""
     return f"{name} of this instance was replaced before by {describe(current)}"
 
