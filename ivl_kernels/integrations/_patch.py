@@ -244,12 +244,17 @@ def patch(model: nn.Module, *, strict: bool = False, backend: str = "", **featur
             attach(site.module).edits.pop(key, None)
             detach_if_empty(site.module)
         raise
-    if not handle._applied and not handle.report().patched:
+    served = {row.feature for row in handle.report().patched}
+    if not served:
         warnings.warn(
             f"patch: nothing was patched in this {type(model).__name__}; see handle.report()",
             PatchWarning,
             stacklevel=2,
         )
+    for name, feature in _wanted(options).items():
+        if not feature.default and name not in served:  # it changes answers, so its absence is no detail
+            why = [p for p in problems if f"{name}: " in p]
+            warnings.warn(f"patch: {'; '.join(why)}: the answers are the stock ones", PatchWarning, stacklevel=2)
     return handle
 
 

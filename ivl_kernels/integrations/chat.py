@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._library import transformed
 from ..models.upstream import StandIn, class_of, named_instances, replaced_before
 from ._edit import Editor
 from ._patch import PACKING, PROJECTOR, Adapter, Site
@@ -103,7 +104,7 @@ def _forward(backend: str) -> Any:
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         given = _signature(class_of(self).forward).bind(self, *args, **kwargs).arguments
         ids, flags, token = given.get("input_ids"), given.get("image_flags"), self.img_context_token_id
-        if ids is None or flags is None or token is None or torch.compiler.is_compiling():
+        if ids is None or flags is None or token is None or torch.compiler.is_compiling() or transformed():
             return inner(self, *args, **kwargs)
         features = self.extract_feature(given["pixel_values"])
         embedding = self.language_model.get_input_embeddings()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._library import transformed
 from ..models.upstream import StandIn, named_instances, replaced_before
 from ._edit import Editor
 from ._patch import PACKING, PROJECTOR, Adapter, Site
@@ -55,8 +56,9 @@ def _project(backend: str) -> Any:
 
 def _forward(backend: str) -> Any:
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return inner(self, *args, **kwargs)  # upstream's mask has a fixed shape: no break in the compiled graph
+        # Upstream's mask has a fixed shape: no break in the compiled graph.
+        if torch.compiler.is_compiling() or transformed():
+            return inner(self, *args, **kwargs)
 
         def get_placeholder_mask(input_ids: Any, *rest: Any, **named: Any) -> Any:
             def mask() -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
+from .._library import transformed
 from .upstream import describe, forward_name, replaced_before
 
 _GLOBAL_HOOKS = (
@@ -35,8 +36,11 @@ def _only_moves_inputs(module: nn.Module) -> bool:
 def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """Why reading the parameters of `module` would not be the same as calling it; "" when it would.
 
-    Catches LoRA and quantised layers (another class), parametrizations, hooks, offloading and tensor subclasses.
+    Catches LoRA and quantised layers (another class), parametrizations, hooks, offloading, tensor subclasses and
+    transforms of torch.func.
     """
+    if transformed():
+        return f"{name} is under a torch.func transform"
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
     if replaced_before(module, forward_name(module)) and not _only_moves_inputs(module):
@@ -52,7 +56,7 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     return ""
 
 
-def gives_new_memory(layer: nn.Module) -> bool:
+def gives_new_memory(layer: Any) -> bool:
     """Whether nobody but its caller can hold what this layer returns: plain, and nobody watches. Without autograd."""
     return type(layer) is nn.Linear and not not_plain(layer, nn.Linear, "")
 

@@ -1,9 +1,11 @@
 """Rotary patches on native models, against the unpatched models."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
-from models import FAMILIES, inputs, native_model
+from models import FAMILIES, inputs, native_model, text_config
 
 import ivl_kernels
 from ivl_kernels.integrations._patch import features as registered
@@ -79,10 +81,14 @@ def test_gradients(family):
     handle.undo()
 
 
+def language(model):
+    return model.model.language_model
+
+
 @torch.no_grad()
 def test_hooks_see_what_they_saw():
     model, batch = native_model("qwen3"), inputs(BATCH)
-    attention = model.model.language_model.layers[1].self_attn
+    attention = language(model).layers[1].self_attn
     seen = []
     attention.q_proj.register_forward_hook(lambda module, args, output: seen.append(output))
     attention.q_norm.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -92,6 +98,196 @@ def test_hooks_see_what_they_saw():
     assert len(seen) == 4  # the hooked norm is still called
     for before, after in zip(seen[:2], seen[2:]):
         torch.testing.assert_close(after, before, rtol=0, atol=2e-5)
+
+
+class Keeps(torch.nn.Linear):
+    """A projection that hands out the same memory again for the same input."""
+
+    kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = super().forward(x)
+        return self.kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("how", ["hook", "global hook", "subclass", "replaced forward"])
+def test_what_somebody_holds_is_not_written_to(family, name, how):
+    model, batch = native_model(family), inputs(BATCH)
+    ids = batch["input_ids"]
+    projection = getattr(language(model).layers[0].self_attn, name)
+    expected = language(model)(ids).last_hidden_state
+    only_rope(model)
+    held, handle = [], None
+
+    def keep(module, args, output):
+        if module is projection:
+            held.append((output, output.clone()))
+
+    if how == "hook":
+        handle = projection.register_forward_hook(keep)
+    elif how == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(keep)
+    elif how == "subclass":
+        projection.__class__ = Keeps
+    else:
+        memory = {}
+        projection.forward = lambda x: memory.setdefault("y", torch.nn.functional.linear(x, *projection.parameters()))
+    try:
+        for _ in range(2):
+            got = language(model)(ids).last_hidden_state
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert len(held) == (2 if "hook" in how else 0)
+    assert all(torch.equal(output, copy) for output, copy in held)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eps", [1e-12, 0.3])
+def test_the_eps_of_the_norms(eps):
+    model, batch = native_model("qwen3", text=text_config("qwen3", rms_norm_eps=eps)), inputs(BATCH)
+    for layer in language(model).layers:  # so small that eps counts
+        layer.self_attn.q_proj.weight.mul_(1e-3)
+        layer.self_attn.k_proj.weight.mul_(1e-3)
+    expected = model(**batch).logits
+    only_rope(model)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("body, norms", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_of_another_dtype(body, norms, autocast):
+    model, batch = native_model("qwen3", dtype=body), inputs(BATCH)
+    for layer in language(model).layers:
+        layer.self_attn.q_norm.to(norms)
+        layer.self_attn.k_norm.to(norms)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return language(model)(batch["input_ids"]).last_hidden_state
+
+    try:
+        expected = run()
+    except RuntimeError as error:  # upstream's attention does not take query and value of two dtypes
+        only_rope(model)
+        with pytest.raises(RuntimeError, match=str(error)[:30]):
+            run()
+        return
+    only_rope(model)
+    assert torch.equal(run(), expected)
+
+
+@torch.no_grad()
+def test_compiled_layers_have_their_own_norms():
+    model, batch = native_model("qwen3"), inputs(BATCH)
+    for i, layer in enumerate(language(model).layers):
+        layer.self_attn.q_norm.weight.mul_(1 + i)
+        layer.self_attn.k_norm.weight.mul_(2 - i / 2)
+    embeds = language(model).embed_tokens(batch["input_ids"])
+    expected = language(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    only_rope(model)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(sum("v2pe_rope" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(language(model), backend=backend, fullgraph=True)
+    for _ in range(2):
+        got = compiled(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert graphs == [2]
+
+
+@torch.no_grad()
+def test_two_models_in_two_threads():
+    models = [native_model(family, seed=seed) for family, seed in (("qwen3", 0), ("qwen3", 1), ("qwen2", 2))]
+    batches = [inputs(BATCH, seed=seed) for seed in range(3)]
+    for model in models:
+        only_rope(model)
+    expected = [model(**batch).logits for model, batch in zip(models, batches)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(4):
+            got = list(pool.map(lambda i: models[i](**batches[i]).logits, range(3)))
+            assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_functional_transforms(family):
+    model, batch = native_model(family), inputs(BATCH)
+    text = language(model)
+    model.set_attn_implementation("eager")  # torch has no forward derivative of the other
+    embeds = text.embed_tokens(batch["input_ids"]).detach()
+    change = torch.randn_like(embeds)
+
+    def run(x):
+        return text(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    def results():
+        weights = dict(text.named_parameters())
+
+        def loss(weights):
+            options = dict(inputs_embeds=embeds, use_cache=False)
+            return torch.func.functional_call(text, weights, kwargs=options).last_hidden_state.square().mean()
+
+        return [
+            *torch.func.jvp(run, (embeds,), (change,)),
+            torch.func.grad(lambda x: run(x).square().mean())(embeds),
+            *torch.func.grad(loss)(weights).values(),
+        ]
+
+    expected = results()
+    patch(model, rope=True, projector=True, packing=True)
+    for got, right in zip(results(), expected):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(embeds, change)
+        tangent = torch.autograd.forward_ad.unpack_dual(run(dual)).tangent
+    torch.testing.assert_close(tangent, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_rotate_by_themselves_are_refused():
+    """InternLM2 has its rotation in a layer's `attention`; the stack is built of other names throughout."""
+
+    class InternLM2Attention(torch.nn.Module):
+        pass
+
+    class InternLM2DecoderLayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = InternLM2Attention()
+
+    class InternLM2Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tok_embeddings = torch.nn.Embedding(4, 4)
+            self.layers = torch.nn.ModuleList([InternLM2DecoderLayer()])
+
+    with pytest.warns(ivl_kernels.integrations._patch.PatchWarning, match="nothing was patched"):
+        handle = ivl_kernels.patch(InternLM2Model())
+    (row,) = [r for r in handle.report().rows if r.feature == "rope"]
+    assert row.state == "refused" and "InternLM2DecoderLayer has no self_attn" in row.detail
+
+
+@torch.no_grad()
+def test_one_projection_for_q_k_and_v():
+    kind = transformers.Phi3Config
+    config = kind(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    expected = model(ids).logits
+    only_rope(model)
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_internlm3_and_unknown_structures():
