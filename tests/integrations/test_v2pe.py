@@ -1,6 +1,7 @@
 """V2PE on native and remote-code models, against the unpatched model at explicit positions."""
 
 import copy
+import functools
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 
@@ -256,6 +257,7 @@ def test_a_sequence_in_two_calls_is_one_sequence(cut):
     expected = text(PLAIN).last_hidden_state
     seen = Seen(model)
     text(ids)
+    assert torch.equal(seen[0].float(), v2pe_position_ids(ids, IMAGE_TOKEN, 0.25))
     for name in cache_names(model):
         cache = DynamicCache()
         parts = [text(ids[:, :cut], **{name: cache}), text(ids[:, cut:], **{name: copy.deepcopy(cache)})]
@@ -298,7 +300,10 @@ def test_a_cropped_cache(keep):
     other = sequence(2, [16], 3)
     kept = torch.cat((PLAIN, sequence(4)), 1)[:, :keep]
     expected = text(torch.cat((kept, other), 1)).last_hidden_state[:, keep:]
+    seen = Seen(model)
     torch.testing.assert_close(text(other, past_key_values=cache).last_hidden_state, expected, rtol=0, atol=2e-5)
+    right = v2pe_position_ids(torch.cat((kept, other), 1), IMAGE_TOKEN, 0.25)[:, keep:]
+    assert torch.equal(seen[0].float(), right)
 
 
 @torch.no_grad()
@@ -363,7 +368,8 @@ def test_embeddings_without_ids_are_refused():
     model, batch = native_model("qwen3"), inputs(((1,),))
     embeds = model.get_input_embeddings()(batch["input_ids"])
     patch(model, v2pe=0.25)
-    for call in (model, model.model, language(model), model.generate):
+    generate = functools.partial(model.generate, max_new_tokens=2)
+    for call in (model, model.model, language(model), generate):
         with pytest.raises(ValueError, match="inputs_embeds: got embeddings without input_ids"):
             call(inputs_embeds=embeds)
     chat = chat_model("hub")
@@ -484,7 +490,7 @@ def test_several_samples_of_a_row():
 @pytest.mark.parametrize("options", [dict(prefill_chunk_size=7), dict(prompt_lookup_num_tokens=4)])
 def test_other_ways_of_decoding(options):
     model = native_model("qwen3")
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = 299  # transformers 4 cannot look up without one
     patch(model, v2pe=0.25)
     ids = torch.cat((PLAIN, sequence(6)), 1)
     seen = Seen(model)
