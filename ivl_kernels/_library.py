@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _dispatch
 from ._dispatch import Implementation
@@ -22,6 +23,25 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # Every op that has been defined, by name: `doctor` and the tests go through it.
 OPS: dict[str, Op] = {}
+
+
+def transformed() -> bool:
+    """Whether `torch.func` (grad, jvp, vmap, ...) or forward-mode autograd is at work: ops have gradients for neither.
+
+    Who can run upstream's code instead asks this first.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _check_no_tangent(name: str, args: Sequence[Any]) -> None:
+    """An op that torch knows no forward derivative of would give zeros without a word."""
+    for value in args:
+        if isinstance(value, (list, tuple)):
+            _check_no_tangent(name, value)
+        elif isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{name}: got an input with a tangent, and there is no forward-mode derivative")
 
 
 class Op:
@@ -62,6 +82,8 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _check_no_tangent(self.name, args)
         return self._overload(*args)
 
     def _run(self, *args: Any) -> Any:

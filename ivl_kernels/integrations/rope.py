@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._library import transformed
+from ..models.families import text_stacks
 from ..models.plain import gives_new_memory, not_plain, rms_norm
 from ..models.upstream import (
     Deferred,
@@ -91,6 +93,12 @@ def _attention_problem(attention: Any) -> str:
     return ""
 
 
+def _layer_problem(layer: Any) -> str:
+    if not hasattr(layer, "self_attn"):
+        return f"unknown structure: {type(layer).__name__} has no self_attn"
+    return _attention_problem(layer.self_attn)
+
+
 def _norm_problem(norm: nn.Module) -> str:
     """Why a q/k norm has to be called as it is, or ""."""
     kind: Any = class_of(norm)
@@ -104,9 +112,11 @@ def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> C
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         deferred = isinstance(q, DeferredNorm) and isinstance(k, DeferredNorm)
         x = q.x if deferred else made(q)
-        # Autocast and axes of several positions are upstream's, and so is a layout that was asked for.
+        # Autocast, axes of several positions and transforms are upstream's, and so is a layout that was asked for.
         known = cos.dim() == 3 and cos.dtype == x.dtype and any(x.shape[-1] == n * cos.shape[-1] for n in widths)
-        if args or kwargs or not known:
+        # A norm of another dtype gives another dtype than its input's; in float64 upstream's rounds to float32 inside.
+        fusable = not deferred or (q.norm.weight.dtype == k.norm.weight.dtype == x.dtype != torch.float64)
+        if args or kwargs or not known or not fusable or transformed():
             return stock(made(q), made(k), cos, sin, *args, **kwargs)
         if not deferred:
             return rotate(x, made(k), cos=cos, sin=sin, backend=backend)
@@ -118,11 +128,9 @@ def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> C
     return apply_rotary_pos_emb
 
 
-def _fusable(norms: tuple[Any, Any], norm: type, eps: str) -> bool:
-    q, k = norms
-    plain = all(not not_plain(n, norm, "") and n.weight.dim() == 1 for n in norms)
-    # float64: upstream's norm rounds to float32 inside, whatever the dtype.
-    return plain and q.weight.dtype != torch.float64 and getattr(q, eps) == getattr(k, eps)
+def _fusable(q: Any, k: Any, norm: type[nn.Module], eps: str) -> bool:
+    plain = all(not not_plain(each, norm, "") and each.weight.dim() == 1 for each in (q, k))
+    return plain and getattr(q, eps) == getattr(k, eps)
 
 
 def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]:
@@ -136,10 +144,10 @@ def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         if class_of(self) is not kind or kind.forward is not stock or torch.jit.is_tracing():
             return inner(self, *args, **kwargs)
-        projections, me = (self.q_proj, self.k_proj), self
+        me = self
         alone = not torch.is_grad_enabled() and not torch.jit.is_tracing()
-        alone = alone and all(map(gives_new_memory, projections))
-        if eps and norm and _fusable((self.q_norm, self.k_norm), norm, eps):
+        alone = alone and all(gives_new_memory(getattr(self, name, None)) for name in ("q_proj", "k_proj"))
+        if eps and norm and _fusable(self.q_norm, self.k_norm, norm, eps):
             norms = {
                 name: functools.partial(DeferredNorm, module)
                 for name, module in (("q_norm", self.q_norm), ("k_norm", self.k_norm))
@@ -152,22 +160,12 @@ def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]
     return forward
 
 
-def _text_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(path, module) of the decoder stacks: what holds `layers` with a `self_attn` each."""
-    for path, module in model.named_modules():
-        layers = getattr(module, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(module, "embed_tokens"):
-            continue
-        if all(hasattr(layer, "self_attn") for layer in layers):
-            yield path, module
-
-
 class Rope(Adapter):
     features = {"rope": Feature(True, "q/k RMSNorm and rotary embedding in one op")}
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
-        for path, text in _text_models(model):
-            problems = {_attention_problem(layer.self_attn) for layer in text.layers}
+        for path, text in text_stacks(model):
+            problems = {_layer_problem(layer) for layer in text.layers}
             what = f"{len(text.layers)} attention layers: q/k norm, rotary"
             yield Site("rope", path, text, what, "; ".join(sorted(problems - {""})))
 

@@ -2,24 +2,37 @@
 
 `v2pe` changes only what `rotary_emb` sees: the integer position_ids that the rest of the model reads (masks,
 packed-sequence detection, caches) stay as they are, so nothing else can go wrong.
+
+The ids of a call come from above (a forward or a generate notes them, for its thread and its time), the shift of a call
+goes down in a stand-in of the decoder stack, and what the next call has to know goes with the cache.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.upstream import class_of, named_instances, replaced_before
-from ..ops import v2pe_position_ids
+from ..models.families import Family, families_in, family_of
+from ..models.upstream import (
+    StandIn,
+    arguments,
+    cache_of,
+    class_of,
+    code_of,
+    filled,
+    forward_name,
+    is_cache,
+    replaced_before,
+)
 from ..ops.v2pe_rope.op import parse_delta
 from ._edit import Editor, note
 from ._patch import Adapter, Feature, Site
+from ._timeline import Timeline, Tokens, empty, padding_of
 
 
 @dataclass(frozen=True)
@@ -40,41 +53,137 @@ class ContextReport:
 
 
 @dataclass
-class _Prompt:
-    ids: torch.Tensor
-    mask: torch.Tensor | None
-    positions: torch.Tensor | None = None  # given integer positions of packed samples, which restart at 0
+class _Call:
+    """A forward or a generate in progress: the step, and the ids of what the decoder stack will get.
+
+    Attributes:
+        ids: [B, N]; of the whole prompt, cached tokens included, when `whole`, else of this forward.
+        compress: [T] which tiles are compressed.
+        reached: whether the decoder stack has been called.
+    """
+
+    delta: Any
+    ids: torch.Tensor | None = None
+    whole: bool = False
     compress: torch.Tensor | None = None
-    announced: bool = False
+    reached: bool = False
 
 
 class _State:
-    """Shared by the patched modules of one model. `shift` is what V2PE adds to the stock positions of this call."""
+    """What the patched modules of one model share: its settings, and the calls in progress, each in its thread."""
 
-    def __init__(self, delta: Any = None, backend: str = "") -> None:
-        self.delta, self.backend = delta, backend
-        self.override: Any = None
-        self.prompt: _Prompt | None = None
-        self.shift: torch.Tensor | None = None
+    def __init__(self, family: Family, delta: Any, compressed_step: str, backend: str) -> None:
+        self.family, self.delta, self.compressed_step, self.backend = family, delta, compressed_step, backend
         self.report: ContextReport | None = None
+        self._local = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _State, (self.delta, self.backend)
+        return _State, (self.family, self.delta, self.compressed_step, self.backend)
 
     def __str__(self) -> str:
         return str(self.report or "no prompt with images yet")
 
+    @property
+    def call(self) -> _Call:
+        """The innermost call of this thread."""
+        return getattr(self._local, "call", None) or _Call(self.delta)
 
-_ATTRIBUTE = "_ivl_v2pe"  # of the patched modules: the state; of a cache: the shift of its last token [B, 1]
+    @torch.compiler.disable
+    def enter(self, delta: Any, ids: Any = None, *, whole: bool = False) -> Any:
+        """Begin a call; returns what `leave` takes. What is not given is that of the call around it."""
+        before = getattr(self._local, "call", None)
+        call = self.call if delta is None else replace(self.call, delta=_parse(delta))
+        if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+            call = replace(call, ids=ids, whole=whole, compress=None)
+        self._local.call = replace(call, reached=False)
+        return before
+
+    @torch.compiler.disable
+    def leave(self, before: Any) -> bool:
+        """End a call; whether it came to the decoder stack."""
+        reached = self.call.reached
+        if before is not None:
+            before.reached = before.reached or reached
+        self._local.call = before
+        return reached
+
+    @torch.compiler.disable
+    def plan(self, given: Mapping[str, Any]) -> tuple[torch.Tensor | None, Timeline | None]:
+        """For a call of the decoder stack: the shift of its tokens [B, N] (None: nowhere any), and what to carry."""
+        call = self.call
+        call.reached = True
+        if torch.jit.is_tracing():
+            raise RuntimeError("v2pe: positions depend on the ids, which a trace would fix; undo the patch to trace")
+        cache = cache_of(given)
+        seen, ids = filled(cache), given.get("input_ids")
+        tokens: Any = given.get("inputs_embeds") if ids is None else ids
+        if tokens is None:
+            return None, None  # upstream raises
+        rows, count, device = tokens.shape[0], tokens.shape[1], tokens.device
+        before = self._carried(cache, seen).rows(rows) if seen else empty(rows, device)
+        new = self._tokens(call, ids, rows, seen, count, device)
+        if seen and seen >= before.length and not bool(new.visual.any()):
+            shift = before.shift[:, -1:]
+            return (shift if bool(shift.any()) else None), replace(before, seen=seen + count)
+
+        present = padding_of(given.get("attention_mask"), rows, seen, count, device)
+        positions = _packed(given.get("position_ids"), rows, count) if not seen and bool(present.all()) else None
+        options: Any = dict(compressed_step=self.compressed_step, backend=self.backend)
+        after = before.extended(seen, new, present, positions, delta=call.delta, **options)
+        shift = after.shift[:, seen:-1]
+        if bool(after.tokens.visual.any()):
+            present = after.present.sum(1)
+            self.report = ContextReport(tuple(present.tolist()), tuple(after.span.tolist()), str(call.delta))
+        # The text after packed samples would need positions of its own.
+        return (shift if bool(shift.any()) else None), (None if positions is not None else after)
+
+    @staticmethod
+    def _carried(cache: Any, seen: int) -> Timeline:
+        carried = getattr(cache, _ATTRIBUTE, None)
+        if carried is None or carried.seen < seen:
+            known = 0 if carried is None else carried.seen
+            raise ValueError(
+                f"cache: got one that holds {seen} positions, {known} of them from calls with v2pe; expected one that "
+                "this patched model filled, of which it is known what each position was"
+            )
+        return carried
+
+    def _tokens(self, call: _Call, ids: Any, rows: int, seen: int, count: int, device: torch.device) -> Tokens:
+        compress, start = None, 0
+        if ids is None and call.ids is not None:
+            ids, compress = call.ids, call.compress
+            start = seen if call.whole else 0
+        if ids is None or ids.shape[1] - start != count:
+            got = "without input_ids" if ids is None else f"of {count} tokens for {ids.shape[1] - start} new ids"
+            raise ValueError(
+                f"inputs_embeds: got embeddings {got}, expected input_ids beside them: v2pe has to know which tokens "
+                "are visual (give both, or undo the patch)"
+            )
+        tile = self.family.tokens_a_tile
+        tokens = Tokens.of(ids.to(device), self.family.token_id, compress, (tile, max(tile // 4, 1)))
+        return tokens.since(start).rows(rows)
+
+
+_ATTRIBUTE = "_ivl_v2pe"  # of the patched modules: the state; of a cache: the timeline of what it holds
+
+
+def _packed(positions: Any, rows: int, count: int) -> torch.Tensor | None:
+    """[B, N] positions that restart inside a row: samples packed one after the other. None for any other."""
+    if positions is None or positions.shape[-1] != count or positions.dim() > 2:
+        return None
+    positions = positions.reshape(-1, count).expand(rows, count)
+    packed = bool((positions[:, :1] == 0).all()) and bool((positions[:, 1:] == 0).any())
+    return positions if packed else None
 
 
 def announce(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, compress: torch.Tensor | None
 ) -> None:
     """Tell V2PE the ids that the language model is about to get as embeddings, packed, with the compressed tiles."""
-    state = model.__dict__.get(_ATTRIBUTE)
+    state: _State | None = model.__dict__.get(_ATTRIBUTE)
     if state is not None:
-        state.prompt = _Prompt(input_ids, attention_mask, None, compress, True)
+        call = state.call
+        call.ids, call.compress = input_ids, compress
 
 
 def _parse(value: Any) -> Any:
@@ -85,193 +194,142 @@ def _parse(value: Any) -> Any:
     return value
 
 
-def _parts(model: Any) -> tuple[Any, Any, int | None]:
-    """(the decoder stack, what gets input_ids, the placeholder's id unless it is set later)."""
-    if hasattr(model, "vision_model"):  # remote code
-        return model.language_model.model, model, None
-    inside = model.model if hasattr(model, "model") else model
-    return inside.language_model, inside, model.config.image_token_id
+def _parse_compressed_step(value: Any) -> str:
+    if value not in ("span", "same"):
+        raise ValueError(f"patch: v2pe_compressed_step={value!r}, expected 'span' or 'same'")
+    return value
 
 
-def _shift(state: _State, prompt: _Prompt, token: int, tiles: tuple[int, int]) -> Any:
-    """Shift [B, N] of a prompt (float64) and that of its last token [B, 1]."""
-    ids, mask = prompt.ids, prompt.mask
-    if mask is not None:
-        mask = mask[:, -ids.shape[1] :].to(ids.device, torch.bool) if mask.dim() == 2 else None
-    starts = None
-    if prompt.positions is not None and mask is None:
-        starts = (prompt.positions.expand(ids.shape).reshape(-1) == 0).nonzero().squeeze(1)
-        packed = len(starts) > 1 and starts[0] == 0
-        starts = torch.cat((starts, starts.new_tensor([ids.numel()]))) if packed else None
-    delta = state.delta if state.override is None else state.override
-    compress = {} if prompt.compress is None else dict(
-        compress=prompt.compress.to(ids.device), tile_tokens=tiles[0], compressed_tokens=tiles[1]
-    )  # fmt: skip
-    positions = v2pe_position_ids(
-        ids, token, delta, attention_mask=mask, cu_seqlens=starts, **compress, backend=state.backend
-    )
-    if mask is not None:
-        stock = mask.long().cumsum(-1) - 1
-        shift = torch.where(mask, positions.double() - stock, 0.0)
-        last = (mask * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
-        tokens = mask.sum(1)
-    else:
-        index = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        first = index[:, :1] if starts is None else starts[torch.searchsorted(starts, index, right=True) - 1]
-        shift = positions.double() - (index - first)
-        last = torch.full((ids.shape[0], 1), ids.shape[1] - 1, device=ids.device)
-        tokens = last[:, 0] + 1
-    if bool((ids == token).any()):
-        valid = positions if mask is None else torch.where(mask, positions, 0.0)
-        span = valid.amax(1) + 1
-        state.report = ContextReport(tuple(tokens.tolist()), tuple(span.tolist()), str(delta))
-    return shift, shift.gather(1, last)
-
-
-def _repeat(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """One row of `x` for each beam."""
-    return x if x.shape[0] in (1, rows) else x.repeat_interleave(rows // x.shape[0], 0)
-
-
-def _text_forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _stack_forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = self._ivl_v2pe
-    tokens = kwargs.get("inputs_embeds")
-    if tokens is None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-    cache = kwargs.get("past_key_values")
-    carried = getattr(cache, _ATTRIBUTE, None) if cache is not None and cache.get_seq_length() else None
-    prompt, state.prompt = state.prompt, None
-    shift = last = None
-    if prompt is not None and tokens is not None and prompt.ids.shape[1] == tokens.shape[1]:
-        shift, last = _shift(state, prompt, self._ivl_v2pe_token(), self._ivl_v2pe_tiles)
-        shift, last = _repeat(shift, tokens.shape[0]), _repeat(last, tokens.shape[0])
-    if carried is not None and tokens is not None:
-        carried = _repeat(carried, tokens.shape[0])
-        shift, last = (carried, carried) if shift is None else (shift + carried, last + carried)
-    state.shift = shift
-    try:
-        output = inner(self, *args, **kwargs)
-    finally:
-        state.shift = None
-    cache = getattr(output, "past_key_values", None) if cache is None else cache
-    if last is not None and cache is not None and not isinstance(cache, tuple):
-        setattr(cache, _ATTRIBUTE, last)
+    given = arguments(class_of(self).forward, self, *args, **kwargs)
+    shift, timeline = state.plan(given)
+    me = self
+    if shift is not None:
+
+        def rotary_emb(x: torch.Tensor, position_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            position_ids = (position_ids + shift.to(position_ids.device)).float()
+            return self.rotary_emb(x, position_ids, *rest, **named)
+
+        me = StandIn(self, rotary_emb=rotary_emb)
+    output = inner(me, *args, **kwargs)
+    _carry(timeline, given, output)
     return output
 
 
-def _rotary(inner: Any, self: Any, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    shift = self._ivl_v2pe.shift
-    if shift is not None:
-        position_ids = (position_ids + shift.to(position_ids.device)).float()
-    return inner(self, x, position_ids, *args, **kwargs)
-
-
-def _with_ids(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A forward that takes input_ids: remembers them for the language model below."""
-    state: _State = self._ivl_v2pe
-    before, state.override = state.override, kwargs.pop("v2pe_delta", state.override)
-    try:
-        given = _signature(class_of(self).forward).bind(self, *args, **kwargs).arguments
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
-        step = ids is not None and ids.shape[1] == 1 and cache is not None and bool(cache.get_seq_length())
-        if ids is not None and not step and not (state.prompt is not None and state.prompt.announced):
-            state.prompt = _Prompt(ids, given.get("attention_mask"), given.get("position_ids"))
-        return inner(self, *args, **kwargs)
-    finally:
-        state.override = before
-
-
-@functools.cache
-def _signature(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
+@torch.compiler.disable
+def _carry(timeline: Timeline | None, given: Mapping[str, Any], output: Any) -> None:
+    fields = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    for value in (*given.values(), *fields):
+        if is_cache(value):
+            setattr(value, _ATTRIBUTE, timeline)
 
 
 def _with_delta(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A method that may get `v2pe_delta=`."""
+    """The whole model's forward, which may get `v2pe_delta=`."""
     state: _State = self._ivl_v2pe
-    before, state.override = state.override, kwargs.pop("v2pe_delta", state.override)
+    before = state.enter(kwargs.pop("v2pe_delta", None))
     try:
         return inner(self, *args, **kwargs)
     finally:
-        state.override = before
-        state.prompt = None
+        state.leave(before)
 
 
-def _chat_generate(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    given = dict(zip(("pixel_values", "input_ids", "attention_mask"), args), **kwargs)
-    if given.get("input_ids") is not None and not getattr(self, "flash_mode", False):
-        self._ivl_v2pe.prompt = _Prompt(given["input_ids"], given.get("attention_mask"))
-    return _with_delta(inner, self, *args, **kwargs)
+def _with_ids(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A forward that takes input_ids: notes them for the decoder stack below."""
+    state: _State = self._ivl_v2pe
+    delta = kwargs.pop("v2pe_delta", None)
+    before = state.enter(delta, arguments(class_of(self).forward, self, *args, **kwargs).get("input_ids"))
+    reached = False
+    try:
+        output = inner(self, *args, **kwargs)
+    finally:
+        reached = state.leave(before)
+    if not reached:
+        raise RuntimeError("v2pe: the language model was replaced after patching, so its positions are the stock ones")
+    return output
 
 
-def _chat_compress(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(name: str) -> Any:
+    def generate(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Notes the ids of the whole prompt, which the language model may get as embeddings only."""
+        state: _State = self._ivl_v2pe
+        delta = kwargs.pop("v2pe_delta", None)
+        given = arguments(getattr(class_of(self), name), self, *args, **kwargs)
+        ids = given.get("input_ids")
+        before = state.enter(delta, given.get("inputs") if ids is None else ids, whole=True)
+        try:
+            return inner(self, *args, **kwargs)
+        finally:
+            state.leave(before)
+
+    return generate
+
+
+def _compress(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Upstream's own packing: which tiles it compressed can be seen in what it kept of each."""
     result = inner(self, *args, **kwargs)
-    given = dict(zip(("input_embeds", "input_ids", "mask_idx", "img_context_token_id"), args), **kwargs)
+    given = arguments(getattr(class_of(self), _COMPRESS), self, *args, **kwargs)
     ids, packed, kept = given["input_ids"].reshape(-1), result[1].reshape(1, -1), result[3].reshape(-1)
-    tiles = kept[ids == given["img_context_token_id"]].view(-1, 256)
+    tiles = kept[ids == given["img_context_token_id"]].view(-1, self._ivl_v2pe.family.tokens_a_tile)
     announce(self, packed, None, ~tiles.all(1))
     return result
 
 
-class _Token:
-    """Reads the placeholder's id where the model keeps it, when it is needed."""
-
-    def __init__(self, model: nn.Module, fixed: int | None) -> None:
-        self.model, self.fixed = model, fixed
-
-    def __call__(self) -> int:
-        return self.fixed if self.fixed is not None else self.model.img_context_token_id  # type: ignore[return-value]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Token, (self.model, self.fixed)
+_COMPRESS = "compress_visual_tokens_in_sentence"
+_GENERATORS = ("generate", "generate_normal", "generate_flash")
 
 
 class V2pe(Adapter):
-    features = {"v2pe": Feature(False, "fractional visual positions: the step of a visual token, such as 1/16", _parse)}
+    features = {
+        "v2pe": Feature(False, "fractional visual positions: the step of a visual token, such as 1/16", _parse),
+        "v2pe_compressed_step": Feature(
+            "span",
+            "a tile compressed by Flash spans what it would uncompressed ('span'), or its tokens have the same step",
+            _parse_compressed_step,
+            option=True,
+        ),
+    }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
-        kinds = ("InternVLForConditionalGeneration", "InternVLChatModel", "InternVLModel")
-        found = list(named_instances(model, *kinds))
-        inside = {id(m.model) for _, m in found if hasattr(m, "model")}
-        for path, module in found:
-            if id(module) not in inside:
-                yield Site("v2pe", path, module, "positions that rotary_emb sees", self._problem(module))
+        for path, family in families_in(model):
+            yield Site("v2pe", path, family.model, "positions that rotary_emb sees", self._problem(family))
 
     @staticmethod
-    def _problem(model: Any) -> str:
+    def _problem(family: Family) -> str:
         try:
-            text, _, _ = _parts(model)
+            text = family.text
         except AttributeError as error:
             return f"unknown structure: {error}"
-        if not hasattr(text, "rotary_emb"):
-            return f"unknown structure: {type(text).__name__} has no rotary_emb (the layers rotate by themselves)"
-        return replaced_before(text.rotary_emb, "forward") or replaced_before(text, "forward")
+        kind = class_of(text)
+        if not hasattr(text, "rotary_emb") or "rotary_emb" not in code_of(kind.forward).co_names:
+            return f"unknown structure: {kind.__name__} calls no rotary_emb (the layers rotate by themselves)"
+        if any(hasattr(module, "rotary_emb") for module in text.layers.modules()):
+            return f"unknown structure: the layers of {kind.__name__} have a rotary_emb of their own"
+        return replaced_before(text, forward_name(text))
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
-        model: Any = site.module
-        text, with_ids, token = _parts(model)
-        state = _State(options["v2pe"], options["backend"])
-        for module in {id(m): m for m in (model, with_ids, text, text.rotary_emb)}.values():
+        family: Any = family_of(site.module)
+        model, core, text = family.model, family.core, family.text
+        state = _State(family, options["v2pe"], options["v2pe_compressed_step"], options["backend"])
+        for module in {id(m): m for m in (model, core, text)}.values():
             edit.attribute(module, _ATTRIBUTE, state)
-        tokens = 256 if token is None else getattr(model.config, "image_seq_length", 256)
-        edit.attribute(text, "_ivl_v2pe_token", _Token(model, token))
-        edit.attribute(text, "_ivl_v2pe_tiles", (tokens, max(tokens // 4, 1)))
-        edit.method(text, "forward", _text_forward)
-        edit.method(text.rotary_emb, "forward", _rotary)
-        edit.method(with_ids, "forward", _with_ids)
-        if with_ids is not model:
+        edit.method(text, forward_name(text), _stack_forward)
+        edit.method(core, "forward", _with_ids)
+        if core is not model:
             edit.method(model, "forward", _with_delta)
-        if token is None:
-            edit.method(model, "generate", _chat_generate)
-            if hasattr(model, "compress_visual_tokens_in_sentence"):
-                edit.method(model, "compress_visual_tokens_in_sentence", _chat_compress)
-        elif hasattr(model, "generate"):
-            edit.method(model, "generate", _with_delta)
+        for name in _GENERATORS:
+            if hasattr(model, name):
+                edit.method(model, name, _generate(name))
+        if hasattr(model, _COMPRESS):
+            edit.method(model, _COMPRESS, _compress)
         note(model, "v2pe", state)
 
     def serving(self, site: Site) -> str:
-        return f"delta {site.module.__dict__[_ATTRIBUTE].delta}"
+        state: _State = site.module.__dict__[_ATTRIBUTE]
+        if state.family.text.__dict__.get(_ATTRIBUTE) is not state:
+            return "does nothing: the language model was replaced after patching"
+        return f"delta {state.delta}"
 
 
 ADAPTER = V2pe()

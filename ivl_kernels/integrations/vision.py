@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .._checks import autocast_dtype
+from .._library import transformed
 from ..models.families import FAMILIES, Family, RemoteCode, family_of
 from ..models.plain import gives_new_memory, linear_stack, watched
 from ..models.upstream import (
@@ -37,8 +38,8 @@ from ._report import serving
 
 
 def _tracing() -> bool:
-    """`torch.jit.trace` keeps what ran: upstream's code does."""
-    return torch.jit.is_tracing()
+    """`torch.jit.trace` keeps what ran, and torch.func transforms it: upstream's code."""
+    return torch.jit.is_tracing() or transformed()
 
 
 def _family(core: Any) -> Family:

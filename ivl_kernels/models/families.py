@@ -129,10 +129,22 @@ def text_stack(language: Any) -> Any:
         AttributeError: there is none.
     """
     for module in language.modules():
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
+        if _has_layers(module):
             return module
     raise AttributeError(f"{type(language).__name__} has no decoder layers")
+
+
+def text_stacks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, module) of every decoder stack in a model: layers beside the embedding of their tokens."""
+    for path, module in model.named_modules():
+        embeds = hasattr(module, "embed_tokens") or any(isinstance(m, nn.Embedding) for m in module.children())
+        if embeds and _has_layers(module):
+            yield path, module
+
+
+def _has_layers(module: nn.Module) -> bool:
+    layers = getattr(module, "layers", None)
+    return isinstance(layers, nn.ModuleList) and len(layers) > 0
 
 
 class Transformers(Family):

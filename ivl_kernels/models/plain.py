@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
+from .._library import transformed
 from .upstream import StandIn, class_of, describe, forward_name, replaced_before
 
 _GLOBAL_HOOKS = (
@@ -55,9 +56,12 @@ def _intercepted(module: nn.Module, name: str) -> str:
 def not_plain(module: nn.Module, kind: type[nn.Module], name: str, *, later: bool = False) -> str:
     """Why reading the parameters of `module` would not be the same as calling it; "" when it would.
 
-    Catches LoRA and quantised layers (another class), parametrizations, hooks, offloading and tensor subclasses.
+    Catches LoRA and quantised layers (another class), parametrizations, hooks, offloading, tensor subclasses and
+    transforms of torch.func.
     later: the question is about a call to come, for which `fully_shard` gathers what it shards.
     """
+    if transformed():
+        return f"{name} is under a torch.func transform"
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
     why = _intercepted(module, name)
@@ -74,7 +78,7 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str, *, later: boo
     return ""
 
 
-def gives_new_memory(layer: nn.Module) -> bool:
+def gives_new_memory(layer: Any) -> bool:
     """Whether nobody but its caller can hold what this layer returns: plain, and nobody watches. Without autograd."""
     kind = type(layer)
     return kind in (nn.Linear, nn.Embedding) and not not_plain(layer, kind, "")

@@ -1,17 +1,14 @@
-"""Rotary and V2PE patches on native and remote-code models, against the unpatched models."""
+"""Rotary patches on native models, against the unpatched models."""
 
-import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
-from models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model
-from packaging.version import Version
-from transformers import DynamicCache
+from models import FAMILIES, inputs, native_model, text_config
 
 import ivl_kernels
 from ivl_kernels.integrations._patch import features as registered
-from ivl_kernels.ops import v2pe_position_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
 GREEDY = dict(max_new_tokens=5, do_sample=False)
@@ -84,10 +81,14 @@ def test_gradients(family):
     handle.undo()
 
 
+def language(model):
+    return model.model.language_model
+
+
 @torch.no_grad()
 def test_hooks_see_what_they_saw():
     model, batch = native_model("qwen3"), inputs(BATCH)
-    attention = model.model.language_model.layers[1].self_attn
+    attention = language(model).layers[1].self_attn
     seen = []
     attention.q_proj.register_forward_hook(lambda module, args, output: seen.append(output))
     attention.q_norm.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -97,6 +98,196 @@ def test_hooks_see_what_they_saw():
     assert len(seen) == 4  # the hooked norm is still called
     for before, after in zip(seen[:2], seen[2:]):
         torch.testing.assert_close(after, before, rtol=0, atol=2e-5)
+
+
+class Keeps(torch.nn.Linear):
+    """A projection that hands out the same memory again for the same input."""
+
+    kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = super().forward(x)
+        return self.kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("how", ["hook", "global hook", "subclass", "replaced forward"])
+def test_what_somebody_holds_is_not_written_to(family, name, how):
+    model, batch = native_model(family), inputs(BATCH)
+    ids = batch["input_ids"]
+    projection = getattr(language(model).layers[0].self_attn, name)
+    expected = language(model)(ids).last_hidden_state
+    only_rope(model)
+    held, handle = [], None
+
+    def keep(module, args, output):
+        if module is projection:
+            held.append((output, output.clone()))
+
+    if how == "hook":
+        handle = projection.register_forward_hook(keep)
+    elif how == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(keep)
+    elif how == "subclass":
+        projection.__class__ = Keeps
+    else:
+        memory = {}
+        projection.forward = lambda x: memory.setdefault("y", torch.nn.functional.linear(x, *projection.parameters()))
+    try:
+        for _ in range(2):
+            got = language(model)(ids).last_hidden_state
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert len(held) == (2 if "hook" in how else 0)
+    assert all(torch.equal(output, copy) for output, copy in held)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eps", [1e-12, 0.3])
+def test_the_eps_of_the_norms(eps):
+    model, batch = native_model("qwen3", text=text_config("qwen3", rms_norm_eps=eps)), inputs(BATCH)
+    for layer in language(model).layers:  # so small that eps counts
+        layer.self_attn.q_proj.weight.mul_(1e-3)
+        layer.self_attn.k_proj.weight.mul_(1e-3)
+    expected = model(**batch).logits
+    only_rope(model)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("body, norms", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_of_another_dtype(body, norms, autocast):
+    model, batch = native_model("qwen3", dtype=body), inputs(BATCH)
+    for layer in language(model).layers:
+        layer.self_attn.q_norm.to(norms)
+        layer.self_attn.k_norm.to(norms)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return language(model)(batch["input_ids"]).last_hidden_state
+
+    try:
+        expected = run()
+    except RuntimeError as error:  # upstream's attention does not take query and value of two dtypes
+        only_rope(model)
+        with pytest.raises(RuntimeError, match=str(error)[:30]):
+            run()
+        return
+    only_rope(model)
+    assert torch.equal(run(), expected)
+
+
+@torch.no_grad()
+def test_compiled_layers_have_their_own_norms():
+    model, batch = native_model("qwen3"), inputs(BATCH)
+    for i, layer in enumerate(language(model).layers):
+        layer.self_attn.q_norm.weight.mul_(1 + i)
+        layer.self_attn.k_norm.weight.mul_(2 - i / 2)
+    embeds = language(model).embed_tokens(batch["input_ids"])
+    expected = language(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    only_rope(model)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(sum("v2pe_rope" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(language(model), backend=backend, fullgraph=True)
+    for _ in range(2):
+        got = compiled(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert graphs == [2]
+
+
+@torch.no_grad()
+def test_two_models_in_two_threads():
+    models = [native_model(family, seed=seed) for family, seed in (("qwen3", 0), ("qwen3", 1), ("qwen2", 2))]
+    batches = [inputs(BATCH, seed=seed) for seed in range(3)]
+    for model in models:
+        only_rope(model)
+    expected = [model(**batch).logits for model, batch in zip(models, batches)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(4):
+            got = list(pool.map(lambda i: models[i](**batches[i]).logits, range(3)))
+            assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_functional_transforms(family):
+    model, batch = native_model(family), inputs(BATCH)
+    text = language(model)
+    model.set_attn_implementation("eager")  # torch has no forward derivative of the other
+    embeds = text.embed_tokens(batch["input_ids"]).detach()
+    change = torch.randn_like(embeds)
+
+    def run(x):
+        return text(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    def results():
+        weights = dict(text.named_parameters())
+
+        def loss(weights):
+            options = dict(inputs_embeds=embeds, use_cache=False)
+            return torch.func.functional_call(text, weights, kwargs=options).last_hidden_state.square().mean()
+
+        return [
+            *torch.func.jvp(run, (embeds,), (change,)),
+            torch.func.grad(lambda x: run(x).square().mean())(embeds),
+            *torch.func.grad(loss)(weights).values(),
+        ]
+
+    expected = results()
+    patch(model, rope=True, projector=True, packing=True)
+    for got, right in zip(results(), expected):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(embeds, change)
+        tangent = torch.autograd.forward_ad.unpack_dual(run(dual)).tangent
+    torch.testing.assert_close(tangent, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_rotate_by_themselves_are_refused():
+    """InternLM2 has its rotation in a layer's `attention`; the stack is built of other names throughout."""
+
+    class InternLM2Attention(torch.nn.Module):
+        pass
+
+    class InternLM2DecoderLayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = InternLM2Attention()
+
+    class InternLM2Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tok_embeddings = torch.nn.Embedding(4, 4)
+            self.layers = torch.nn.ModuleList([InternLM2DecoderLayer()])
+
+    with pytest.warns(ivl_kernels.integrations._patch.PatchWarning, match="nothing was patched"):
+        handle = ivl_kernels.patch(InternLM2Model())
+    (row,) = [r for r in handle.report().rows if r.feature == "rope"]
+    assert row.state == "refused" and "InternLM2DecoderLayer has no self_attn" in row.detail
+
+
+@torch.no_grad()
+def test_one_projection_for_q_k_and_v():
+    kind = transformers.Phi3Config
+    config = kind(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    expected = model(ids).logits
+    only_rope(model)
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_internlm3_and_unknown_structures():
@@ -136,177 +327,3 @@ def test_only_this_instance():
     only_rope(model)
     assert vars(modeling_qwen3) == before[0] and modeling_qwen3.Qwen3Attention.forward is before[1]
     assert "forward" not in vars(other.model.language_model.layers[0].self_attn)
-
-
-def positions(batch, delta, **options):
-    return v2pe_position_ids(
-        batch["input_ids"], IMAGE_TOKEN, delta, attention_mask=batch.get("attention_mask"), **options
-    )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_delta_one_is_stock(family):
-    model, batch = native_model(family), inputs(BATCH)
-    expected, tokens = model(**batch).logits, model.generate(**batch, **GREEDY)
-    handle = patch(model, v2pe=1)
-    assert torch.equal(model(**batch).logits, expected)
-    assert torch.equal(model.generate(**batch, **GREEDY), tokens)
-    handle.undo()
-    assert torch.equal(model(**batch).logits, expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_forward_is_the_model_at_those_positions(family, padding):
-    model, batch = native_model(family), inputs(BATCH, padding=padding)
-    present = batch["attention_mask"].bool()
-    expected = model(**batch, position_ids=positions(batch, 0.25)).logits
-    stock = model(**batch).logits
-    handle = patch(model, v2pe="1/4", rope=True)
-    got = model(**batch).logits
-    torch.testing.assert_close(got[present], expected[present], rtol=0, atol=1e-4)
-    assert (got - stock)[present].abs().max() > 0.1
-    override = model(**batch, v2pe_delta=1).logits
-    torch.testing.assert_close(override[present], stock[present], rtol=0, atol=1e-4)
-    report = handle.note("v2pe").report
-    assert report.delta == "1" and report.saved == (0, 0, 0)
-    model(**batch)
-    tokens = batch["attention_mask"].sum(1)
-    spans = positions(batch, 0.25).masked_fill(~present, 0).amax(1) + 1
-    assert handle.note("v2pe").report.span == tuple(spans.tolist())
-    assert f"{tokens[0]} tokens in {spans[0]:g} positions" in str(handle.report())
-
-
-@torch.no_grad()
-def test_no_mask_and_no_cache_is_not_taken_for_packed_sequences():
-    model, batch = native_model("qwen3"), inputs(((2, 1),))
-    mask = batch.pop("attention_mask")
-    expected = model(**batch, attention_mask=mask, position_ids=positions(batch, 0.25), use_cache=False).logits
-    trap = model(**batch, position_ids=positions(batch, 0.25), use_cache=False).logits
-    patch(model, v2pe=0.25)
-    got = model(**batch, use_cache=False).logits
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    assert (trap - expected).abs().max() > 0.01 or transformers.__version__ < "4.53"
-
-
-@torch.no_grad()
-def test_packed_samples():
-    model = native_model("qwen3")
-    rows = [inputs(((1,),), seed=s) for s in (0, 1)]
-    patch(model, v2pe=0.25)
-    expected = torch.cat([model(**{k: v for k, v in r.items() if k != "attention_mask"}).logits for r in rows], 1)
-    packed = {k: torch.cat([r[k] for r in rows], 1 if k == "input_ids" else 0) for k in ("input_ids", "pixel_values")}
-    ids = torch.cat([torch.arange(r["input_ids"].shape[1]) for r in rows])[None]
-    got = model(**packed, position_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
-
-
-def greedy_by_hand(model, batch, delta, steps=5):
-    """Greedy decoding without a cache, at positions computed from scratch for every step."""
-    batch = dict(batch)
-    for _ in range(steps):
-        logits = model(**batch, position_ids=positions(batch, delta), use_cache=False).logits
-        last = logits[:, -1].argmax(-1, keepdim=True)
-        batch["input_ids"] = torch.cat((batch["input_ids"], last), 1)
-        batch["attention_mask"] = torch.cat((batch["attention_mask"], torch.ones_like(last)), 1)
-    return batch["input_ids"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_steps_are_integer(family):
-    model, batch = native_model(family), inputs(BATCH)
-    model.generation_config.eos_token_id = None
-    expected = greedy_by_hand(model, batch, 0.25)
-    handle = patch(model, v2pe=1 / 16)
-    assert torch.equal(model.generate(**batch, **GREEDY, v2pe_delta="1/4"), expected)
-    if Version(transformers.__version__) < Version("5"):
-        return  # beams with and without a cache differ there in the stock model too
-    beams = dict(num_beams=3, num_return_sequences=2)
-    cached = model.generate(**batch, **GREEDY, **beams, v2pe_delta="1/4")
-    assert torch.equal(cached, model.generate(**batch, **GREEDY, **beams, v2pe_delta="1/4", use_cache=False))
-    handle.undo()
-
-
-@torch.no_grad()
-def test_cache_reuse():
-    model, batch = native_model("qwen3"), inputs(((2, 1),))
-    patch(model, v2pe=0.25)
-    del batch["attention_mask"]
-    full = model(**batch).logits
-    ids, pixels = batch["input_ids"], batch["pixel_values"]
-    cut = int((ids[0] == IMAGE_TOKEN).nonzero()[31]) + 3  # in the text between the images
-    cache = DynamicCache()
-    first = model(input_ids=ids[:, :cut], pixel_values=pixels[:2], past_key_values=cache, use_cache=True)
-    copied = copy.deepcopy(cache)
-    for continued in (cache, copied):
-        second = model(input_ids=ids[:, cut:], pixel_values=pixels[2:], past_key_values=continued, use_cache=True)
-        got = torch.cat((first.logits, second.logits), 1)
-        torch.testing.assert_close(got, full, rtol=0, atol=2e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", CHAT_KINDS)
-def test_remote_code(kind):
-    model = chat_model(kind)
-    batch = chat_inputs(model, BATCH)
-    flags = chat_inputs(model, BATCH, flags=True)
-    stock, logits = model.generate(**batch, **GREEDY), model(**flags).logits
-    handle = patch(model, v2pe="1/16")
-    assert torch.equal(model.generate(**batch, **GREEDY, v2pe_delta=1), stock)
-    assert torch.equal(model(**flags, v2pe_delta=1).logits, logits)
-    got, report = model.generate(**batch, **GREEDY), handle.note("v2pe").report
-    spans = positions(batch, 1 / 16).masked_fill(batch["attention_mask"] == 0, 0).amax(1) + 1
-    assert report.span == tuple(spans.tolist())
-
-    # By hand: the language model at explicit positions, without a cache.
-    ids = batch["input_ids"]
-    features = model.extract_feature(batch["pixel_values"]).flatten(0, 1)
-    running = dict(input_ids=ids, attention_mask=batch["attention_mask"])
-    handle.undo()
-    for _ in range(5):
-        embeds = model.language_model.get_input_embeddings()(running["input_ids"])
-        embeds[running["input_ids"] == IMAGE_TOKEN] = features
-        out = model.language_model(
-            inputs_embeds=embeds, attention_mask=running["attention_mask"], use_cache=False,
-            position_ids=positions(running, 1 / 16),
-        )  # fmt: skip
-        last = out.logits[:, -1].argmax(-1, keepdim=True)
-        running["input_ids"] = torch.cat((running["input_ids"], last), 1)
-        running["attention_mask"] = torch.cat((running["attention_mask"], torch.ones_like(last)), 1)
-    assert torch.equal(got, running["input_ids"][:, ids.shape[1] :])
-    assert torch.equal(model.generate(**batch, **GREEDY), stock)
-
-
-@torch.no_grad()
-def test_flash_spans_do_not_depend_on_the_router():
-    model = chat_model("hub", flash=(0.5, 0.0))
-    batch = chat_inputs(model, ((4,),))
-    tokens = batch["input_ids"].shape[1]
-    for flash in (False, True):  # upstream's own packing, and ours
-        handle = patch(model, v2pe="1/16", flash=flash)
-        model.generate(**batch, **GREEDY)
-        report = handle.note("v2pe").report
-        assert report.tokens[0] < tokens  # some tiles were compressed
-        assert report.span == tuple((positions(batch, "1/16").amax(1) + 1).tolist())
-        handle.undo()
-
-
-@torch.no_grad()
-def test_copies_have_their_own_state():
-    model, batch = native_model("qwen3"), inputs(BATCH)
-    patch(model, v2pe=0.25)
-    expected = model(**batch).logits
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(**batch).logits, expected)
-    assert twin.__dict__["_ivl_v2pe"] is not model.__dict__["_ivl_v2pe"]
-
-
-@pytest.mark.parametrize(
-    "value, error", [(True, TypeError), (2, ValueError), ("1/0", ValueError), ("half", ValueError)]
-)
-def test_wrong_steps(value, error):
-    with pytest.raises(error, match="v2pe=True|delta: got"):
-        ivl_kernels.patch(native_model("qwen3"), v2pe=value)

@@ -83,6 +83,13 @@ def test_against_exact_arithmetic(backend, rows, left, compress, same, deltas):
 
 
 @BACKENDS
+@pytest.mark.parametrize("delta, tokens, after", [(0.55, 100, 56), (0.1, 30, 4), (0.07, 100, 8), ("1/3", 33, 12)])
+def test_a_span_is_not_rounded_up_for_float_error(backend, delta, tokens, after):
+    ids = torch.tensor([[TEXT] + [IMAGE] * tokens + [TEXT]])  # 0.55 * 100 is 55.00000000000001
+    assert v2pe_position_ids(ids, IMAGE, delta, backend=backend)[0, -1] == after
+
+
+@BACKENDS
 def test_packed_samples_restart(backend):
     first, second = [3, [False], 4], [2, [False, False], 1]
     ids = torch.cat([ids_of([row], False, False)[0] for row in (first, second)], 1)

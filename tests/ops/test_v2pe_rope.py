@@ -46,11 +46,11 @@ def stock_cos_sin(positions, inv_freq, dtype):
     return emb.cos().to(dtype), emb.sin().to(dtype)
 
 
-def plain(q, k, cos, sin, q_weight=None, k_weight=None):
+def plain(q, k, cos, sin, q_weight=None, k_weight=None, eps=EPS):
     """What transformers does, in the dtype of its inputs."""
     for_q, for_k = q, k
     if q_weight is not None:
-        norms = [Qwen3RMSNorm(len(w), eps=EPS) for w in (q_weight, k_weight)]
+        norms = [Qwen3RMSNorm(len(w), eps=eps) for w in (q_weight, k_weight)]
         for norm, w in zip(norms, (q_weight, k_weight)):
             del norm.weight
             norm.weight = w
@@ -274,6 +274,36 @@ def test_gradients_match_eager(backend, dtype, norm, width, rotary):
         got = run(ours, dtype)
     for g, t, e in zip(got, run(plain, torch.float64), run(plain, dtype)):
         assert_accurate(g, t, e)
+
+
+@BACKENDS
+@pytest.mark.parametrize("eps", [1e-12, 0.3])
+def test_eps_counts(backend, eps):
+    q, k, positions, inv_freq = make(dtype=torch.float32)
+    q, k = (1e-2 * q).requires_grad_(), (1e-2 * k).requires_grad_()
+    weights = [torch.rand(64) + 0.5 for _ in range(2)]
+    cos, sin = stock_cos_sin(positions, inv_freq, q.dtype)
+    options = dict(cos=cos, sin=sin, q_weight=weights[0], k_weight=weights[1], eps=eps, backend=backend)
+    expected = plain(q, k, cos, sin, *weights, eps=eps)
+    grads = [torch.randn_like(e) for e in expected]
+    right = torch.autograd.grad(expected, (q, k), grads)
+    got = v2pe_rope(q, k, **options)
+    torch.testing.assert_close(got, tuple(expected), rtol=0, atol=1e-5)
+    for g, e in zip(torch.autograd.grad(got, (q, k), grads), right):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4 * float(e.abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(v2pe_rope_(q.clone(), k.clone(), **options), tuple(expected), rtol=0, atol=1e-5)
+
+
+def test_a_tangent_is_not_dropped():
+    q, k, positions, inv_freq = make()
+    with pytest.raises(NotImplementedError, match="v2pe_rope: got an input with a tangent"):
+        torch.func.jvp(lambda q: v2pe_rope(q, k, positions, inv_freq)[0], (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="v2pe_rope: got an input with a tangent"):
+            v2pe_rope(dual, k, positions, inv_freq)
+        v2pe_rope(q, k, positions, inv_freq)
 
 
 @backends("native", "reference")

@@ -287,6 +287,28 @@ def _deltas(
     return torch.tensor([parse_delta(delta)], dtype=torch.float64), False
 
 
+def _one_for_all(delta: float | str | torch.Tensor | Sequence[float | str], deltas: torch.Tensor) -> bool:
+    """Whether the only step of `deltas` is meant for all images."""
+    return len(deltas) == 1 and not (isinstance(delta, torch.Tensor) and delta.dim() == 1)
+
+
+def image_steps(
+    delta: float | str | torch.Tensor | Sequence[float | str], row_of_image: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """[images] float64 on the CPU, the step of each image of a batch of that many rows; see `v2pe_position_ids`."""
+    images = len(row_of_image)
+    deltas, per_row = _deltas(delta, images if isinstance(delta, str) and delta == "random" else None, None)
+    if per_row:
+        if rows % len(deltas):
+            raise ValueError(f"delta: got {len(deltas)} rows, expected {rows} as input_ids")
+        return deltas.repeat_interleave(rows // len(deltas))[row_of_image]
+    if _one_for_all(delta, deltas):
+        return deltas.expand(images)
+    if len(deltas) != images:
+        raise ValueError(f"delta: got {len(deltas)} values, expected one for each of the {images} images")
+    return deltas
+
+
 def position_ids(
     input_ids: torch.Tensor,
     token_id: int,
@@ -326,7 +348,7 @@ def position_ids(
     deltas, per_row = _deltas(delta, images, generator)
     if per_row and len(deltas) != input_ids.shape[0]:
         raise ValueError(f"delta: got {len(deltas)} rows, expected {input_ids.shape[0]} as input_ids")
-    scalar = len(deltas) == 1 and not per_row and not (isinstance(delta, torch.Tensor) and delta.dim() == 1)
+    scalar = not per_row and _one_for_all(delta, deltas)
     units = tile_tokens // compressed_tokens if compressed_step == "span" else 1
     positions, info = _position_ids(
         input_ids, mask, cu_seqlens, token_id, _padded(deltas).to(input_ids.device), per_row, compress, tile_tokens,
