@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-from .upstream import describe, forward_name, replaced_before
+from .upstream import StandIn, class_of, describe, forward_name, replaced_before
 
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
@@ -32,6 +32,14 @@ def _only_moves_inputs(module: nn.Module) -> bool:
     return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
 
 
+def _intercepted(module: nn.Module, name: str) -> str:
+    """Who would run besides the class's own forward if `module` were called; "" for nobody."""
+    if replaced_before(module, forward_name(module)) and not _only_moves_inputs(module):
+        return f"{name}.forward was replaced by {describe(module.__dict__['forward'])}"
+    why = watched(module)
+    return f"{name} {why}" if why else ""
+
+
 def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """Why reading the parameters of `module` would not be the same as calling it; "" when it would.
 
@@ -39,11 +47,9 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    if replaced_before(module, forward_name(module)) and not _only_moves_inputs(module):
-        return f"{name}.forward was replaced by {describe(module.__dict__['forward'])}"
-    why = watched(module)
+    why = _intercepted(module, name)
     if why:
-        return f"{name} {why}"
+        return why
     for parameter_name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) is not nn.Parameter:
             return f"{name}.{parameter_name} is a {type(parameter).__name__}"
@@ -55,6 +61,112 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
 def gives_new_memory(layer: nn.Module) -> bool:
     """Whether nobody but its caller can hold what this layer returns: plain, and nobody watches. Without autograd."""
     return type(layer) is nn.Linear and not not_plain(layer, nn.Linear, "")
+
+
+class LinearStack(NamedTuple):
+    """A LayerNorm and linear layers with the exact GELU between them: all that a projector computes."""
+
+    norm: nn.LayerNorm
+    linears: tuple[nn.Linear, ...]
+
+
+def is_exact_gelu(layer: nn.Module) -> bool:
+    """Judged by what it computes: transformers has several classes for it."""
+    if type(layer) is nn.GELU:
+        return layer.approximate == "none"
+    if torch.compiler.is_compiling():  # computes nothing while it traces
+        return type(layer).__name__ == "GELUActivation" and layer.__dict__.get("act") is nn.functional.gelu
+    if "forward" in layer.__dict__ or next(layer.parameters(), None) is not None or len([*layer.buffers()]):
+        return False
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            x = torch.linspace(-4, 4, 17, dtype=torch.float64)
+            return bool(torch.allclose(type(layer).forward(layer, x), nn.functional.gelu(x), rtol=0, atol=1e-9))
+    except Exception:
+        return False
+
+
+class _Step:
+    """Stands for a layer or a tensor while a container's forward is asked in which order it calls its layers."""
+
+    def __init__(self, name: str, before: Any = None) -> None:
+        self.name, self.before = name, before
+
+    def __call__(self, x: Any) -> Any:
+        return _Step(self.name, x)
+
+
+_ORDERS: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+
+def _order(container: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that the container's forward calls one after the other, or () when it does anything else."""
+    names = tuple(container._modules)
+    kind = class_of(container)
+    if kind is nn.Sequential:
+        return names
+    key = (kind, *names)
+    if key not in _ORDERS:
+        start = _Step("")
+        try:
+            value = kind.forward(StandIn(container, **{name: _Step(name) for name in names}), start)
+            order: list[str] = []
+            while value is not start:
+                order.insert(0, value.name)
+                value = value.before
+        except Exception:
+            order = []
+        _ORDERS[key] = tuple(order) if len(set(order)) == len(order) else ()
+    return _ORDERS[key]
+
+
+def linear_stack(container: nn.Module) -> LinearStack | str:
+    """The layers of a projector whose parameters may be read instead of calling it, or why it must be called.
+
+    Recognised is LayerNorm, Linear, exact GELU, Linear, ..., Linear under any names and in any class, with dropout
+    that is off; parameters of one dtype (a mix is upstream's to compute) on one device.
+    """
+    why = _intercepted(container, "the projector")
+    if why:
+        return why
+    layers: list[tuple[str, Any]] = [(name, container._modules[name]) for name in _order(container)]
+    if not layers or any(True for _ in container.parameters(recurse=False)):
+        return f"the projector is a {type(container).__name__} that does more than call its layers in turn"
+    norm: Any = None
+    linears: list[Any] = []
+    active = True  # whether a linear may follow
+    for name, layer in layers:
+        if isinstance(layer, (nn.Dropout, nn.Identity)):
+            why = _intercepted(layer, name)
+            if not why and isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
+                why = f"{name} is a dropout that is live"
+        elif norm is None:
+            why, norm = not_plain(layer, nn.LayerNorm, name), layer
+            if not why and (layer.weight is None or layer.bias is None or len(layer.normalized_shape) != 1):
+                why = f"{name} has no weight or bias, or normalises more than one axis"
+        elif active:
+            why, active = not_plain(layer, nn.Linear, name), False
+            linears.append(layer)
+            if not why and layer.bias is None:
+                why = f"{name} has no bias"
+        else:
+            why, active = _intercepted(layer, name), True
+            if not why and not is_exact_gelu(layer):
+                why = f"{name} is {layer}, not the exact GELU"
+        if why:
+            return why
+    if norm is None or not linears or active:
+        return "the projector does not end in a linear layer behind a LayerNorm"
+    parameters = [parameter for layer in (norm, *linears) for parameter in layer._parameters.values()]
+    dtypes = {parameter.dtype for parameter in parameters}
+    if len(dtypes) > 1:
+        return f"its parameters are {' and '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
+    if len({parameter.device for parameter in parameters}) > 1:
+        return "its parameters are on several devices"
+    widths = [norm.normalized_shape[0], *(linear.out_features for linear in linears)]
+    if [linear.in_features for linear in linears] != widths[:-1]:
+        return "its widths do not fit each other"
+    return LinearStack(norm, tuple(linears))
 
 
 @functools.cache

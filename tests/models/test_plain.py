@@ -1,0 +1,111 @@
+"""When the layers of a projector may be read: by what they compute, under any names."""
+
+import pytest
+import torch
+from torch import nn
+
+from ivl_kernels.models.plain import LinearStack, linear_stack
+from models import chat_model, native_model
+
+
+class Named(nn.Module):
+    """A projector with names, an activation class and an order of its own."""
+
+    def __init__(self, activation=None):
+        super().__init__()
+        self.last, self.drop = nn.Linear(6, 4), nn.Dropout(0.5)
+        self.first, self.scale = nn.Linear(8, 6), nn.LayerNorm(8)
+        self.between = activation or Erf()
+
+    def forward(self, tokens):
+        return self.last(self.drop(self.between(self.first(self.scale(tokens)))))
+
+
+class Erf(nn.Module):
+    def forward(self, x):
+        return x * 0.5 * (1 + torch.erf(x * 0.5**0.5))
+
+
+class Branched(Named):
+    def forward(self, tokens):
+        return super().forward(tokens) + 1
+
+
+class Early(Named):
+    def forward(self, tokens):
+        return self.last(self.first(self.between(self.scale(tokens))))
+
+
+def wrap(layer):
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def test_served():
+    named = Named().eval()
+    assert linear_stack(named) == LinearStack(named.scale, (named.first, named.last))
+    sequence = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Dropout(0.1), nn.Linear(6, 4)).eval()
+    assert linear_stack(sequence) == LinearStack(sequence[0], (sequence[1], sequence[4]))
+    projector = native_model().model.multi_modal_projector
+    assert linear_stack(projector) == LinearStack(projector.layer_norm, (projector.linear_1, projector.linear_2))
+    mlp2 = chat_model("hub", flash=(0.3, 0.1)).mlp2
+    assert linear_stack(mlp2) == LinearStack(mlp2[0], (mlp2[1], mlp2[4], mlp2[7]))
+    x = torch.randn(3, 8)
+    norm, linears = linear_stack(named)
+    torch.testing.assert_close(linears[1](nn.functional.gelu(linears[0](norm(x)))), named(x))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: m.train(), "drop is a dropout that is live"),
+        (lambda m: wrap(m), "the projector has hooks"),
+        (lambda m: wrap(m.between), "between has hooks"),
+        (lambda m: wrap(m.drop), "drop has hooks"),
+        (lambda m: wrap(m.first), "first has hooks"),
+        (lambda m: m.scale.double(), "float32 and float64"),
+        (lambda m: m.last.to("meta"), "last.weight is on the meta device"),
+        (lambda m: setattr(m, "forward", lambda x: x), "the projector.forward was replaced"),
+        (lambda m: setattr(m.first, "forward", lambda x: x), "first.forward was replaced"),
+        (lambda m: setattr(m, "between", nn.GELU("tanh")), "not the exact GELU"),
+        (lambda m: setattr(m, "between", nn.SiLU()), "not the exact GELU"),
+        (lambda m: setattr(m, "between", nn.PReLU()), "not the exact GELU"),
+        (lambda m: setattr(m, "scale", nn.RMSNorm(8)), "scale is a torch.nn.modules.normalization.RMSNorm"),
+        (lambda m: setattr(m, "scale", nn.LayerNorm(8, bias=False)), "scale has no weight or bias"),
+        (lambda m: setattr(m, "last", nn.Linear(6, 4, bias=False)), "last has no bias"),
+        (lambda m: setattr(m, "last", nn.Linear(7, 4)), "widths do not fit"),
+        (lambda m: setattr(m, "last", nn.Bilinear(6, 6, 4)), "last is a torch.nn.modules.linear.Bilinear"),
+        (lambda m: m.register_parameter("shift", nn.Parameter(torch.zeros(4))), "more than call its layers"),
+    ],
+)
+def test_refused_with_a_reason(change, reason):
+    named = Named().eval()
+    change(named)
+    assert reason in linear_stack(named)
+
+
+def test_refused_for_what_forward_does():
+    assert "more than call its layers in turn" in linear_stack(Branched().eval())
+    assert "first is a" in linear_stack(Early().eval()) or "between is a" in linear_stack(Early().eval())
+    assert "end in a linear layer" in linear_stack(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4), nn.GELU()))
+
+
+def test_global_hook():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        assert "global module hooks" in linear_stack(Named().eval())
+    finally:
+        handle.remove()
+
+
+def test_inside_torch_compile():
+    for projector in (native_model().model.multi_modal_projector, chat_model("hub").mlp1):
+
+        def forward(x, projector=projector):
+            found = linear_stack(projector)
+            return x if isinstance(found, str) else x + found.linears[0].weight.sum()
+
+        torch._dynamo.reset()
+        x = torch.randn(3)
+        compiled = torch.compile(forward, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), x + linear_stack(projector).linears[0].weight.sum())
+        torch._dynamo.reset()
