@@ -32,7 +32,7 @@ def _only_moves_inputs(module: nn.Module) -> bool:
     return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
 
 
-def _intercepted(module: nn.Module, name: str) -> str:
+def intercepted(module: nn.Module, name: str) -> str:
     """Who would run besides the class's own forward if `module` were called; "" for nobody."""
     if replaced_before(module, forward_name(module)) and not _only_moves_inputs(module):
         return f"{name}.forward was replaced by {describe(module.__dict__['forward'])}"
@@ -47,7 +47,7 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    why = _intercepted(module, name)
+    why = intercepted(module, name)
     if why:
         return why
     for parameter_name, parameter in module._parameters.items():
@@ -126,7 +126,7 @@ def linear_stack(container: nn.Module) -> LinearStack | str:
     Recognised is LayerNorm, Linear, exact GELU, Linear, ..., Linear under any names and in any class, with dropout
     that is off; parameters of one dtype (a mix is upstream's to compute) on one device.
     """
-    why = _intercepted(container, "the projector")
+    why = intercepted(container, "the projector")
     if why:
         return why
     layers: list[tuple[str, Any]] = [(name, container._modules[name]) for name in _order(container)]
@@ -137,7 +137,7 @@ def linear_stack(container: nn.Module) -> LinearStack | str:
     active = True  # whether a linear may follow
     for name, layer in layers:
         if isinstance(layer, (nn.Dropout, nn.Identity)):
-            why = _intercepted(layer, name)
+            why = intercepted(layer, name)
             if not why and isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
                 why = f"{name} is a dropout that is live"
         elif norm is None:
@@ -150,7 +150,7 @@ def linear_stack(container: nn.Module) -> LinearStack | str:
             if not why and layer.bias is None:
                 why = f"{name} has no bias"
         else:
-            why, active = _intercepted(layer, name), True
+            why, active = intercepted(layer, name), True
             if not why and not is_exact_gelu(layer):
                 why = f"{name} is {layer}, not the exact GELU"
         if why:
