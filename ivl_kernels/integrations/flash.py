@@ -304,7 +304,7 @@ def _hold(cache: Any, inputs: FlashInputs, token_id: int) -> None:
         return
     position = int(visual[-1])
     mark = keys_at(cache, position)
-    if mark is None:
+    if mark is None or len(mark) > 1:  # beams
         vars(cache).pop(_ATTRIBUTE, None)
     else:
         setattr(cache, _ATTRIBUTE, _Held(inputs.compress, ids, position, mark.clone()))

@@ -173,7 +173,9 @@ def test_names_that_flash_attention_takes(monkeypatch):
     starts = torch.tensor([0, 2], dtype=torch.int32)
     assert set(varlen_keywords(starts, 2)) <= set(utils.FlashAttentionKwargs.__annotations__)
     monkeypatch.setattr(utils, "FlashAttentionKwargs", Renamed)
-    with pytest.raises(ValueError, match="takes q_starts, max_length_q, not cu_seq_lens_q, cu_seq_lens_k, max_length_k"):
+    with pytest.raises(
+        ValueError, match="takes q_starts, max_length_q, not cu_seq_lens_q, cu_seq_lens_k, max_length_k"
+    ):
         varlen_keywords(starts, 2)
     model = model_of("qwen3", "flash_attention_2")
     assert "takes q_starts" in leak(family_of(model).text)
