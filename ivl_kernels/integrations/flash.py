@@ -408,8 +408,7 @@ def _continued(
         vit = vision.tokens_of(pixels[-new:])
         decisions = Decisions(torch.cat([held.compress, route(vit, vision).compress]))
     else:
-        weight = language.embedding.weight
-        vit = weight.new_empty(0, 4 * vision.tokens + 1, 1)  # type: ignore[operator]
+        vit = torch.empty(0, 4 * vision.tokens + 1, 1, device=ids.device)
     inputs = flash_inputs(parts, ids, vit, attention_mask=mask, decisions=decisions, cached_tiles=old)
     past, packed = filled(cache), inputs.packed.ids
     seen = int((packed[:, :past] == language.token_id).sum())

@@ -70,9 +70,9 @@ def test_many_turns_on_one_cache(kind, given):
     )()
     images = [inputs(((n,),), seed=n) for n in (3, 2, 4)]
     prompt, decided = turn(text(1, 2), images[0]["input_ids"]), torch.tensor([], dtype=torch.bool)
-    seen = []
+    seen, out = [], None
     for image, words in ((0, 0), (1, 3), (None, 5), (2, 2), (None, 1)):
-        if seen or words:
+        if out is not None:
             prompt = turn(
                 out.sequences,
                 torch.arange(20, 20 + words)[None],
