@@ -65,6 +65,8 @@ def router_problem(router: TileRouter) -> str:
     tensors = [given["query"], *(tensor for part in parts for tensor in part)]
     if any(type(tensor) is not nn.Parameter for tensor in tensors):
         return "a parameter is missing, or is no plain parameter"
+    if len({tensor.device for tensor in tensors}) > 1:
+        return "its parameters are on several devices"
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     return f"its parameters are {' and '.join(dtypes)}" if len(dtypes) > 1 else ""
 

@@ -23,12 +23,12 @@ from ..flash import (
     parts_of,
     route,
     router_problem,
-    vision_parts,
 )
 from ..models.families import Family, RemoteCode, families_in
 from ..models.packed import by_flash_attention, leak, varlen_keywords
 from ..models.plain import linear_stack
 from ..models.upstream import arguments, cache_of, class_of, filled, keys_at
+from ..nn.router import TileRouter
 from ._edit import Editor, attachment, note
 from ._patch import Adapter, Feature, Site
 from ._report import serving
@@ -84,20 +84,19 @@ class FlashAdapter(Adapter):
 
     def serving(self, site: Site) -> str:
         family = flash_family(site.module)
-        if family is None:
-            return "upstream's own code: the modules of Flash are gone"
+        problem = "the modules of Flash are gone" if family is None else _problem(family)
+        if family is None or problem:
+            return f"cannot run: {problem}"
+        holder = family.flash_holder
+        text = serving("tile_pool", next(holder.pooling_before_gating.parameters()))
         if not _on(family):
-            return serving("tile_pool", family.flash_holder.pooling_before_gating.query_token) + (
-                "; idle while flash_mode is off"
-            )
-        parts = vision_parts(family)
+            return f"{text}; idle while flash_mode is off"
         called = {
-            "router": router_problem(parts.router),
-            "projector 1/4": _reason(parts.full.module),
-            "projector 1/16": _reason(parts.small.module),
+            "router": router_problem(TileRouter.from_modules(holder.pooling_before_gating, holder.gating)),
+            "projector 1/4": _reason(family.projector),
+            "projector 1/16": _reason(holder.mlp2),
         }
-        problems = [f"; {name} by its own modules: {why}" for name, why in called.items() if why]
-        return serving("tile_pool", family.flash_holder.pooling_before_gating.query_token) + "".join(problems)
+        return text + "".join(f"; {name} by its own modules: {why}" for name, why in called.items() if why)
 
 
 def _on(family: Family) -> bool:
@@ -117,12 +116,12 @@ def _problem(family: Family) -> str:
         return f"unknown structure: no {', '.join(missing)}"
     if isinstance(family, RemoteCode) and not callable(getattr(model, "generate_flash", None)):
         return "it has no generate_flash"
-    hidden = family.embedding.weight.shape[1]
+    width, hidden = family.vision.config.hidden_size, family.text.config.hidden_size
     for name, module, merge in (("the projector", family.projector, 2), ("mlp2", holder.mlp2, 4)):
         stack = linear_stack(module)
         if isinstance(stack, str):
             continue
-        wanted = (family.vision.config.hidden_size * merge**2, hidden)
+        wanted = (width * merge**2, hidden)
         got = (stack.norm.normalized_shape[0], stack.linears[-1].out_features)
         if got != wanted:
             return f"{name} takes {got[0]} and gives {got[1]}, expected {wanted[0]} and {wanted[1]}"
