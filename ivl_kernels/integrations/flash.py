@@ -24,7 +24,7 @@ from ..flash import (
     route,
     router_problem,
 )
-from ..models.families import Family, RemoteCode, families_in
+from ..models.families import Family, RemoteCode, families_in, family_of
 from ..models.packed import by_flash_attention, leak, varlen_keywords
 from ..models.plain import linear_stack
 from ..models.upstream import arguments, cache_of, class_of, filled, keys_at
@@ -139,7 +139,14 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
         pixels, ids, mask = (given.get(name) for name in ("pixel_values", "input_ids", "attention_mask"))
         # Text alone; what raises; and train mode, where the dropouts of the shipped modules are live.
         shipped = pixels is None or given.get("visual_features") is not None or self.img_context_token_id is None
+        cache = cache_of(given)
+        held: Any = getattr(cache, _ATTRIBUTE, None) if filled(cache) else None
         if shipped or ids is None or self.training:
+            if held is not None and ids is not None and bool((ids == self.img_context_token_id).any()):
+                raise ValueError(
+                    f"{_name_of(cache, given)}: got a cache that Flash filled, expected another one where Flash does "
+                    "not run (no pixel_values, or train mode)"
+                )
             return inner(self, *args, **kwargs)
         if mask is None:
             raise TypeError("attention_mask: got None, expected a mask [B, N] (Flash cannot do without)")
@@ -154,17 +161,21 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
                     f"attention_mask: got {packed.masked_tokens} zeros in a batch of one, expected none (only the "
                     "rows of larger batches are padded)"
                 )
+            if filled(cache):  # the released code decides for all tiles at every call
+                _check_held(held, cache, inputs, parts, _name_of(cache, given))
             random.uniform(0.0, 1.0)  # the shipped code draws once: what the caller draws next stays the same
             _keep_routing(self, inputs, ids, mask, parts)
             taken = ("self", "pixel_values", "input_ids", "attention_mask", "visual_features")
             options = {"generation_config": None, "output_hidden_states": None}
             options |= {name: value for name, value in given.items() if name not in taken}
-            return self.language_model.generate(
+            output = self.language_model.generate(
                 inputs_embeds=inputs.embeds,
                 attention_mask=packed.attention_mask.float() if one else packed.attention_mask,
                 use_cache=True,
                 **options,
             )
+            _hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, inputs, parts)
+            return output
 
     return generate_flash
 
@@ -292,21 +303,49 @@ class _Held:
 
 
 _ATTRIBUTE = "_ivl_flash"  # of a cache: the `_Held`
+_UNKNOWN = (
+    "{name}: got a filled cache that no Flash call of this patch made, so which of its tiles are compressed is not "
+    "known"
+)
 
 
-def _hold(cache: Any, inputs: FlashInputs, token_id: int) -> None:
+def _hold(cache: Any, inputs: FlashInputs, parts: FlashParts) -> None:
     """Keep with a cache what it holds now; nothing where a later call could not tell whether it still does."""
-    ids = inputs.packed.ids
-    visual = (ids[0] == token_id).nonzero()
-    if ids.shape[0] > 1 or len(visual) == 0:
-        vars(cache).pop(_ATTRIBUTE, None)
+    if cache is None:
         return
-    position = int(visual[-1])
-    mark = keys_at(cache, position)
-    if mark is None or len(mark) > 1:  # beams
-        vars(cache).pop(_ATTRIBUTE, None)
-    else:
-        setattr(cache, _ATTRIBUTE, _Held(inputs.compress, ids, position, mark.clone()))
+    vars(cache).pop(_ATTRIBUTE, None)
+    ids = inputs.packed.ids
+    visual = (ids[0] == parts.language.token_id).nonzero()
+    if ids.shape[0] == 1 and len(visual):
+        position = int(visual[-1])
+        mark = keys_at(cache, position)
+        if mark is not None and len(mark) == 1:  # no beams
+            setattr(cache, _ATTRIBUTE, _Held(inputs.compress, ids, position, mark.clone()))
+
+
+def _check_held(held: _Held | None, cache: Any, inputs: FlashInputs, parts: FlashParts, name: str) -> None:
+    """Raise unless a filled cache holds the beginning of the packed prompt, with its tiles as they are decided now."""
+    if held is None:
+        raise ValueError(_UNKNOWN.format(name=name))
+    language, old = parts.language, len(held.compress)
+    past, packed = filled(cache), inputs.packed.ids
+    seen = int((packed[:, :past] == language.token_id).sum())
+    expected = language.tokens * old - (language.tokens - language.tokens // 4) * int(held.compress.sum())
+    if past >= packed.shape[1] or seen != expected:
+        raise ValueError(
+            f"{name}: got {past} positions, {seen} of them visual, for a packed prompt of {packed.shape[1]}; expected "
+            f"fewer than the prompt has, {expected} of them visual: those of the {old} tiles seen before"
+        )
+    begin = min(held.ids.shape[1], past)
+    if not torch.equal(packed[:, :begin], held.ids[:, :begin].to(packed.device)):
+        raise ValueError(f"{name}: got a cache of another prompt, expected one that input_ids goes on with")
+    if not torch.equal(inputs.compress[:old], held.compress.to(inputs.compress.device)):
+        raise ValueError(f"{name}: got a cache whose {old} tiles were decided otherwise than now")
+    if not held.is_in(cache):
+        raise ValueError(
+            f"{name}: got a cache that was filled anew since Flash decided for its {old} tiles, so which of them are "
+            "compressed is not known"
+        )
 
 
 def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
@@ -316,11 +355,15 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
         ids: Any = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None:
             return inner(self, inputs, *args, **kwargs)
-        family: Any = flash_family(self)
-        on, pixels, cache = family is not None and _on(family), kwargs.get("pixel_values"), cache_of(kwargs)
+        family: Any = family_of(self)
+        on, pixels, cache = (
+            family.flash_holder is not None and _on(family),
+            kwargs.get("pixel_values"),
+            cache_of(kwargs),
+        )
         held: Any = getattr(cache, _ATTRIBUTE, None) if filled(cache) else None
         if not on:
-            if held is not None and bool((ids == self.config.image_token_id).any()) and held.is_in(cache):
+            if held is not None and bool((ids == family.token_id).any()) and held.is_in(cache):
                 raise ValueError(
                     f"{_name_of(cache, kwargs)}: got a cache that Flash filled, expected another one while flash_mode "
                     "is off"
@@ -365,9 +408,7 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
                 attention_mask=packed.attention_mask,
                 **kwargs,
             )
-        made = cache if isinstance(output, torch.Tensor) else cache_of(output) or cache
-        if made is not None:
-            _hold(made, flash, parts.language.token_id)
+        _hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, flash, parts)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         prompt = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0).to(sequences.device)
         sequences = torch.cat([prompt, sequences[:, packed.ids.shape[1] :]], 1)
@@ -390,10 +431,7 @@ def _continued(
             "packed rows changes as they grow"
         )
     if held is None:
-        raise ValueError(
-            f"{name}: got a filled cache that no Flash call of this patch made, so which of its tiles are compressed "
-            "is not known"
-        )
+        raise ValueError(_UNKNOWN.format(name=name))
     tiles = len(image_of_tile(ids, mask, language.token_id, language.tokens))
     old, got = len(held.compress), 0 if pixels is None else len(pixels)
     new = tiles - old
@@ -409,22 +447,7 @@ def _continued(
     else:
         vit = torch.empty(0, 4 * vision.tokens + 1, 1, device=ids.device)
     inputs = flash_inputs(parts, ids, vit, attention_mask=mask, decisions=decisions, cached_tiles=old)
-    past, packed = filled(cache), inputs.packed.ids
-    seen = int((packed[:, :past] == language.token_id).sum())
-    expected = language.tokens * old - (language.tokens - language.tokens // 4) * int(held.compress.sum())
-    if past >= packed.shape[1] or seen != expected:
-        raise ValueError(
-            f"{name}: got {past} positions, {seen} of them visual, for a packed prompt of {packed.shape[1]}; expected "
-            f"fewer than the prompt has, {expected} of them visual: those of the {old} tiles seen before"
-        )
-    begin = min(held.ids.shape[1], past)
-    if not torch.equal(packed[:, :begin], held.ids[:, :begin].to(packed.device)):
-        raise ValueError(f"{name}: got a cache of another prompt, expected one that input_ids goes on with")
-    if not held.is_in(cache):
-        raise ValueError(
-            f"{name}: got a cache that was filled anew since Flash decided for its {old} tiles, so which of them are "
-            "compressed is not known"
-        )
+    _check_held(held, cache, inputs, parts, name)
     return inputs
 
 

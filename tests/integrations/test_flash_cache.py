@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from integrations.test_flash_native import GREEDY, by_hand, flash_model
-from models import inputs
+from models import chat_inputs, chat_model, inputs
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 import ivl_kernels
@@ -213,3 +213,40 @@ def test_text_alone_is_upstream():
     first = model.generate(**turn(text(1, 2, 3)), **GREEDY, past_key_values=cache)
     second = turn(first, text(5, 6))
     assert torch.equal(model.generate(**second, **GREEDY, past_key_values=cache), model.generate(**second, **GREEDY))
+
+
+def test_remote_code_goes_on_where_its_decisions_are_the_same():
+    """The released code decides for all tiles at every call: a new image can change what the cache has."""
+    model = chat_model("hub", flash=(0.3, 0.1))
+    batch = chat_inputs(model, ((3,),))
+    handle = ivl_kernels.patch(model)
+    cache = DynamicCache(config=model.config.llm_config)
+    first = model.generate(**batch, **GREEDY, past_key_values=cache)
+    decided = compressed(handle)
+    second = {**turn(batch["input_ids"], first, text(5, 6, 7)), "pixel_values": batch["pixel_values"]}
+    out = model.generate(**second, **GREEDY, past_key_values=cache)
+    assert torch.equal(out, model.generate(**second, **GREEDY))
+    outcomes = set()
+    for threshold in (0.3, 0.95):
+        model.flash_relative_threshold = threshold
+        other, again = chat_inputs(model, ((2,),), seed=1), copy.deepcopy(cache)
+        third = turn(second["input_ids"], out, other["input_ids"])
+        third["pixel_values"] = torch.cat([batch["pixel_values"], other["pixel_values"]])
+        expected = model.generate(**third, **GREEDY)
+        same = torch.equal(compressed(handle)[:3], decided)
+        outcomes.add(same)
+        if same:
+            assert torch.equal(model.generate(**third, **GREEDY, past_key_values=again), expected)
+        else:
+            with pytest.raises(ValueError, match="past_key_values: got"):
+                model.generate(**third, **GREEDY, past_key_values=again)
+    assert outcomes == {True, False}
+    without = {name: value for name, value in second.items() if name != "pixel_values"}
+    with pytest.raises(ValueError, match="got a cache that Flash filled"):
+        model.generate(**without, **GREEDY, past_key_values=cache)
+    plain = chat_model("hub", flash=(0.3, 0.1))
+    filled_before = DynamicCache(config=model.config.llm_config)
+    plain.flash_mode = False
+    plain.generate(**batch, **GREEDY, past_key_values=filled_before)
+    with pytest.raises(ValueError, match="no Flash call of this patch made"):
+        model.generate(**second, **GREEDY, past_key_values=filled_before)
