@@ -8,7 +8,7 @@ import torch
 
 from bench.bench_token_packing import TEXT, TOKEN, prompt
 from bench.runner import Case, Work, device
-from ivl_kernels.flash import FlashParts, Projector, flash_inputs
+from ivl_kernels.flash import FlashParts, LanguageParts, Projector, VisionParts, flash_inputs
 from ivl_kernels.nn.router import TileRouter
 from ivl_kernels.testing import MODELS, ModelShape
 from ivl_kernels.testing.shipped import ShippedFlash
@@ -19,18 +19,19 @@ VOCABULARY = TOKEN + 1
 def parts_of_shipped(stage: ShippedFlash) -> FlashParts:
     """The same weights, as a patched model hands them to our path."""
     mlp1, mlp2 = stage.mlp1, stage.mlp2
+    router = TileRouter.from_modules(stage.router.pooling_before_gating, stage.router.gating)
     return FlashParts(
-        vision=lambda pixels: pixels,
-        embedding=stage.embedding,
-        full=Projector(mlp1, mlp1[0], (mlp1[1], mlp1[3]), 2),
-        small=Projector(mlp2, mlp2[0], (mlp2[1], mlp2[4], mlp2[7]), 4),
-        router=TileRouter.from_modules(stage.router.pooling_before_gating, stage.router.gating),
-        relative_threshold=stage.thresholds[0],
-        absolute_threshold=stage.thresholds[1],
-        token_id=TOKEN,
-        tokens=256,
-        order="v2",
-        language=lambda **_: None,
+        VisionParts(
+            tokens_of=lambda pixels: pixels,
+            full=Projector(mlp1, 2),
+            small=Projector(mlp2, 4),
+            router=router,
+            relative_threshold=stage.thresholds[0],
+            absolute_threshold=stage.thresholds[1],
+            tokens=256,
+            order="v2",
+        ),
+        LanguageParts(stage.embedding, causal=lambda **_: None, token_id=TOKEN, tokens=256),
     )
 
 

@@ -9,7 +9,6 @@ timed once a round. Prints a Markdown table of the stages, and checks that both 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections import defaultdict
@@ -21,7 +20,7 @@ import torch
 import ivl_kernels
 from bench.bench_flash import parts_of_shipped
 from bench.bench_token_packing import TOKEN, prompt
-from ivl_kernels.flash import flash_inputs
+from ivl_kernels.flash import flash_inputs, route
 from ivl_kernels.testing import MODELS
 from ivl_kernels.testing.shipped import ShippedFlash, shipped_decision, shipped_packing, shipped_shuffle
 
@@ -63,19 +62,6 @@ class Clock:
         return statistics.median(self.seconds.get((variant, stage), [0.0]))
 
 
-class TimedRouter:
-    """The router of our path, which runs inside `flash_inputs`, with its time kept."""
-
-    def __init__(self, router: Any) -> None:
-        self.router, self.seconds = router, 0.0
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        result = self.router(*args, **options)
-        self.seconds = time.perf_counter() - start
-        return result
-
-
 def plain(stage: ShippedFlash, vit: torch.Tensor, ids: torch.Tensor, clock: Clock) -> torch.Tensor:
     """The 1/4 model: all tiles through mlp1, rows over the placeholders."""
 
@@ -114,12 +100,11 @@ def patched(stage: ShippedFlash, vit: torch.Tensor, ids: torch.Tensor, clock: Cl
     """Our path. Projecting writes into the packed embeddings, so the two are one number."""
     name = "Flash, patched"
     parts = parts_of_shipped(stage)
-    timed = TimedRouter(parts.router)
-    parts = dataclasses.replace(parts, router=timed)  # type: ignore[arg-type]
-    whole = clock(name, "project", lambda: flash_inputs(parts, ids, vit, attention_mask=torch.ones_like(ids)).embeds)
-    clock.seconds[name, "project"][-1] -= timed.seconds
-    clock.seconds[name, "route"].append(timed.seconds)
-    return whole
+    decisions = clock(name, "route", lambda: route(vit, parts.vision))
+    mask = torch.ones_like(ids)
+    return clock(
+        name, "project", lambda: flash_inputs(parts, ids, vit, attention_mask=mask, decisions=decisions).embeds
+    )
 
 
 VARIANTS = {"Flash, patched": patched, "Flash, shipped": shipped, "plain 1/4": plain}

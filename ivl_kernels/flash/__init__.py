@@ -1,24 +1,44 @@
 """InternVL3.5-Flash: route the tiles, project each one once at its ratio, pack what is left of the sequence."""
 
 from .checkpoint import FlashVision
-from .inputs import FlashInputs, FlashParts, Projector, flash_inputs
-from .parts import is_chat_model, is_native_model, parts_of
+from .inputs import (
+    Decisions,
+    FlashInputs,
+    FlashParts,
+    LanguageParts,
+    Projector,
+    VisionParts,
+    flash_inputs,
+    pack,
+    project_into,
+    route,
+)
+from .parts import flash_family, language_parts, parts_of, vision_parts
+from .router import router_problem
 from .routing import ImageRouting, Routing
 from .tiles import image_of_tile
 from .vico import ViCO, ViCOOutput
 
 __all__ = [
+    "Decisions",
     "FlashInputs",
     "FlashParts",
     "FlashVision",
     "ImageRouting",
+    "LanguageParts",
     "Projector",
     "Routing",
     "ViCO",
     "ViCOOutput",
+    "VisionParts",
+    "flash_family",
     "flash_inputs",
     "image_of_tile",
-    "is_chat_model",
-    "is_native_model",
+    "language_parts",
+    "pack",
     "parts_of",
+    "project_into",
+    "route",
+    "router_problem",
+    "vision_parts",
 ]

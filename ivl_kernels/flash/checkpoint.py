@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.families import Transformers, family_of
 from ..nn.router import TileRouter
 
 _GROUPS = ("mlp2", "pooling_before_gating", "gating")
@@ -170,7 +171,8 @@ class FlashVision(nn.Module):
             ValueError: the widths do not fit the model.
         """
         m: Any = model
-        if not any(base.__name__ == "InternVLForConditionalGeneration" for base in type(model).__mro__):
+        family = family_of(model)
+        if not isinstance(family, Transformers) or family.core is model:
             raise TypeError(f"model: got {type(model).__name__}, expected InternVLForConditionalGeneration")
         config = m.config
         wanted = (config.vision_config.hidden_size * 16, config.text_config.hidden_size)

@@ -49,10 +49,11 @@ class Routing:
 
     @classmethod
     def of(cls, inputs: FlashInputs, input_ids: torch.Tensor, mask: torch.Tensor | None, parts: FlashParts) -> Routing:
-        token_id, tokens, compress, scores = parts.token_id, parts.tokens, inputs.compress, inputs.scores
+        language, tile = parts.language, parts.vision.tile
+        compress, scores = inputs.compress, inputs.decisions.scores
 
         def images() -> list[ImageRouting]:
-            owners = image_of_tile(input_ids, mask, token_id, tokens).tolist()
+            owners = image_of_tile(input_ids, mask, language.token_id, language.tokens).tolist()
             made: list[ImageRouting] = []
             values: list[float] = [] if scores is None else scores.tolist()
             for tile, (owner, small) in enumerate(zip(owners, compress.tolist())):
@@ -64,7 +65,7 @@ class Routing:
                     made[-1].scores.append(values[tile])
             return made
 
-        return cls(later=images, tile=parts.tile)
+        return cls(later=images, tile=tile)
 
     def with_grids(self, image_sizes: Sequence[tuple[int, int]]) -> Routing:
         """The same decisions with every image's grid; see `PatchHandle.last_routing`."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import ops
-from .inputs import FlashInputs, flash_inputs
+from .inputs import Decisions, FlashInputs, flash_inputs, route
 from .parts import parts_of
 from .tiles import image_of_tile, row_of_tile
 
@@ -56,7 +55,7 @@ class ViCO:
             parts = parts_of(model, backend)
             self._required = {name: p.requires_grad for name, p in model.named_parameters()}
             model.requires_grad_(False)
-            parts.router.requires_grad_(True)
+            parts.vision.router.requires_grad_(True)
 
     def restore(self) -> None:
         """Make the parameters that stage 2 froze require gradients as before."""
@@ -66,8 +65,8 @@ class ViCO:
 
     def sample(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[T] bool: a ratio for each image of the batch, the same for all its tiles."""
-        parts = parts_of(self.model, self.backend)
-        owner = image_of_tile(input_ids, attention_mask, parts.token_id, parts.tokens)
+        language = parts_of(self.model, self.backend).language
+        owner = image_of_tile(input_ids, attention_mask, language.token_id, language.tokens)
         images = int(owner[-1]) + 1 if len(owner) else 0
         return (torch.rand(images, generator=self.generator) < 0.5).to(owner.device)[owner]
 
@@ -84,34 +83,33 @@ class ViCO:
     ) -> ViCOOutput:
         """One pass; `compress` [T] bool overrides the sampled (stage 1) or the routed (stage 2) decisions."""
         parts = parts_of(self.model, self.backend)
-        carried: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "loss_weights": loss_weights,
-            "padding": "right",
-        }
-        logits = None
-        with torch.set_grad_enabled(self.stage == 1 and torch.is_grad_enabled()):
-            vit = parts.vision(pixel_values)
+        vision, language = parts
+        trained = torch.is_grad_enabled() and self.stage == 1
+        with torch.set_grad_enabled(trained):
+            vit = vision.tokens_of(pixel_values)
         if self.stage == 1:
-            compress = self.sample(input_ids, attention_mask) if compress is None else compress
+            decisions = Decisions(self.sample(input_ids, attention_mask) if compress is None else compress)
         else:
-            probabilities, logits = parts.router(vit, skip=1, return_logits=True)
-            if compress is None:
-                compress = ops.select_tiles(
-                    probabilities[:, 0].detach(),
-                    relative_threshold=parts.relative_threshold,
-                    absolute_threshold=parts.absolute_threshold,
-                    groups=row_of_tile(input_ids, attention_mask, parts.token_id, parts.tokens, len(vit)),
-                )
-        with torch.set_grad_enabled(self.stage == 1 and torch.is_grad_enabled()):
-            inputs = flash_inputs(parts, input_ids, vit, compress=compress, **carried)
+            groups = row_of_tile(input_ids, attention_mask, language.token_id, language.tokens, len(vit))
+            decisions = route(vit, vision, groups=groups.to(vit.device))
+            decisions = decisions if compress is None else replace(decisions, compress=compress)
+        with torch.set_grad_enabled(trained):
+            inputs = flash_inputs(
+                parts,
+                input_ids,
+                vit,
+                attention_mask=attention_mask,
+                labels=labels,
+                loss_weights=loss_weights,
+                decisions=decisions,
+                padding="right",
+            )
             packed = inputs.packed
-            outputs = parts.language(
+            outputs = language.causal(
                 inputs_embeds=inputs.embeds,
                 attention_mask=packed.attention_mask,
                 position_ids=packed.position_ids,
                 labels=packed.labels,
                 **options,
             )
-        return ViCOOutput(outputs, inputs, logits)
+        return ViCOOutput(outputs, inputs, decisions.router_logits)

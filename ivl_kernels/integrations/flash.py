@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,23 +13,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..flash import (
+    Decisions,
     FlashInputs,
     FlashParts,
     Routing,
+    flash_family,
     flash_inputs,
     image_of_tile,
-    is_chat_model,
-    is_native_model,
     parts_of,
+    route,
+    router_problem,
 )
-from ..ops import select_tiles
-from ._edit import Editor, note
+from ..models.families import Family, RemoteCode, families_in, family_of
+from ..models.packed import by_flash_attention, leak, varlen_keywords
+from ..models.plain import linear_stack
+from ..models.upstream import arguments, cache_of, class_of, filled, keys_at
+from ..nn.router import TileRouter
+from ._edit import Editor, attachment, note
 from ._patch import Adapter, Feature, Site
 from ._report import serving
 from .v2pe import announce
 
 FindParts = Callable[[nn.Module], FlashParts]
 FORWARDS = (False, True, "unpadded")
+_NEEDED = ("mlp2", "pooling_before_gating", "gating")
 
 
 def _parse_forward(value: Any) -> Any:
@@ -53,14 +61,19 @@ class FlashAdapter(Adapter):
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterable[Site]:
         what = "route, project, pack" if options["flash_folded"] else "route as shipped, project, pack"
-        for path, module in model.named_modules():
-            if is_chat_model(module) or is_native_model(module):
-                yield Site("flash", path, module, what, _problem(module))
+        for path, family in families_in(model):
+            if family.flash_holder is None:
+                continue
+            problem = _problem(family)
+            yield Site("flash", path, family.model, what, problem)
+            apart = leak(family.text) if options["flash_forward"] == "unpadded" and not problem else ""
+            if apart:  # such a forward raises for more than one row
+                yield Site("flash", path, family.model, "forward: several rows end to end", apart)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
         forward = options["flash_forward"]
         find_parts = functools.partial(parts_of, backend=options["backend"], folded=options["flash_folded"])
-        if is_chat_model(site.module):
+        if isinstance(flash_family(site.module), RemoteCode):
             edit.method(site.module, "generate_flash", _chat_generate(find_parts))
             if forward:
                 edit.method(site.module, "forward", _chat_forward(find_parts, forward))
@@ -70,35 +83,48 @@ class FlashAdapter(Adapter):
                 edit.method(site.module, "forward", _native_forward(find_parts, forward))
 
     def serving(self, site: Site) -> str:
-        m: Any = site.module
-        weight = (m if is_chat_model(m) else m.flash).mlp2[1].weight
-        on = m.flash_mode if is_chat_model(m) else getattr(m.config, "flash_mode", False)
-        return serving("tile_pool", weight) + ("" if on else "; idle while flash_mode is off")
+        family = flash_family(site.module)
+        problem = "the modules of Flash are gone" if family is None else _problem(family)
+        if family is None or problem:
+            return f"cannot run: {problem}"
+        holder = family.flash_holder
+        text = serving("tile_pool", next(holder.pooling_before_gating.parameters()))
+        if not _on(family):
+            return f"{text}; idle while flash_mode is off"
+        called = {
+            "router": router_problem(TileRouter.from_modules(holder.pooling_before_gating, holder.gating)),
+            "projector 1/4": _reason(family.projector),
+            "projector 1/16": _reason(holder.mlp2),
+        }
+        return text + "".join(f"; {name} by its own modules: {why}" for name, why in called.items() if why)
 
 
-def _problem(model: nn.Module) -> str:
-    """Why the model's modules are not those of a Flash model, or ""."""
-    m: Any = model
-    holder = m if is_chat_model(model) else m.flash
-    kinds = {
-        "mlp2": (
-            holder.mlp2,
-            [(0, nn.LayerNorm), (1, nn.Linear), (2, nn.GELU), (4, nn.Linear), (5, nn.GELU), (7, nn.Linear)],
-        ),
-    }
-    if is_chat_model(model):
-        kinds["mlp1"] = (m.mlp1, [(0, nn.LayerNorm), (1, nn.Linear), (2, nn.GELU), (3, nn.Linear)])
-        if not callable(getattr(model, "generate_flash", None)):
-            return "it has no generate_flash"
-    for name, (module, layers) in kinds.items():
-        if not isinstance(module, nn.Sequential) or len(module) != layers[-1][0] + 1:
-            return f"{name} is not the expected Sequential"
-    try:
-        from ..nn.router import TileRouter
+def _on(family: Family) -> bool:
+    return bool(getattr(family.flash_settings, "flash_mode", False))
 
-        TileRouter.from_modules(holder.pooling_before_gating, holder.gating).parameters_of_op()
-    except (AttributeError, TypeError, ValueError) as error:
-        return f"the router is not the expected one ({error})"
+
+def _reason(projector: nn.Module) -> str:
+    stack = linear_stack(projector)
+    return stack if isinstance(stack, str) else ""
+
+
+def _problem(family: Family) -> str:
+    """Why the model's modules are not those of a Flash model, or "". Modules that cannot be read are called."""
+    holder, model = family.flash_holder, family.model
+    missing = [name for name in _NEEDED if not isinstance(getattr(holder, name, None), nn.Module)]
+    if missing:
+        return f"unknown structure: no {', '.join(missing)}"
+    if isinstance(family, RemoteCode) and not callable(getattr(model, "generate_flash", None)):
+        return "it has no generate_flash"
+    width, hidden = family.vision.config.hidden_size, family.text.config.hidden_size
+    for name, module, merge in (("the projector", family.projector, 2), ("mlp2", holder.mlp2, 4)):
+        stack = linear_stack(module)
+        if isinstance(stack, str):
+            continue
+        wanted = (width * merge**2, hidden)
+        got = (stack.norm.normalized_shape[0], stack.linears[-1].out_features)
+        if got != wanted:
+            return f"{name} takes {got[0]} and gives {got[1]}, expected {wanted[0]} and {wanted[1]}"
     return ""
 
 
@@ -108,36 +134,26 @@ def _keep_routing(model: nn.Module, inputs: FlashInputs, ids: torch.Tensor, mask
 
 
 def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
-    def generate_flash(
-        inner: Callable[..., Any],
-        self: Any,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        visual_features: torch.Tensor | None = None,
-        generation_config: Any = None,
-        output_hidden_states: bool | None = None,
-        **generate_kwargs: Any,
-    ) -> Any:
+    def generate_flash(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments(class_of(self).generate_flash, self, *args, **kwargs)
+        pixels, ids, mask = (given.get(name) for name in ("pixel_values", "input_ids", "attention_mask"))
         # Text alone; what raises; and train mode, where the dropouts of the shipped modules are live.
-        shipped = pixel_values is None or visual_features is not None or self.img_context_token_id is None
-        if shipped or input_ids is None or self.training:
-            return inner(
-                self,
-                pixel_values=pixel_values,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                visual_features=visual_features,
-                generation_config=generation_config,
-                output_hidden_states=output_hidden_states,
-                **generate_kwargs,
-            )
-        if attention_mask is None:
+        shipped = pixels is None or given.get("visual_features") is not None or self.img_context_token_id is None
+        cache = cache_of(given)
+        held: Any = getattr(cache, _ATTRIBUTE, None) if filled(cache) else None
+        if shipped or ids is None or self.training:
+            if held is not None and ids is not None and bool((ids == self.img_context_token_id).any()):
+                raise ValueError(
+                    f"{_name_of(cache, given)}: got a cache that Flash filled, expected another one where Flash does "
+                    "not run (no pixel_values, or train mode)"
+                )
+            return inner(self, *args, **kwargs)
+        if mask is None:
             raise TypeError("attention_mask: got None, expected a mask [B, N] (Flash cannot do without)")
         with torch.no_grad():
             parts = find_parts(self)
-            inputs = flash_inputs(parts, input_ids, parts.vision(pixel_values), attention_mask=attention_mask)
-            packed, one = inputs.packed, input_ids.shape[0] == 1
+            inputs = flash_inputs(parts, ids, parts.vision.tokens_of(pixels), attention_mask=mask)
+            packed, one = inputs.packed, ids.shape[0] == 1
             if inputs.compress.shape[0] == 0:
                 raise ValueError("pixel_values: got images, but input_ids has no placeholder for them")
             if one and packed.masked_tokens:
@@ -145,71 +161,45 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
                     f"attention_mask: got {packed.masked_tokens} zeros in a batch of one, expected none (only the "
                     "rows of larger batches are padded)"
                 )
+            if filled(cache):  # the released code decides for all tiles at every call
+                _check_held(held, cache, inputs, parts, _name_of(cache, given))
             random.uniform(0.0, 1.0)  # the shipped code draws once: what the caller draws next stays the same
-            _keep_routing(self, inputs, input_ids, attention_mask, parts)
-            mask = packed.attention_mask.float() if one else packed.attention_mask
-            return self.language_model.generate(
+            _keep_routing(self, inputs, ids, mask, parts)
+            taken = ("self", "pixel_values", "input_ids", "attention_mask", "visual_features")
+            options = {"generation_config": None, "output_hidden_states": None}
+            options |= {name: value for name, value in given.items() if name not in taken}
+            output = self.language_model.generate(
                 inputs_embeds=inputs.embeds,
-                attention_mask=mask,
-                generation_config=generation_config,
-                output_hidden_states=output_hidden_states,
+                attention_mask=packed.attention_mask.float() if one else packed.attention_mask,
                 use_cache=True,
-                **generate_kwargs,
+                **options,
             )
+            _hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, inputs, parts)
+            return output
 
     return generate_flash
 
 
 def _chat_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
-    def forward(
-        inner: Callable[..., Any],
-        self: Any,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        image_flags: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
-        if not self.flash_mode or pixel_values is None or input_ids is None:
-            return inner(
-                self,
-                pixel_values,
-                input_ids,
-                attention_mask,
-                position_ids,
-                image_flags,
-                past_key_values,
-                labels,
-                use_cache,
-                output_attentions,
-                output_hidden_states,
-                return_dict,
-            )
-        if image_flags is None:
-            raise AttributeError("image_flags: got None, expected [T] flags, 1 for a real tile")
-        if return_dict is False:
-            raise AttributeError("return_dict: got False, which InternVLChatModel.forward does not support")
-        _refuse(position_ids, past_key_values)
-        parts = find_parts(self)
-        vit = parts.vision(pixel_values)[image_flags.view(-1) == 1]
-        inputs = flash_inputs(
-            parts, input_ids, vit, attention_mask=attention_mask, labels=labels, padding=_padding(layout)
+    def forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments(class_of(self).forward, self, *args, **kwargs)
+        pixels, ids, mask, labels, flags = (
+            given.get(name) for name in ("pixel_values", "input_ids", "attention_mask", "labels", "image_flags")
         )
-        _keep_routing(self, inputs, input_ids, attention_mask, parts)
-        options = {
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": True,
-            **_sequence(inputs, layout, self.language_model),
-        }
+        if not self.flash_mode or pixels is None or ids is None:
+            return inner(self, *args, **kwargs)
+        if flags is None:
+            raise AttributeError("image_flags: got None, expected [T] flags, 1 for a real tile")
+        if given.get("return_dict") is False:
+            raise AttributeError("return_dict: got False, which InternVLChatModel.forward does not support")
+        _refuse(self, layout, ids, given)
+        parts = find_parts(self)
+        vit = parts.vision.tokens_of(pixels)[flags.view(-1) == 1]
+        inputs = flash_inputs(parts, ids, vit, attention_mask=mask, labels=labels, padding=_padding(layout))
+        _keep_routing(self, inputs, ids, mask, parts)
+        taken = ("self", "pixel_values", "input_ids", "image_flags", "labels")
+        options = {name: value for name, value in given.items() if name not in taken and value is not None}
+        options |= {"return_dict": True, **_sequence(inputs, layout, flash_family(self))}
         outputs = self.language_model(inputs_embeds=inputs.embeds, **options)
         if labels is not None:
             targets = _targets(inputs)[:, 1:].flatten()
@@ -219,13 +209,35 @@ def _chat_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
     return forward
 
 
-def _refuse(position_ids: Any, past_key_values: Any) -> None:
-    if position_ids is not None:
+def _refuse(model: nn.Module, layout: Any, ids: torch.Tensor, given: Mapping[str, Any]) -> None:
+    if given.get("position_ids") is not None:
         raise ValueError(
             "position_ids: got positions for the unpacked sequence, expected None (packing makes new ones)"
         )
-    if past_key_values is not None and past_key_values.get_seq_length():
-        raise ValueError("past_key_values: got a filled cache, expected none in a forward with images under Flash")
+    cache = cache_of(given)
+    if filled(cache):
+        raise ValueError(
+            f"{_name_of(cache, given)}: got a filled cache, expected none in a forward with images under Flash"
+        )
+    if layout != "unpadded" or ids.shape[0] == 1:
+        return
+    # Without mask and cache, positions that restart part the rows: in the models where that is so.
+    if cache is not None:
+        raise ValueError(f"{_name_of(cache, given)}: got a cache, expected none: its rows would lie end to end")
+    family = flash_family(model)
+    why = leak(family.text) if family is not None else ""
+    state = attachment(model)
+    if state is not None and any(feature == "v2pe" for feature, _ in state.edits):
+        why = why or "v2pe knows no rows end to end"
+    if why:
+        raise ValueError(
+            f"flash_forward: got 'unpadded' and a batch of {ids.shape[0]}, expected a batch of one or "
+            f"flash_forward=True: {why}"
+        )
+
+
+def _name_of(value: Any, given: Mapping[str, Any]) -> str:
+    return next(name for name, other in given.items() if other is value)
 
 
 def _padding(layout: Any) -> str:
@@ -240,17 +252,15 @@ def _targets(inputs: FlashInputs) -> torch.Tensor:
     return packed.labels.masked_fill(first, -100)
 
 
-def _sequence(inputs: FlashInputs, layout: Any, model: nn.Module) -> dict[str, Any]:
-    """Mask and positions for the language model. End to end, positions that restart mark the rows; flash-attn takes
-    their starts."""
+def _sequence(inputs: FlashInputs, layout: Any, family: Family | None) -> dict[str, Any]:
+    """Mask and positions for the language model. End to end, positions that restart mark the rows; a flash-attention
+    library takes their starts."""
     packed = inputs.packed
     if layout != "unpadded":
         return {"attention_mask": packed.attention_mask, "position_ids": packed.position_ids}
     sequence: dict[str, Any] = {"attention_mask": None, "position_ids": packed.position_ids, "use_cache": False}
-    config: Any = model.config
-    if "flash" in str(getattr(config.get_text_config(), "_attn_implementation", "")):
-        lengths = {"cu_seq_lens_q": packed.cu_seqlens, "cu_seq_lens_k": packed.cu_seqlens}
-        sequence |= lengths | {"max_length_q": packed.max_length, "max_length_k": packed.max_length}
+    if family is not None and by_flash_attention(family.text):
+        sequence |= varlen_keywords(packed.cu_seqlens, packed.max_length)
     return sequence
 
 
@@ -269,16 +279,97 @@ class _PromptStreamer:
         self.streamer.end()
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What Flash left in a cache, kept with it.
+
+    Attributes:
+        compress: [T] bool, the decisions for the tiles in it.
+        ids: [1, N'] the packed prompt.
+        mark: keys of the last visual position, which depend on all that was decided: they tell this content of the
+            cache from another one.
+    """
+
+    compress: torch.Tensor
+    ids: torch.Tensor
+    position: int
+    mark: torch.Tensor
+
+    def is_in(self, cache: Any) -> bool:
+        """Whether the cache still holds what these decisions were made for."""
+        keys = keys_at(cache, self.position)
+        same = keys is not None and keys.shape == self.mark.shape and keys.dtype == self.mark.dtype
+        return same and torch.equal(keys.to(self.mark.device), self.mark)  # type: ignore[union-attr]
+
+
+_ATTRIBUTE = "_ivl_flash"  # of a cache: the `_Held`
+_UNKNOWN = (
+    "{name}: got a filled cache that no Flash call of this patch made, so which of its tiles are compressed is not "
+    "known"
+)
+
+
+def _hold(cache: Any, inputs: FlashInputs, parts: FlashParts) -> None:
+    """Keep with a cache what it holds now; nothing where a later call could not tell whether it still does."""
+    if cache is None:
+        return
+    vars(cache).pop(_ATTRIBUTE, None)
+    ids = inputs.packed.ids
+    visual = (ids[0] == parts.language.token_id).nonzero()
+    if ids.shape[0] == 1 and len(visual):
+        position = int(visual[-1])
+        mark = keys_at(cache, position)
+        if mark is not None and len(mark) == 1:  # no beams
+            setattr(cache, _ATTRIBUTE, _Held(inputs.compress, ids, position, mark.clone()))
+
+
+def _check_held(held: _Held | None, cache: Any, inputs: FlashInputs, parts: FlashParts, name: str) -> None:
+    """Raise unless a filled cache holds the beginning of the packed prompt, with its tiles as they are decided now."""
+    if held is None:
+        raise ValueError(_UNKNOWN.format(name=name))
+    language, old = parts.language, len(held.compress)
+    past, packed = filled(cache), inputs.packed.ids
+    seen = int((packed[:, :past] == language.token_id).sum())
+    expected = language.tokens * old - (language.tokens - language.tokens // 4) * int(held.compress.sum())
+    if past >= packed.shape[1] or seen != expected:
+        raise ValueError(
+            f"{name}: got {past} positions, {seen} of them visual, for a packed prompt of {packed.shape[1]}; expected "
+            f"fewer than the prompt has, {expected} of them visual: those of the {old} tiles seen before"
+        )
+    begin = min(held.ids.shape[1], past)
+    if not torch.equal(packed[:, :begin], held.ids[:, :begin].to(packed.device)):
+        raise ValueError(f"{name}: got a cache of another prompt, expected one that input_ids goes on with")
+    if not torch.equal(inputs.compress[:old], held.compress.to(inputs.compress.device)):
+        raise ValueError(f"{name}: got a cache whose {old} tiles were decided otherwise than now")
+    if not held.is_in(cache):
+        raise ValueError(
+            f"{name}: got a cache that was filled anew since Flash decided for its {old} tiles, so which of them are "
+            "compressed is not known"
+        )
+
+
 def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
     def generate(
         inner: Callable[..., Any], self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         ids: Any = inputs if inputs is not None else kwargs.get("input_ids")
-        pixels, cache = kwargs.get("pixel_values"), kwargs.get("past_key_values")
-        on = getattr(self.config, "flash_mode", False) and ids is not None
-        cached: Any = getattr(cache, "_ivl_compress", None) if cache is not None and _length(cache) else None
-        given = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
-        if not on or given or (pixels is None and cached is None):
+        if ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None:
+            return inner(self, inputs, *args, **kwargs)
+        family: Any = family_of(self)
+        on, pixels, cache = (
+            family.flash_holder is not None and _on(family),
+            kwargs.get("pixel_values"),
+            cache_of(kwargs),
+        )
+        held: Any = getattr(cache, _ATTRIBUTE, None) if filled(cache) else None
+        if not on:
+            if held is not None and bool((ids == family.token_id).any()) and held.is_in(cache):
+                raise ValueError(
+                    f"{_name_of(cache, kwargs)}: got a cache that Flash filled, expected another one while flash_mode "
+                    "is off"
+                )
+            return inner(self, inputs, *args, **kwargs)
+        if pixels is None and not (filled(cache) and bool((ids == family.token_id).any())):
             return inner(self, inputs, *args, **kwargs)
         if kwargs.get("position_ids") is not None:
             raise ValueError(
@@ -293,17 +384,19 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
             parts = find_parts(self)
             mask = kwargs.pop("attention_mask", None)
             mask = _default_mask(self, ids, config, kwargs) if mask is None else mask
-            flash = _native_inputs(self, parts, ids, mask, pixels, cache, cached)
+            past = filled(cache)
+            if past:
+                flash = _continued(parts, ids, mask, pixels, cache, held, _name_of(cache, kwargs))
+            else:
+                flash = flash_inputs(parts, ids, parts.vision.tokens_of(pixels), attention_mask=mask)
             _keep_routing(self, flash, ids, mask, parts)
-            packed = flash.packed
+            packed, embeds = flash.packed, flash.embeds
             kwargs.update(_new_tokens(self, ids.shape[1], config, kwargs))
             if kwargs.get("streamer") is not None:
                 kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], ids.cpu())
-            if cache is not None:
-                cache._ivl_compress = flash.compress
-            embeds, past = flash.embeds, 0 if cache is None else _length(cache)
-            if past and len(flash.compress) > len(cached) and hasattr(self, "_get_initial_cache_position"):
-                # transformers 4 takes embeddings beside a filled cache only if they are those of its new positions.
+            if past and hasattr(self, "_get_initial_cache_position"):
+                # transformers up to 5.1 takes embeddings beside a filled cache only if they are those of its new
+                # positions; later ones cut them.
                 embeds = embeds[:, past:]
                 kwargs["cache_position"] = torch.arange(past, packed.ids.shape[1], device=embeds.device)
             output = inner(
@@ -315,9 +408,7 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
                 attention_mask=packed.attention_mask,
                 **kwargs,
             )
-        made = getattr(output, "past_key_values", None)
-        if made is not None:
-            made._ivl_compress = flash.compress
+        _hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, flash, parts)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         prompt = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0).to(sequences.device)
         sequences = torch.cat([prompt, sequences[:, packed.ids.shape[1] :]], 1)
@@ -329,52 +420,34 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
     return generate
 
 
-def _length(cache: Any) -> int:
-    return int(cache.get_seq_length())
-
-
-def _native_inputs(
-    model: Any, parts: FlashParts, ids: torch.Tensor, mask: torch.Tensor, pixels: Any, cache: Any, cached: Any
+def _continued(
+    parts: FlashParts, ids: torch.Tensor, mask: torch.Tensor, pixels: Any, cache: Any, held: _Held | None, name: str
 ) -> FlashInputs:
-    if cache is None or not _length(cache):
-        return flash_inputs(parts, ids, parts.vision(pixels), attention_mask=mask)
+    """The prompt of a further turn: tiles in the cache as they were decided, new ones routed."""
+    vision, language = parts
     if ids.shape[0] > 1:
         raise ValueError(
-            f"past_key_values: got a filled cache and a batch of {ids.shape[0]}, expected a batch of one: the "
-            "padding of packed rows changes as they grow"
+            f"{name}: got a filled cache and a batch of {ids.shape[0]}, expected a batch of one: the padding of "
+            "packed rows changes as they grow"
         )
-    tiles = len(image_of_tile(ids, mask, parts.token_id, parts.tokens))
-    if cached is None:
-        raise ValueError(
-            "past_key_values: got a filled cache that no Flash call of this patch made, so which of its tiles are "
-            "compressed is not known"
-        )
-    old, new, got = len(cached), tiles - len(cached), 0 if pixels is None else len(pixels)
+    if held is None:
+        raise ValueError(_UNKNOWN.format(name=name))
+    tiles = len(image_of_tile(ids, mask, language.token_id, language.tokens))
+    old, got = len(held.compress), 0 if pixels is None else len(pixels)
+    new = tiles - old
     if got not in (new, tiles) or new < 0:
         raise ValueError(
             f"pixel_values: got {got} tiles for {tiles} in input_ids, of which the cache holds {old}; expected those "
             "of the new images, or all"
         )
-    compress = cached
-    vit = parts.embedding.weight.new_empty(0, 4 * parts.tokens + 1, parts.full.norm.normalized_shape[0] // 4)
+    decisions = Decisions(held.compress)
     if new:
-        vit = parts.vision(pixels[-new:])
-        scores = parts.router(vit, skip=1)[:, 0]
-        decided = select_tiles(
-            scores,
-            relative_threshold=parts.relative_threshold,
-            absolute_threshold=parts.absolute_threshold,
-        )
-        compress = torch.cat([cached, decided])
-    inputs = flash_inputs(parts, ids, vit, attention_mask=mask, compress=compress, cached_tiles=old)
-    past, length = _length(cache), inputs.packed.ids.shape[1]
-    held = int((inputs.packed.ids[:, :past] == parts.token_id).sum())
-    expected = parts.tokens * old - (parts.tokens - parts.tokens // 4) * int(cached.sum())
-    if past >= length or held != expected:
-        raise ValueError(
-            f"past_key_values: got {past} positions, {held} of them visual, for a packed prompt of {length}; expected "
-            f"fewer than the prompt has, {expected} of them visual: those of the {old} tiles seen before"
-        )
+        vit = vision.tokens_of(pixels[-new:])
+        decisions = Decisions(torch.cat([held.compress, route(vit, vision).compress]))
+    else:
+        vit = torch.empty(0, 4 * vision.tokens + 1, 1, device=ids.device)
+    inputs = flash_inputs(parts, ids, vit, attention_mask=mask, decisions=decisions, cached_tiles=old)
+    _check_held(held, cache, inputs, parts, name)
     return inputs
 
 
@@ -408,20 +481,24 @@ def _new_tokens(model: Any, length: int, config: Any, kwargs: dict[str, Any]) ->
 
 
 def _native_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
-    def forward(
-        inner: Callable[..., Any], self: Any, input_ids: Any = None, pixel_values: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        given = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
-        if not getattr(self.config, "flash_mode", False) or input_ids is None or pixel_values is None or given or args:
-            return inner(self, input_ids, pixel_values, *args, **kwargs)
-        _refuse(kwargs.pop("position_ids", None), kwargs.get("past_key_values"))
-        mask, labels = kwargs.pop("attention_mask", None), kwargs.pop("labels", None)
+    def forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments(class_of(self).forward, self, *args, **kwargs)
+        ids, pixels, mask, labels = (
+            given.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "labels")
+        )
+        embedded = given.get("inputs_embeds") is not None or given.get("mm_encoder_outputs") is not None
+        family = flash_family(self)
+        if family is None or not _on(family) or ids is None or pixels is None or embedded:
+            return inner(self, *args, **kwargs)
+        _refuse(self, layout, ids, given)
         parts = find_parts(self)
-        vit = parts.vision(pixel_values)
-        inputs = flash_inputs(parts, input_ids, vit, attention_mask=mask, labels=labels, padding=_padding(layout))
-        _keep_routing(self, inputs, input_ids, mask, parts)
-        kwargs |= {"labels": None if labels is None else _targets(inputs), "inputs_embeds": inputs.embeds}
-        return inner(self, **{**kwargs, **_sequence(inputs, layout, self)})
+        vit = parts.vision.tokens_of(pixels)
+        inputs = flash_inputs(parts, ids, vit, attention_mask=mask, labels=labels, padding=_padding(layout))
+        _keep_routing(self, inputs, ids, mask, parts)
+        taken = ("self", "input_ids", "pixel_values", "position_ids")
+        options = {name: value for name, value in given.items() if name not in taken}
+        options |= {"labels": None if labels is None else _targets(inputs), "inputs_embeds": inputs.embeds}
+        return inner(self, **{**options, **_sequence(inputs, layout, family)})
 
     return forward
 

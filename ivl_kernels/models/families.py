@@ -47,6 +47,10 @@ class Family:
         """The vision transformer: pixels [T, 3, h, w] -> `last_hidden_state` [T, 1 + n, C]."""
         raise NotImplementedError
 
+    def tile_tokens(self, pixels: Any) -> Any:
+        """[T, 1 + n, C]: what `vision` makes of pixels [T, 3, h, w], the class token still in place."""
+        raise NotImplementedError
+
     @property
     def projector(self) -> Any:
         """Shuffled tokens [T, n / 4, 4 C] -> [T, n / 4, H]."""
@@ -56,6 +60,11 @@ class Family:
     def language(self) -> Any:
         """What takes `inputs_embeds`."""
         return self.core.language_model
+
+    @property
+    def causal(self) -> Any:
+        """What takes `inputs_embeds` and gives logits, and a loss for `labels`."""
+        raise NotImplementedError
 
     @property
     def text(self) -> Any:
@@ -162,6 +171,13 @@ class Transformers(Family):
     def vision(self) -> Any:
         return self.core.vision_tower
 
+    def tile_tokens(self, pixels: Any) -> Any:
+        return self.vision(pixel_values=pixels.to(self.model.dtype)).last_hidden_state
+
+    @property
+    def causal(self) -> Any:
+        return self.model
+
     @property
     def projector(self) -> Any:
         return self.core.multi_modal_projector
@@ -208,6 +224,13 @@ class RemoteCode(Family):
     @property
     def vision(self) -> Any:
         return self.model.vision_model
+
+    def tile_tokens(self, pixels: Any) -> Any:
+        return self.vision(pixel_values=pixels, output_hidden_states=False, return_dict=True).last_hidden_state
+
+    @property
+    def causal(self) -> Any:
+        return self.language
 
     @property
     def projector(self) -> Any:

@@ -45,7 +45,7 @@ def gathered_later(module: nn.Module) -> bool:
     return class_of(module) is type(module) and getattr(module, "_is_fsdp_managed_module", False)
 
 
-def _intercepted(module: nn.Module, name: str) -> str:
+def intercepted(module: nn.Module, name: str) -> str:
     """Who would run besides the class's own forward if `module` were called; "" for nobody."""
     if replaced_before(module, forward_name(module)):
         return f"{name}.forward was replaced by {describe(module.__dict__[forward_name(module)])}"
@@ -64,7 +64,7 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str, *, later: boo
         return f"{name} is under a torch.func transform"
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    why = _intercepted(module, name)
+    why = intercepted(module, name)
     if why:
         return why
     for parameter_name, parameter in module._parameters.items():
@@ -148,7 +148,7 @@ def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: boo
     that is off (`live_dropout`: or on); parameters of one dtype (a mix is upstream's to compute) on one device.
     later: as in `not_plain`.
     """
-    why = _intercepted(container, "the projector")
+    why = intercepted(container, "the projector")
     if why:
         return why
     layers: list[tuple[str, Any]] = [(name, container._modules[name]) for name in _order(container)]
@@ -159,7 +159,7 @@ def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: boo
     active = True  # whether a linear may follow
     for name, layer in layers:
         if isinstance(layer, (nn.Dropout, nn.Identity)):
-            why = _intercepted(layer, name)
+            why = intercepted(layer, name)
             if not (why or live_dropout) and isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
                 why = f"{name} is a dropout that is live"
         elif norm is None:
@@ -172,7 +172,7 @@ def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: boo
             if not why and layer.bias is None:
                 why = f"{name} has no bias"
         else:
-            why, active = _intercepted(layer, name), True
+            why, active = intercepted(layer, name), True
             if not why and not is_exact_gelu(layer):
                 why = f"{name} is {layer}, not the exact GELU"
         if why:

@@ -192,6 +192,20 @@ def filled(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def keys_at(cache: Any, position: int) -> torch.Tensor | None:
+    """Keys [B, heads, D] of a position in the last layer of a cache that keeps all of them; None without such a layer.
+
+    They depend on everything up to that position, so that they tell one content of a cache from another.
+    """
+    for layer in reversed(getattr(cache, "layers", [])):
+        keys = getattr(layer, "keys", None)
+        if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or getattr(layer, "is_sliding", False):
+            continue
+        if keys.shape[2] >= int(layer.get_seq_length()) > position:
+            return keys[:, :, position]
+    return None
+
+
 def describe(value: Any) -> str:
     function = getattr(value, "func", value)  # a functools.partial
     function = getattr(function, "__func__", function)

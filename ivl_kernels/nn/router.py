@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ class _Pooling(nn.Module):
             self.add_module(f"attn{i}", nn.MultiheadAttention(width, heads, batch_first=True, **factory))
             self.add_module(f"norm{i}", nn.LayerNorm(width, **factory))
 
+    def forward(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The shipped arithmetic, module by module: one [N, C] tensor a tile -> [T, C]."""
+        z = torch.stack([*tiles])
+        y: torch.Tensor = self.query_token.unsqueeze(0).expand(len(z), -1, -1)
+        masked = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+        for i in (1, 2, 2, 2):
+            attention, norm = getattr(self, f"attn{i}"), getattr(self, f"norm{i}")
+            y = norm(attention(y, z, z, key_padding_mask=masked)[0])
+        return y.squeeze(1)
+
 
 class _Gating(nn.Module):
     def __init__(self, width: int, dropout: float, **factory: Any) -> None:
@@ -35,6 +46,12 @@ class _Gating(nn.Module):
             )
             self.add_module(f"block{i}", block)
         self.gate = nn.Sequential(nn.LayerNorm(width, **factory), nn.Linear(width, 2, **factory))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The shipped arithmetic, module by module: [T, C] -> probabilities [T, 2]."""
+        for i in range(1, 5):
+            x = x + getattr(self, f"block{i}")(x)
+        return self.gate(x).softmax(-1)
 
 
 class TileRouter(nn.Module):

@@ -14,6 +14,7 @@ from transformers import DynamicCache, InternVLForConditionalGeneration
 
 import ivl_kernels
 from ivl_kernels import imaging
+from ivl_kernels.models.upstream import cache_of, filled
 from ivl_kernels.nn import FlashVision, ImageRouting, Routing
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
 
@@ -160,7 +161,7 @@ def test_mask_positions_and_cache_agree_at_each_step():
     seen = []
 
     def record(module, args, kwargs):
-        past = kwargs["past_key_values"].get_seq_length()
+        past = filled(cache_of(kwargs))
         seen.append((past, kwargs["attention_mask"], kwargs["position_ids"]))
 
     model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
@@ -253,7 +254,7 @@ def test_continue_a_chat():
         cache = copy.deepcopy(continued.past_key_values)
         if removed:
             cache.crop(-removed)
-        with pytest.raises(ValueError, match=f"past_key_values: got {cache.get_seq_length()} positions, {held} of"):
+        with pytest.raises(ValueError, match=f": got {cache.get_seq_length()} positions, {held} of"):
             again = {k: v[:, :prompt] for k, v in everything.items()}
             model.generate(**again, pixel_values=tiles, past_key_values=cache, **GREEDY)
 

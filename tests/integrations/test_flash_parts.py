@@ -1,0 +1,138 @@
+"""Route, pack and project by themselves: the vision side has no language model, the language side no vision."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from integrations.test_flash_native import flash_model
+from models import chat_inputs, chat_model, inputs, native_model
+
+from ivl_kernels.flash import (
+    Decisions,
+    flash_inputs,
+    language_parts,
+    pack,
+    parts_of,
+    project_into,
+    route,
+    vision_parts,
+)
+from ivl_kernels.flash.tiles import row_of_tile
+from ivl_kernels.models.families import family_of
+
+TILES = ((3,), (), (1, 2), (1,))
+
+
+def build(kind):
+    if kind == "native":
+        return flash_model(), inputs(TILES)
+    model = chat_model("hub", flash=(0.3, 0.1), ps_version=kind.removeprefix("chat "))
+    return model, chat_inputs(model, TILES)
+
+
+def sent(*tensors):
+    """What another process gets."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.filterwarnings("ignore:ps_version")
+@pytest.mark.parametrize("kind", ["native", "chat v1", "chat v2"])
+@torch.no_grad()
+def test_two_processes(kind):
+    model, batch = build(kind)
+    parts = parts_of(model)
+    vit = parts.vision.tokens_of(batch["pixel_values"])
+    whole = flash_inputs(parts, batch["input_ids"], vit, attention_mask=batch["attention_mask"])
+
+    def vision(pixels, groups):
+        model, _ = build(kind)
+        core = family_of(model).core
+        del core.language_model
+        mine = vision_parts(family_of(model))
+        vit = mine.tokens_of(pixels)
+        decisions = route(vit, mine, groups=groups)
+        lengths = torch.where(decisions.compress, mine.tokens // 4, mine.tokens)
+        features = torch.full((int(lengths.sum()), 48), torch.nan)
+        assert project_into(features, vit, decisions.compress, mine) is features
+        return sent(decisions.compress, features)
+
+    def language(ids, mask, compress, features):
+        model, _ = build(kind)
+        family = family_of(model)
+        for name in ("vision_tower", "vision_model", "multi_modal_projector", "mlp1", "mlp2", "flash"):
+            for holder in (model, family.core):
+                holder._modules.pop(name, None)
+        mine = language_parts(family)
+        packed = pack(ids, compress, mine, attention_mask=mask)
+        embeds = packed.embeds.flatten(0, 1)
+        ids = packed.ids.flatten()
+        embeds[(ids == mine.token_id) & (packed.attention_mask.flatten() != 0)] = features
+        return packed, embeds.view_as(packed.embeds)
+
+    groups = row_of_tile(batch["input_ids"], batch["attention_mask"], 290, parts.vision.tokens, len(vit))
+    packed, embeds = language(
+        batch["input_ids"], batch["attention_mask"], *vision(*sent(batch["pixel_values"], groups))
+    )
+    assert groups.tolist() == [0, 0, 0, 2, 2, 2, 3]
+    assert 0 < int(whole.compress.sum()) < 7
+    assert torch.equal(embeds, whole.embeds)
+    for name in ("ids", "attention_mask", "position_ids", "tile_rows", "keep", "kept"):
+        assert torch.equal(getattr(packed, name), getattr(whole.packed, name))
+
+
+@torch.no_grad()
+def test_features_may_lie_anywhere_and_in_another_dtype():
+    model, batch = build("native")
+    vision = vision_parts(family_of(model))
+    vit = vision.tokens_of(batch["pixel_values"])
+    compress = torch.tensor([True, False, False, True, True, False, True])
+    rows = project_into(torch.zeros(4 * 4 + 3 * 16, 48), vit, compress, vision)
+    starts = torch.tensor([90, 0, 20, 40, 50, 60, 80])
+    spread = torch.zeros(100, 48, dtype=torch.float64)
+    assert project_into(spread, vit, compress, vision, starts=starts, compressed=4) is spread
+    lengths = [4 if small else 16 for small in compress]
+    for start, own in zip(starts.tolist(), rows.split(lengths)):
+        assert torch.equal(spread[start : start + len(own)], own.double())
+    assert int((spread.abs().sum(1) == 0).sum()) == 100 - len(rows)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_gradients(called):
+    """Of the projectors, the embedding, the tiles and the router; the parameters that nothing reaches keep None."""
+    model, batch = build("native")
+    parts = parts_of(model)
+    if called:
+        model.flash.mlp2[1].register_forward_hook(lambda module, args, out: None)
+        model.flash.gating.register_forward_hook(lambda module, args, out: None)
+    vit = parts.vision.tokens_of(batch["pixel_values"])
+    decisions = route(vit, parts.vision)
+    decisions = dataclasses.replace(decisions, compress=torch.ones(7, dtype=torch.bool))
+    made = flash_inputs(parts, batch["input_ids"], vit, attention_mask=batch["attention_mask"], decisions=decisions)
+    valid = made.packed.attention_mask != 0
+    (made.embeds[valid].square().sum() + made.decisions.router_logits.softmax(-1)[:, 0].sum()).backward()
+    for name, parameter in model.named_parameters():
+        unused = any(f"pooling_before_gating.{kind}{i}" in name for kind in ("attn", "norm") for i in (3, 4))
+        reached = any(part in name for part in ("vision_tower", "embed_tokens", "flash")) and not unused
+        assert (parameter.grad is not None) == reached, name
+
+
+def test_errors():
+    model, batch = build("native")
+    parts = parts_of(model)
+    vit = parts.vision.tokens_of(batch["pixel_values"])
+    with pytest.raises(ValueError, match="vit: got 40 patch tokens a tile, expected 64: 16 placeholders a tile"):
+        flash_inputs(parts, batch["input_ids"], vit[:, :41])
+    with pytest.raises(ValueError, match="got 6 decisions for 7 tiles"):
+        flash_inputs(
+            parts, batch["input_ids"], vit[:6], attention_mask=batch["attention_mask"],
+            decisions=Decisions(torch.ones(6, dtype=torch.bool)),
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="model: got InternVLForConditionalGeneration, expected .*FlashVision attached"):
+        parts_of(native_model())
+    chat = chat_model("hub", flash=(0.3, 0.1), token_id=None)
+    with pytest.raises(ValueError, match="token_id: the model has not been told"):
+        parts_of(chat)
