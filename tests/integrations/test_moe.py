@@ -149,7 +149,7 @@ def test_only_this_model(family):
 
 @only_5
 def test_implementation_by_name():
-    import ivl_kernels.integrations.moe  # noqa: F401
+    import ivl_kernels.integrations.experts  # noqa: F401
 
     model, ids = language_model("qwen3_moe"), tokens()
     with torch.no_grad():
