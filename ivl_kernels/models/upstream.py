@@ -177,7 +177,7 @@ def replaced_before(module: nn.Module, name: str) -> str:
     function = getattr(current, "__func__", None)
     if current is None or "_ivl_dispatcher" in getattr(function, "__dict__", {}):
         return ""
-    if function is not None and function is getattr(type(module), name, None):
+    if function is not None and function is getattr(type(module), name.removeprefix("_old_"), None):
         return ""
     return f"{name} of this instance was replaced before by {describe(current)}"
 
