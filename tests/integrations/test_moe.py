@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,13 +10,37 @@ import transformers
 from models import inputs, native_model, randomize, text_config
 from torch import nn
 
-from ivl_kernels.integrations import PatchError, patch, patched
+from ivl_kernels.integrations import PatchError, experts, patch, patched
+from ivl_kernels.integrations._patch import PatchWarning
 from ivl_kernels.nn import FusedExperts
 
 FAMILIES = ("qwen3_moe", "gpt_oss")
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 only_5 = pytest.mark.skipif(not V5, reason="stacked experts with an interface are of transformers 5")
-MOE = dict(projector=False, packing=False, flash=False, moe=True)
+MOE = dict(projector=False, packing=False, flash=False, rope=False, moe=True)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many calls the ops have served since the last question."""
+    calls = []
+    for name in ("moe_experts", "moe_experts_list"):
+        op = getattr(experts, name)
+        monkeypatch.setattr(experts, name, lambda *args, op=op, **kwargs: (calls.append(op), op(*args, **kwargs))[1])
+
+    def count():
+        number = len(calls)
+        calls.clear()
+        return number
+
+    return count
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _known():
+    """Classes are judged once, by the ops too: not while their calls are counted."""
+    for family in FAMILIES:
+        patch(language_model(family), **MOE)
 
 
 def language_model(family, dtype=torch.float32, **changes):
@@ -127,36 +152,110 @@ def test_list_of_experts_changed_later():
 
 @only_5
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_this_model(family):
+def test_only_this_model(family, served):
     """A config that two models share stays as it is; copies and pickles are what the framework promises."""
-    model = language_model(family)
-    other = type(model)(model.config)
-    state, implementation = list(model.state_dict()), model.config._experts_implementation
+    model, ids = language_model(family), tokens()
+    other = type(model)(model.config).eval()
+    state, config, implementation = list(model.state_dict()), str(model.config), model.config._experts_implementation
     handle = patch(model, **MOE)
-    assert model.config._experts_implementation == other.config._experts_implementation == implementation
-    assert other.model.layers[0].mlp.experts.config is model.config
+    experts = model.model.layers[0].mlp.experts
+    assert experts.config is model.config and str(model.config) == config
+    assert model.config._experts_implementation == implementation
     assert list(model.state_dict()) == state
     twin, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    part = copy.deepcopy(experts)
+    assert part.config is not model.config and not hasattr(part, "model")
     handle.undo()
-    assert model.model.layers[0].mlp.experts.config is model.config
-    assert twin.model.layers[0].mlp.experts.config._experts_implementation == "ivl"
-    assert unpickled.model.layers[0].mlp.experts.config._experts_implementation == implementation
-    ids = tokens()
+    assert "_ivl" not in vars(model) and "_ivl" not in vars(experts)
     with torch.no_grad():
-        close(twin(ids).logits, model(ids).logits)
-        assert torch.equal(unpickled(ids).logits, model(ids).logits)
+        plain, theirs = model(ids).logits, other(ids).logits
+        assert torch.equal(unpickled(ids).logits, plain) and served() == 0
+        close(twin(ids).logits, plain)
+        assert served() == 2
+        patch(model, **MOE)
+        assert torch.equal(other(ids).logits, theirs) and served() == 0
 
 
 @only_5
-def test_implementation_by_name():
+def test_implementation_by_name(served):
     import ivl_kernels.integrations.experts  # noqa: F401
 
     model, ids = language_model("qwen3_moe"), tokens()
     with torch.no_grad():
         plain = model(ids).logits
         patch(model, **MOE).undo()  # registers the name
-        model.set_experts_implementation("ivl")
+        try:
+            model.set_experts_implementation("ivl")
+        except ValueError:  # the first releases know only their own names
+            model.config._experts_implementation = "ivl"
         close(model(ids).logits, plain)
+        assert served() == 2
+        with torch.autocast("cpu", torch.float16):  # not ours where weights are of another 16-bit type
+            model.bfloat16()(ids)
+        assert served() == 0
+
+
+def choose_same(model):
+    model.set_experts_implementation(model.config._experts_implementation)
+
+
+def choose_eager(model):
+    model.set_experts_implementation("eager")
+
+
+def choose_below(model):
+    model.model.set_experts_implementation("eager")
+
+
+@only_5
+@pytest.mark.parametrize("choose", [choose_same, choose_eager, choose_below])
+def test_later_choice_counts(choose, served):
+    """Whoever chooses an implementation after the patch gets it, the one that was there before too."""
+    model, ids = language_model("qwen3_moe"), tokens()
+    before = model.config._experts_implementation
+    handle = patch(model, **MOE)
+    assert all(f"in place of experts '{before}'" in row.detail for row in rows(handle))
+    with pytest.warns(PatchWarning, match="the choice counts"):
+        choose(model)
+    with torch.no_grad():
+        got = model(ids).logits
+        assert served() == 0 and {row.state for row in rows(handle)} == {"undone"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            handle.undo()
+        assert torch.equal(model(ids).logits, got)
+        again = patch(model, **MOE)  # and asking for ours again gives ours
+        model(ids)
+    assert served() == 2 and {row.state for row in rows(again)} == {"patched"}
+
+
+@only_5
+def test_choice_by_hand(served):
+    model, ids = language_model("qwen3_moe"), tokens()
+    model.config._experts_implementation = "eager"
+    handle = patch(model, **MOE)
+    model.config._experts_implementation = "batched_mm"
+    with torch.no_grad():
+        got = model(ids).logits
+        assert served() == 0
+        assert all("upstream's own code: the config has come to ask for experts 'batched_mm'" in row.detail
+                   for row in rows(handle))  # fmt: skip
+        handle.undo()
+        assert model.config._experts_implementation == "batched_mm" and torch.equal(model(ids).logits, got)
+
+
+@only_5
+def test_switch_of_generate(served):
+    """transformers' own switch while it decodes on a GPU, from one of its implementations to another, is no choice."""
+    model, ids = language_model("qwen3_moe"), tokens()
+    before = model.config._experts_implementation
+    handle = patch(model, **MOE)
+    scope = {"__name__": "transformers.generation.utils", "model": model}
+    exec("model.set_experts_implementation('batched_mm')", scope)
+    with torch.no_grad():
+        model(ids)
+    assert served() == 2 and {row.state for row in rows(handle)} == {"patched"}
+    assert model.config._experts_implementation == before
 
 
 @only_5
