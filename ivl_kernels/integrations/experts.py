@@ -367,7 +367,7 @@ def _list_call_problem(block: Any, lists: list[list[nn.Parameter]]) -> str:
 
 def _block_forward(kind: type, expert_kind: type, act_kind: type, backend: str) -> Callable[..., Any]:
     def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
-        one = self.experts[0]
+        one: Any = self.experts[0]
         if _kind(self) is not kind or type(one) is not expert_kind or type(one.act_fn) is not act_kind:
             return inner(self, hidden_states)
         lists, why = _matrices(self)

@@ -39,8 +39,10 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str) -> str:
     """
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    if replaced_before(module, forward_name(module)) and not _only_moves_inputs(module):
-        return f"{name}.forward was replaced by {describe(module.__dict__['forward'])}"
+    if replaced_before(module, forward_name(module)):
+        return f"{name}.forward was replaced by {describe(module.__dict__[forward_name(module)])}"
+    if "_hf_hook" in module.__dict__ and not _only_moves_inputs(module):
+        return f"{name} has accelerate's {type(module._hf_hook).__name__}"
     why = watched(module)
     if why:
         return f"{name} {why}"
