@@ -367,8 +367,9 @@ def _list_call_problem(block: Any, lists: list[list[nn.Parameter]]) -> str:
 
 def _block_forward(kind: type, expert_kind: type, act_kind: type, backend: str) -> Callable[..., Any]:
     def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
-        one: Any = self.experts[0]
-        if _kind(self) is not kind or type(one) is not expert_kind or type(one.act_fn) is not act_kind:
+        one = self.experts[0]
+        act = one.act_fn
+        if _kind(self) is not kind or type(one) is not expert_kind or type(act) is not act_kind:
             return inner(self, hidden_states)
         lists, why = _matrices(self)
         why = why or _list_call_problem(self, lists) or _call_problem(hidden_states, lists[0][0])
@@ -526,7 +527,7 @@ def _text(op: str, weight: Any, why: str) -> str:
     """What serves an experts module that is now as it is."""
     if why.startswith("the config"):
         return f"upstream's own code: {why}"
-    if _sharded(weight):
+    if _sharded(weight) and "DTensor" in why:
         where = serving(op, weight.to_local())
         return f"{where} where its FSDP unit makes the weights whole for the call, else upstream's own code"
     if isinstance(weight, torch.Tensor) and weight.device.type == "meta" and op == "moe_experts":
