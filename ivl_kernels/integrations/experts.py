@@ -456,8 +456,11 @@ def _block_problem(block: Any, whole: bool) -> str:
             layer = getattr(expert, name, None)
             if not isinstance(layer, nn.Module):
                 return f"unknown structure: experts.{i} has no {name}"
-            why = not_plain(layer, nn.Linear, f"experts.{i}.{name}")
-            if why and not (whole and _sharded(getattr(layer, "weight", None))):
+            sharded = _sharded(layer._parameters.get("weight"))
+            if sharded and not whole:
+                return _tensor_problem(f"experts.{i}.{name}.weight", layer.weight)
+            why = "" if sharded else not_plain(layer, nn.Linear, f"experts.{i}.{name}")
+            if why:
                 return why
     one = block.experts[0]
     why = _activation_problem(one.act_fn) or _list_problem(_kind(block), _kind(one))

@@ -1,6 +1,7 @@
 """Experts under FSDP2 on two gloo processes, patched before and after sharding, against the same model unpatched."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -76,9 +77,29 @@ def compare(rank, family, units, before):
             torch.testing.assert_close(got[1][name], grad, rtol=2e-4, atol=2e-5)
 
 
+def planned(folder):
+    """A tensor-parallel plan of transformers: refused by name, or the same numbers."""
+    import transformers
+
+    try:
+        model = transformers.Qwen3MoeForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+        ids = torch.arange(1, 20).view(1, -1)
+        with torch.no_grad():
+            plain = model(ids).logits
+    except Exception:  # the installed version cannot do this on the CPU
+        return
+    handle = patch(model, **MOE)
+    for row in handle.report().rows:
+        assert row.state == "patched" or "DTensor" in row.detail or "tensor_parallel" in row.detail, row
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain, rtol=2e-4, atol=2e-5)
+
+
 def run(rank, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    planned(path / "model")
     for family in ("qwen3_moe", "gpt_oss"):
         for units, before in CASES:
             if units != "expert" or family == "qwen3_moe":
@@ -96,4 +117,5 @@ def run(rank, path):
 
 
 def test_fsdp(tmp_path):
-    torch.multiprocessing.spawn(run, (tmp_path / "store",), nprocs=2)
+    language_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    torch.multiprocessing.spawn(run, (tmp_path,), nprocs=2)
