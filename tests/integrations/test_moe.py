@@ -1,21 +1,51 @@
 """Experts of Qwen3-MoE and GPT-OSS models, alone and inside InternVL, patched and plain."""
 
 import copy
+import inspect
 import pickle
+import re
+import textwrap
+import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
 from models import inputs, native_model, randomize, text_config
 from torch import nn
 
-from ivl_kernels.integrations import PatchError, patch, patched
+from ivl_kernels.integrations import PatchError, experts, patch, patched
+from ivl_kernels.integrations._patch import PatchWarning
 from ivl_kernels.nn import FusedExperts
 
 FAMILIES = ("qwen3_moe", "gpt_oss")
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 only_5 = pytest.mark.skipif(not V5, reason="stacked experts with an interface are of transformers 5")
-MOE = dict(projector=False, packing=False, flash=False, moe=True)
+only_lists = pytest.mark.skipif(V5, reason="4.57 keeps a list of experts")
+MOE = dict(projector=False, packing=False, flash=False, rope=False, moe=True)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many calls the ops have served since the last question."""
+    calls = []
+    for name in ("moe_experts", "moe_experts_list"):
+        op = getattr(experts, name)
+        monkeypatch.setattr(experts, name, lambda *args, op=op, **kwargs: (calls.append(op), op(*args, **kwargs))[1])
+
+    def count():
+        number = len(calls)
+        calls.clear()
+        return number
+
+    return count
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _known():
+    """Classes are judged once, by the ops too: not while their calls are counted."""
+    for family in FAMILIES:
+        patch(language_model(family), **MOE)
 
 
 def language_model(family, dtype=torch.float32, **changes):
@@ -28,7 +58,7 @@ def tokens(batch=2, length=13, seed=0):
 
 
 def rows(handle):
-    return [row for row in handle.report().rows if row.feature == "moe"]
+    return [row for row in handle.report().rows if row.feature == "moe" and row.what == "experts"]
 
 
 def close(got, expected):
@@ -105,7 +135,7 @@ def test_bfloat16(family):
     assert error <= 1.5 * usual
 
 
-@pytest.mark.skipif(V5, reason="4.57 keeps a list of experts")
+@only_lists
 def test_list_of_experts_changed_later():
     """An expert layer that is no longer plain when the model runs is left to transformers."""
     model, ids = language_model("qwen3_moe"), tokens()
@@ -125,38 +155,483 @@ def test_list_of_experts_changed_later():
     assert len(refused) == 1 and "Half" in refused[0]
 
 
-@only_5
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_this_model(family):
-    """A config that two models share stays as it is; copies and pickles are what the framework promises."""
-    model = language_model(family)
-    other = type(model)(model.config)
-    state, implementation = list(model.state_dict()), model.config._experts_implementation
+class Int8Tensor(torch.Tensor):
+    """Stands for the tensor subclasses of torchao."""
+
+
+class QLinear(nn.Module):
+    """Stands for the layers of AWQ and GPTQ, which have no `weight`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("qweight", linear.weight.detach().clone())
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.qweight)
+
+
+def lora(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = ["gate_proj", "down_proj"]
+    randomize_lora(inject_adapter_in_model(LoraConfig(r=2, target_modules=names, init_lora_weights=False), model))
+
+
+def int8(model):
+    for expert in model.model.layers[0].mlp.experts:
+        weight = expert.up_proj.weight
+        expert.up_proj.weight = nn.Parameter(weight.detach().as_subclass(Int8Tensor), requires_grad=False)
+
+
+def pruned(model):
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.experts[1].gate_proj, "weight", amount=0.5)
+
+
+def quantised(model):
+    model.model.layers[0].mlp.experts[2].down_proj = QLinear(model.model.layers[0].mlp.experts[2].down_proj)
+
+
+def dynamic(model):
+    torch.ao.quantization.quantize_dynamic(model.model.layers[0], {nn.Linear}, inplace=True)
+
+
+def wider(model):
+    expert = model.model.layers[0].mlp.experts[3]
+    expert.gate_proj = nn.Linear(48, 24)
+
+
+def other_activation(model):
+    model.model.layers[0].mlp.experts[5].act_fn = nn.GELU()
+
+
+@only_lists
+@pytest.mark.parametrize("change", [lora, int8, pruned, quantised, dynamic, wider, other_activation])
+def test_list_changed_later(change, served):
+    """Upstream's code runs, the report says so, and a patch after the change says why not."""
+    model, ids = language_model("qwen3_moe"), tokens()
     handle = patch(model, **MOE)
-    assert model.config._experts_implementation == other.config._experts_implementation == implementation
-    assert other.model.layers[0].mlp.experts.config is model.config
-    assert list(model.state_dict()) == state
-    twin, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    handle.undo()
-    assert model.model.layers[0].mlp.experts.config is model.config
-    assert twin.model.layers[0].mlp.experts.config._experts_implementation == "ivl"
-    assert unpickled.model.layers[0].mlp.experts.config._experts_implementation == implementation
+    change(model)
+    with torch.no_grad():
+        got = model(ids).logits
+        assert served() == (0 if change is lora else 1)
+        assert "upstream's own code: " in rows(handle)[0].detail
+        why = rows(handle)[0].detail.removeprefix("upstream's own code: ")
+        assert why in [row.detail for row in rows(patch(model, **MOE))]
+        handle.undo()
+        assert change is not lora or torch.equal(model(ids).logits, got)
+        close(got, model(ids).logits)
+    row = rows(patch(model, **MOE))[-1 if change is not lora else 0]
+    assert row.state == "refused" and row.detail
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_changed_later(family, served):
+    """Pruned, parametrized (served: the op takes what the attribute is), or of another tensor class (upstream's)."""
+    if not V5 and family == "qwen3_moe":
+        pytest.skip("4.57 keeps a list of experts")
+    model, ids = language_model(family), tokens()
+    handle = patch(model, **MOE)
+    stacks = [layer.mlp.experts for layer in model.model.layers]
+    with torch.no_grad():
+        torch.nn.utils.prune.l1_unstructured(stacks[0], "down_proj", amount=0.5)
+        nn.utils.parametrize.register_parametrization(stacks[1], "gate_up_proj", Double())
+        got = model(ids).logits
+        assert served() == 2 and all("native" in row.detail for row in rows(handle))
+        handle.undo()
+        close(got, model(ids).logits)
+        handle = patch(model, **MOE)
+        close(model(ids).logits, got)
+        assert served() == 2
+        torch.nn.utils.prune.remove(stacks[0], "down_proj")
+        if family == "gpt_oss" and not V5:
+            stacks[0].down_proj.__class__ = Int8Tensor
+        else:
+            data = stacks[0].down_proj.detach().as_subclass(Int8Tensor)
+            stacks[0].down_proj = nn.Parameter(data, requires_grad=False)
+        model(ids)
+        assert served() == 1
+        assert rows(handle)[0].detail.startswith("upstream's own code: down_proj is a Int8Tensor: sharded or quantised")
+        assert "native" in rows(handle)[1].detail
+        handle.undo()
+    refused, fine = rows(patch(model, **MOE))[::-1]
+    assert refused.state == "refused" and "Int8Tensor" in refused.detail and fine.state == "patched"
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def watchers(model):
+    """Modules of the first layer that somebody may look at, by name."""
+    block = model.model.layers[0].mlp
+    found = {"block": block, "experts": block.experts, "router": getattr(block, "gate", getattr(block, "router", None))}
+    if isinstance(block.experts, nn.ModuleList):
+        del found["experts"]
+        found |= {
+            f"{i}.{name}": part for i, expert in enumerate(block.experts) for name, part in expert.named_modules()
+        }
+    elif hasattr(block.experts, "act_fn"):
+        found["act"] = block.experts.act_fn
+    return found
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks(family, everywhere, served):
+    """Whoever looks at a module sees what upstream would have shown, or upstream runs."""
+    model, ids = language_model(family), tokens()
+    if V5:
+        model.set_experts_implementation("eager")
+    names = {module: name for name, module in watchers(model).items()}
+    seen = []
+
+    def look(module, args, output):
+        if module in names:
+            output = output if isinstance(output, torch.Tensor) else output[0]
+            seen.append((names[module], [a.clone() for a in args if isinstance(a, torch.Tensor)], output.clone()))
+
+    def run():
+        seen.clear()
+        hooks = [nn.modules.module.register_module_forward_hook(look)] if everywhere else []
+        hooks += [] if everywhere else [module.register_forward_hook(look) for module in names]
+        logits = model(ids).logits
+        report = rows(handle)[0].detail if handle else ""
+        for hook in hooks:
+            hook.remove()
+        return logits, list(seen), report
+
+    handle = None
+    with torch.no_grad():
+        plain, expected, _ = run()
+        handle = patch(model, **MOE)
+        got, looked, report = run()
+        count, inner = served(), {"act", "0.", "0.act_fn"} & set(names.values())
+        assert count == (0 if inner and everywhere else 1 if inner else 2)
+        assert ("upstream" in report) == bool(inner) and (not inner or "hooks" in report)
+        model(ids)
+        assert served() == 2
+    close(got, plain)
+    assert [name for name, _, _ in looked] == [name for name, _, _ in expected]
+    for (_, given, output), (_, their_given, their_output) in zip(looked, expected):
+        close(output, their_output)
+        assert len(given) == len(their_given)
+        for a, b in zip(given, their_given):
+            assert torch.equal(a, b) if a.dtype == torch.int64 else close(a, b) is None
+
+
+def spread(model):
+    """What accelerate does to a model that is spread over several devices, all of them this one."""
+    from accelerate.hooks import attach_execution_device_hook
+
+    attach_execution_device_hook(model, "cpu")
+
+
+def offloaded(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device="cpu")
+
+
+def on_disk(model):
+    from accelerate import disk_offload
+
+    disk_offload(model, model.folder, execution_device="cpu")
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("change", [spread, offloaded, on_disk])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dispatched(family, change, before, served, tmp_path):
+    """Inside accelerate's hooks ours runs on the weights that they bring; lists are upstream's while offloaded."""
+    model, ids = language_model(family), tokens()
+    model.folder = tmp_path
+    with torch.no_grad():
+        plain = model(ids).logits
+        if before:
+            change(model)
+        handle = patch(model, **MOE)
+        if not before:
+            change(model)
+        got = model(ids).logits
+        theirs = not V5 and family == "qwen3_moe" and change is not spread
+        details = [row.detail for row in rows(handle)]
+        assert served() == (0 if theirs else 2)
+        words = "AlignDevicesHook" if theirs else "native" if change is spread else "loaded for the call"
+        assert all(re.search(words, detail) for detail in details), details
+        close(got, plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # accelerate's wrapper may sit on top
+            handle.undo()
+        assert torch.equal(model(ids).logits, plain) and served() == 0
+
+
+CASES = [  # experts, everything else, autocast
+    (torch.float32, torch.float32, None),
+    (torch.float32, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float16),
+    (torch.float16, torch.float16, torch.bfloat16),
+    (torch.float64, torch.float64, torch.bfloat16),
+    (torch.float64, torch.float64, None),
+    (torch.float16, torch.float16, None),
+    (torch.float32, torch.bfloat16, None),
+]
+
+
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize("inner, outer, autocast", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_precision(family, inner, outer, autocast, router):
+    """Whatever mix upstream takes is taken, as near to the truth; whatever upstream refuses raises its error."""
+    layer = language_model(family).model.layers[0].mlp.to(outer)
+    layer.experts.to(inner)
+    if V5:
+        layer.experts.config._experts_implementation = "eager"
+    if router:
+        getattr(layer, "gate", getattr(layer, "router", None)).float()
+    x = torch.randn(1, 9, 48).to(outer)
+
+    def run(patched_layer):
+        with torch.no_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            try:
+                out = patched_layer(x)
+            except RuntimeError as error:
+                return str(error)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    plain = run(layer)
+    truth = run_exact(layer, x)
+    patch(layer, **MOE)
+    got = run(layer)
+    assert type(got) is type(plain), (got, plain)
+    if isinstance(plain, torch.Tensor):
+        assert got.dtype == plain.dtype
+        error, usual = ((out.double() - truth).abs().mean() for out in (got, plain))
+        assert error <= 2 * usual + 1e-7, (error, usual)
+
+
+def run_exact(layer, x):
+    with torch.no_grad():
+        out = copy.deepcopy(layer).double()(x.double())
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frozen", ["", "experts", "gate_up", "router"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_set_of_gradients(family, frozen, checkpointing, autocast):
+    """A parameter that upstream leaves without a gradient is left without one: an expert that nobody chose, too."""
+    model, ids = language_model(family), tokens(1, 3)
+    model.train()
+    words = {"": (), "experts": ("experts",), "gate_up": ("gate_proj", "gate_up"), "router": (".gate.", "router")}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(word in name for word in words[frozen]))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(ids, labels=ids).loss.backward()
+        return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = step()
+    with patched(model, **MOE):
+        got = step()
+    lists = isinstance(model.model.layers[0].mlp.experts, nn.ModuleList)
+    assert not lists or frozen == "experts" or any(g is None for name, g in expected.items() if "down_proj" in name)
+    assert {name for name in got if got[name] is None} == {name for name in expected if expected[name] is None}
+    for name in got if not autocast else ():
+        if got[name] is not None:
+            close(got[name], expected[name])
+
+
+def variant(kind, change):
+    """A class of experts as another release might have it: its source, changed."""
+    inside = inspect.unwrap(kind.forward)
+    source = textwrap.dedent(inspect.getsource(inside))
+    names = dict(inside.__globals__)
+    exec(compile(change(source), "<variant>", "exec"), names)
+    return type(kind.__name__, (kind,), {"forward": names["forward"], "__module__": kind.__module__})
+
+
+DRIFT = {  # how the next release may look: what changes, and whether ours serves it
+    "other names": (lambda text: re.sub(r"\b(router_indices|top_k_index)\b", "chosen", text), True),
+    "one more argument": (lambda text: re.sub(r",?\s*\) -> torch", ", scale=1.0) -> torch", text), True),
+    "one more argument that must be given": (
+        lambda text: re.sub(r"def forward\(\s*self,", "def forward(self, more,", text), False,
+    ),
+    "other activation": (lambda text: re.sub(r"self.act_fn\(|torch.sigmoid\(", "torch.tanh(", text), False),
+    "routing weights applied twice": (
+        lambda text: re.sub(r"(\* (top_k_weights|routing_weights)\[[^\]]*\])", r"\1 \1", text), False,
+    ),
+    "returns a tuple": (lambda text: re.sub(r"return (\w+)\s*$", r"return (\1, None)", text), False),
+    "asks for something new": (lambda text: text.replace("torch.no_grad()", "self.new and torch.no_grad()"), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drift", list(DRIFT))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_release(family, drift, served):
+    """Right, or refused with a reason."""
+    if not V5 and family == "qwen3_moe":
+        pytest.skip("4.57 keeps a list of experts")
+    change, serves = DRIFT[drift]
+    model = language_model(family)
+    stack = model.model.layers[0].mlp.experts
+    kind = type(stack)
+    other = variant(kind, change)
+    if drift == "other activation" and hasattr(kind, "_apply_gate") and family == "gpt_oss":
+        other = type(kind.__name__, (kind,), {"_apply_gate": lambda self, x: kind._apply_gate(self, x).tanh()})
+    stack.__class__ = other
+    if V5:
+        stack.config._experts_implementation = "eager"
+    row = rows(patch(model, **MOE))[0 if serves else -1]
+    assert row.state == ("patched" if serves else "refused")
+    if not serves:
+        assert row.module == "model.layers.0.mlp.experts" and "unknown structure" in row.detail
+        return
+    hidden, ids, weights = torch.randn(5, 48), torch.rand(5, 4).topk(2).indices, torch.rand(5, 4)
+    if V5:
+        weights = weights[:, :2]
+    served()
+    with torch.no_grad():
+        got = stack(hidden, ids, weights)
+        assert served() == 1
+        close(got, other.forward(stack, hidden, ids, weights))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_calling_convention(top_k, served):
+    """Routing weights of the chosen experts or of all: as the installed version gives them, also where k is E."""
+    model = language_model("gpt_oss", num_experts_per_tok=top_k)
     ids = tokens()
     with torch.no_grad():
-        close(twin(ids).logits, model(ids).logits)
-        assert torch.equal(unpickled(ids).logits, model(ids).logits)
+        plain = model(ids).logits
+        patch(model, **MOE)
+        close(model(ids).logits, plain)
+    assert served() == 2
+
+
+def test_no_tokens():
+    for family in FAMILIES:
+        block = language_model(family).model.layers[0].mlp
+        hidden = torch.zeros(1, 0, 48, requires_grad=True)
+        patch(block, **MOE)
+        out = block(hidden)
+        assert (out if isinstance(out, torch.Tensor) else out[0]).shape == (1, 0, 48)
 
 
 @only_5
-def test_implementation_by_name():
-    import ivl_kernels.integrations.moe  # noqa: F401
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_this_model(family, served):
+    """A config that two models share stays as it is; copies and pickles are what the framework promises."""
+    model, ids = language_model(family), tokens()
+    other = type(model)(model.config).eval()
+    state, config, implementation = list(model.state_dict()), str(model.config), model.config._experts_implementation
+    handle = patch(model, **MOE)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.config is model.config and str(model.config) == config
+    assert model.config._experts_implementation == implementation
+    assert list(model.state_dict()) == state
+    twin, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    part = copy.deepcopy(experts)
+    assert part.config is not model.config and not hasattr(part, "model")
+    handle.undo()
+    assert "_ivl" not in vars(model) and "_ivl" not in vars(experts)
+    with torch.no_grad():
+        plain, theirs = model(ids).logits, other(ids).logits
+        assert torch.equal(unpickled(ids).logits, plain) and served() == 0
+        close(twin(ids).logits, plain)
+        assert served() == 2
+        patch(model, **MOE)
+        assert torch.equal(other(ids).logits, theirs) and served() == 0
+
+
+@only_5
+def test_implementation_by_name(served):
+    import ivl_kernels.integrations.experts  # noqa: F401
 
     model, ids = language_model("qwen3_moe"), tokens()
     with torch.no_grad():
         plain = model(ids).logits
         patch(model, **MOE).undo()  # registers the name
-        model.set_experts_implementation("ivl")
+        try:
+            model.set_experts_implementation("ivl")
+        except ValueError:  # the first releases know only their own names
+            model.config._experts_implementation = "ivl"
         close(model(ids).logits, plain)
+        assert served() == 2
+        with torch.autocast("cpu", torch.float16):  # not ours where weights are of another 16-bit type
+            model.bfloat16()(ids)
+        assert served() == 0
+
+
+def choose_same(model):
+    model.set_experts_implementation(model.config._experts_implementation)
+
+
+def choose_eager(model):
+    model.set_experts_implementation("eager")
+
+
+def choose_below(model):
+    model.model.set_experts_implementation("eager")
+
+
+@only_5
+@pytest.mark.parametrize("choose", [choose_same, choose_eager, choose_below])
+def test_later_choice_counts(choose, served):
+    """Whoever chooses an implementation after the patch gets it, the one that was there before too."""
+    model, ids = language_model("qwen3_moe"), tokens()
+    before = model.config._experts_implementation
+    handle = patch(model, **MOE)
+    assert all(f"in place of experts '{before}'" in row.detail for row in rows(handle))
+    with pytest.warns(PatchWarning, match="the choice counts"):
+        choose(model)
+    with torch.no_grad():
+        got = model(ids).logits
+        assert served() == 0 and {row.state for row in rows(handle)} == {"undone"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            handle.undo()
+        assert torch.equal(model(ids).logits, got)
+        again = patch(model, **MOE)  # and asking for ours again gives ours
+        model(ids)
+    assert served() == 2 and {row.state for row in rows(again)} == {"patched"}
+
+
+@only_5
+def test_choice_by_hand(served):
+    model, ids = language_model("qwen3_moe"), tokens()
+    model.config._experts_implementation = "eager"
+    handle = patch(model, **MOE)
+    model.config._experts_implementation = "batched_mm"
+    with torch.no_grad():
+        got = model(ids).logits
+        assert served() == 0
+        assert all("upstream's own code: the config has come to ask for experts 'batched_mm'" in row.detail
+                   for row in rows(handle))  # fmt: skip
+        handle.undo()
+        assert model.config._experts_implementation == "batched_mm" and torch.equal(model(ids).logits, got)
+
+
+@only_5
+def test_switch_of_generate(served):
+    """transformers' own switch while it decodes on a GPU, from one of its implementations to another, is no choice."""
+    model, ids = language_model("qwen3_moe"), tokens()
+    before = model.config._experts_implementation
+    handle = patch(model, **MOE)
+    scope = {"__name__": "transformers.generation.utils", "model": model}
+    exec("model.set_experts_implementation('batched_mm')", scope)
+    with torch.no_grad():
+        model(ids)
+    assert served() == 2 and {row.state for row in rows(handle)} == {"patched"}
+    assert model.config._experts_implementation == before
 
 
 @only_5

@@ -240,6 +240,52 @@ def test_list_of_experts(backend, dtype):
     assert torch.equal(torch.stack(slopes[10:]), expected["down"])
 
 
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gpt_oss", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 700])
+def test_sum_over_experts_is_rounded_once(backend, tokens, gpt_oss, dtype):
+    """One large term and fifteen that a 16-bit sum would swallow one by one; 700 tokens take several turns."""
+    if tokens > 3 and backend not in ("native", "reference"):
+        tokens = 5
+    experts, width, inner = 16, 8, 8
+    case = make(tokens, width, inner, experts, experts, gpt_oss, bias=True, dtype=dtype)
+    big = 256.0 if dtype == torch.bfloat16 else 2048.0
+    case.ids = torch.arange(experts).expand(tokens, experts).contiguous()
+    case.weights = torch.full((tokens, experts), 0.75).to(dtype)
+    case.weights[:, 0] = big
+    case.down = torch.zeros_like(case.down)
+    case.down_bias = torch.ones_like(case.down_bias)
+    exact = torch.full((tokens, width), big + 0.75 * (experts - 1))
+    assert torch.equal(case.run(backend), exact.to(dtype))
+    # Backward: every expert hands the same change to the token, times its weight.
+    case.gate_up = case.gate_up[:1].expand(case.gate_up.shape).contiguous()
+    case.gate_up_bias = case.gate_up_bias[:1].expand(case.gate_up_bias.shape).contiguous()
+    case.down = make(1, width, inner, 1, 1, gpt_oss, bias=True, dtype=dtype).down.expand(case.down.shape).contiguous()
+    grad = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = gradients(case, lambda c: c.run(backend), grad)["hidden"].double()
+    truth = gradients(case.to(torch.float64), lambda c: c.run("reference"), grad.double())["hidden"]
+    assert (got - truth).norm() <= 0.01 * truth.norm()
+
+
+@backends("native", "reference")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_list_without_tokens_for_some(backend, frozen):
+    """An expert that no token chose has no gradient, as in a loop over those that were chosen."""
+    case = make(6, 24, 16, 5)
+    case.ids = torch.where(case.ids == 3, 1, case.ids)
+    case.ids[0] = torch.tensor([0, 5])  # outside
+    gate, up = case.gate_up.chunk(2, dim=1)
+    lists = [[t.clone().requires_grad_() for t in part] for part in (gate, up, case.down)]
+    if frozen:
+        lists[0][1].requires_grad_(False)
+    moe_experts_list(case.hidden, case.ids, case.weights, *lists, backend=backend).sum().backward()
+    chosen = set(case.ids.unique().tolist())
+    assert 3 not in chosen
+    for part in lists:
+        assert [t.grad is not None for t in part] == [e in chosen and t.requires_grad for e, t in enumerate(part)]
+
+
 @pytest.mark.parametrize("gpt_oss", [False, True])
 def test_gradcheck(gpt_oss):
     case = make(5, 6, 4, 3, 2, gpt_oss, True, torch.float64, outside=0.2).leaves()

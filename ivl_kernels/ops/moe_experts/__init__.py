@@ -85,6 +85,7 @@ def moe_experts_list(
             and call `moe_experts`: the reference stacks them at every call and waits for the device.
 
     Returns:
-        [S, H], the activation is "silu". Errors, gradients and determinism as in `moe_experts`.
+        [S, H], the activation is "silu". Errors, gradients and determinism as in `moe_experts`; the matrices of an
+        expert that no token chose get None, not zeros (in compiled graphs zeros).
     """
     return op.moe_experts_list(hidden, ids, weights, gate, up, down, backend)

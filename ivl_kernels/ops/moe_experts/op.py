@@ -201,7 +201,10 @@ class _ExpertsList(torch.autograd.Function):
         )
         absent = [None] * experts
         slopes = [slope for part in results[2:] for slope in (part or absent)]
-        slopes = [slope if want else None for slope, want in zip(slopes, wanted)]
+        # An expert without a token took no part: None, as of a loop over those that did. A graph has no such branch.
+        bounds = [] if torch.compiler.is_compiling() else offsets.tolist()
+        taken = [end > first for first, end in zip(bounds, bounds[1:])] or [True] * experts
+        slopes = [slope if want and part else None for slope, want, part in zip(slopes, wanted, taken * 3)]
         return results[0] if needs[0] else None, results[1] if needs[1] else None, *(None,) * 4, *slopes
 
 

@@ -1,0 +1,554 @@
+"""Experts of Qwen3-MoE and GPT-OSS language models, alone or inside InternVL.
+
+The forward of each experts module (of each block, where the experts are a list) is wrapped: at every call it is asked
+whether the weights are there, plain, and whether upstream's own implementation was asked for since; then one op serves,
+else upstream's code. Which classes are known is judged by what they compute, on a few numbers.
+
+On transformers 5 the name "ivl" can also be chosen like any other of `ALL_EXPERTS_FUNCTIONS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import _native
+from .._checks import FLOATS
+from ..models.plain import not_plain, watched
+from ..models.upstream import forward_name, named_instances, replaced_before, signature
+from ..ops.moe_experts import moe_experts, moe_experts_list
+from ._edit import Editor, attachment
+from ._patch import Adapter, Feature, PatchWarning, Site, _undo_site
+from ._report import serving
+
+FEATURE = "moe"
+IMPLEMENTATION = "ivl"
+_STACKED = ("Qwen3MoeExperts", "GptOssExperts")
+_BLOCK = "Qwen3MoeSparseMoeBlock"  # of 4.57: a router and a ModuleList of experts
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_QUANTIZED = ("Mxfp4GptOssExperts", "FP8Experts")
+_CHOOSE = "set_experts_implementation"
+
+
+class _Bare:
+    """Stands for an instance of a class with nothing but these attributes, to see what its methods compute."""
+
+    def __init__(self, kind: type, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _kind=kind)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_kind"], name)
+        return types.MethodType(value, self) if isinstance(value, types.FunctionType) else value
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a class of stacked experts computes.
+
+    Attributes:
+        kind: the class.
+        names: of its forward's arguments: hidden states, expert ids, routing weights.
+        activation, layout: as of `moe_experts`.
+        tensors: attributes that hold gate_up, down, and their biases.
+        dense: the routing weights are those of all experts, not of the chosen ones.
+    """
+
+    kind: type
+    names: tuple[str, ...]
+    activation: str
+    layout: str
+    tensors: tuple[str, ...]
+    dense: bool
+
+    @property
+    def gpt_oss(self) -> bool:
+        return self.activation == "gpt_oss"
+
+
+_WEIGHTS = ("gate_up_proj", "down_proj")
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+
+def _numbers(*size: int, seed: int) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _probing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Once a class, on the CPU, without gradients and autocast."""
+
+    @functools.cache
+    def probe(*args: Any) -> Any:
+        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return probe
+
+
+def _kind(module: Any) -> type:
+    """The class below those that torch derives for an instance (parametrizations, FSDP)."""
+    return next(base for base in type(module).__mro__ if not base.__module__.startswith("torch."))
+
+
+@_probing
+def _computes_silu(kind: type) -> bool:
+    x = _numbers(64, seed=0) * 4
+    try:
+        return torch.allclose(kind.forward(_Bare(kind, inplace=False), x), F.silu(x), rtol=0, atol=1e-12)  # type: ignore[attr-defined]
+    except Exception:
+        return False
+
+
+def _activation_problem(module: Any) -> str:
+    name = type(module).__name__
+    if not isinstance(module, nn.Module) or not _computes_silu(type(module)):
+        return f"the activation is {name}, not SiLU"
+    return not_plain(module, type(module), f"the activation {name}")
+
+
+@_probing
+def _form(kind: type) -> _Form | str:
+    """How this class of stacked experts computes, or why it is none as we know it."""
+    tokens, experts, width, inner, alpha, limit = 5, 4, 6, 3, 1.3, 0.5
+    names = tuple(signature(inspect.unwrap(kind.forward)).parameters)[1:4]  # type: ignore[attr-defined]
+    hidden, scores = _numbers(tokens, width, seed=0), _numbers(tokens, experts, seed=1).sigmoid()
+    ids = scores.topk(2).indices
+    failed = f"{kind.__name__} computes something else"
+    for activation, layout in (("silu", "concatenated"), ("gpt_oss", "interleaved")):
+        transposed = layout == "interleaved"
+        gate_up, down = _numbers(experts, 2 * inner, width, seed=2), _numbers(experts, width, inner, seed=3)
+        if transposed:
+            gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+        biases = (_numbers(experts, 2 * inner, seed=4), _numbers(experts, width, seed=5)) if transposed else ()
+        tensors = dict(zip((*_WEIGHTS, *_BIASES), (gate_up, down, *biases)))
+        bare = _Bare(
+            kind, **tensors, num_experts=experts, hidden_dim=width, hidden_size=width, intermediate_dim=inner,
+            intermediate_size=inner, expert_dim=inner, act_fn=F.silu, alpha=alpha, limit=limit, training=False,
+            config=types.SimpleNamespace(_experts_implementation="eager"), _is_expert_parallel=False,
+        )  # fmt: skip
+        expected = moe_experts(
+            hidden, ids, scores.gather(1, ids), gate_up, down, **_biases(tensors), activation=activation, alpha=alpha,
+            limit=limit, layout=layout, backend="reference",
+        )  # fmt: skip
+        for dense in (False, True):
+            try:
+                got = kind.forward(bare, hidden, ids, scores if dense else scores.gather(1, ids))  # type: ignore[attr-defined]
+                if torch.allclose(got.reshape(tokens, width), expected, rtol=0, atol=1e-10):
+                    return _Form(kind, names, activation, layout, tuple(tensors), dense)
+            except Exception as error:
+                failed = f"{kind.__name__} is not as we know it ({error})"
+    return f"unknown structure: {failed}"
+
+
+def _biases(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    gate_up_bias, down_bias = (tensors.get(name) for name in _BIASES)
+    return {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+
+
+def _route(block: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert ids and float32 weights of a block with a list of experts."""
+    weights, ids = logits.softmax(dim=1, dtype=torch.float).topk(block.top_k, dim=-1)
+    return ids, weights / weights.sum(dim=-1, keepdim=True) if block.norm_topk_prob else weights
+
+
+@_probing
+def _list_problem(kind: type, expert_kind: type) -> str:
+    """Why this class of block, with a list of experts of that class, cannot be ours, or ""."""
+    tokens, experts, width, inner = 5, 4, 6, 3
+    hidden = _numbers(1, tokens, width, seed=0)
+    router = _numbers(experts, width, seed=1)
+    gate, up = _numbers(experts, inner, width, seed=2), _numbers(experts, inner, width, seed=3)
+    down = _numbers(experts, width, inner, seed=4)
+
+    def linear(weight: torch.Tensor) -> Callable[..., Any]:
+        return functools.partial(F.linear, weight=weight)
+
+    def expert(*weights: torch.Tensor) -> Callable[..., Any]:
+        bare = _Bare(expert_kind, **dict(zip(_PROJECTIONS, map(linear, weights))), act_fn=F.silu)
+        return functools.partial(expert_kind.forward, bare)  # type: ignore[attr-defined]
+
+    loop = list(map(expert, gate, up, down))
+    for norm in (False, True):
+        bare = _Bare(kind, gate=linear(router), experts=loop, num_experts=experts, top_k=2, norm_topk_prob=norm)
+        try:
+            got, logits = kind.forward(bare, hidden)  # type: ignore[attr-defined]
+            ids, weights = _route(bare, logits)
+            lists = (list(gate), list(up), list(down))
+            expected = moe_experts_list(hidden[0], ids, weights.double(), *lists, backend="reference")
+            same = torch.equal(logits, hidden[0] @ router.T)
+            if not same or not torch.allclose(got, expected.unsqueeze(0), rtol=0, atol=1e-10):
+                return f"unknown structure: {kind.__name__} of {expert_kind.__name__} computes something else"
+        except Exception as error:
+            return f"unknown structure: {kind.__name__} is not as we know it ({error})"
+    return ""
+
+
+def _sharded(tensor: Any) -> bool:
+    return type(tensor).__name__ == "DTensor"
+
+
+def _tensor_problem(name: str, tensor: Any, first: torch.Tensor | None = None) -> str:
+    """Why an op cannot take this weight as it is, or "". first: the one whose dtype and device it must have."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        if not isinstance(tensor, torch.Tensor):
+            return f"unknown structure: no parameter {name}"
+        return f"{name} is a {type(tensor).__name__}: sharded or quantised experts are served by what made them"
+    if tensor.dtype not in FLOATS:
+        return f"{name} is {tensor.dtype}: quantised experts are served by their own kernels"
+    if first is not None and (tensor.dtype, tensor.device) != (first.dtype, first.device):
+        return f"{name} is {tensor.dtype} on {tensor.device}, others are {first.dtype} on {first.device}"
+    return ""
+
+
+def _call_problem(hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why this call is upstream's: it would cast in another way, or raise."""
+    if hidden.device != weight.device or weight.device.type == "meta":
+        return f"weights on {weight.device}, hidden states on {hidden.device}"
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == weight.dtype == torch.float64:
+        return "" if hidden.dtype == weight.dtype else f"weights are {weight.dtype}, hidden states {hidden.dtype}"
+    known = (torch.float32, torch.get_autocast_dtype(kind))
+    return "" if hidden.dtype in known and weight.dtype in known else f"autocast from {hidden.dtype}, {weight.dtype}"
+
+
+def _weights(experts: Any, form: _Form) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of stacked experts as they are now (attribute access: parametrizations apply), or why not ours."""
+    tensors = {name: getattr(experts, name, None) for name in form.tensors}
+    first = tensors["gate_up_proj"]
+    for name, tensor in tensors.items():
+        why = _tensor_problem(name, tensor, first if isinstance(first, torch.Tensor) else None)
+        if why:
+            return {}, why
+    if not form.gpt_oss:
+        act = experts.act_fn
+        if "forward" in act.__dict__ or watched(act):
+            return {}, not_plain(act, type(act), f"the activation {type(act).__name__}")
+    return tensors, ""  # type: ignore[return-value]
+
+
+def _chosen(experts: Any) -> Any:
+    """The experts implementation that the config asks for; None on 4.57."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+
+
+def _replaced(experts: nn.Module) -> Any:
+    """What the config asked for when these experts were patched."""
+    seats = getattr(attachment(experts), "seats", {}).values()
+    functions = [layer.function for seat in seats for layer in seat.layers]
+    return next((f.__dict__["replaced"] for f in functions if "replaced" in f.__dict__), None)
+
+
+def _choice_problem(experts: Any, replaced: Any) -> str:
+    now = _chosen(experts)
+    return "" if now in (replaced, IMPLEMENTATION) else f"the config has come to ask for experts '{now}'"
+
+
+def _serve(
+    experts: Any, form: _Form, tensors: Mapping[str, torch.Tensor], given: tuple[torch.Tensor, ...], backend: str
+) -> torch.Tensor | None:
+    """The result, or None where the call is none as we know it."""
+    hidden, ids, weights = given
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    gate_up, down = (tensors[name] for name in _WEIGHTS)
+    count = gate_up.shape[0]
+    fits = ids.dim() == 2 and ids.shape[0] == flat.shape[0] > 0 and (form.dense or hidden.dim() == 2)
+    if not fits or weights.shape != (ids.shape[0], count if form.dense else ids.shape[1]):
+        return None
+    if _call_problem(flat, gate_up):
+        return None
+    if form.dense:
+        weights = weights.gather(1, ids.clamp(max=count - 1))
+    options: dict[str, Any] = {}
+    if form.gpt_oss:
+        options = dict(alpha=experts.alpha, limit=experts.limit)
+    out = moe_experts(
+        flat.to(gate_up.dtype), ids, weights, gate_up, down, **_biases(tensors), activation=form.activation,
+        layout=form.layout, backend=backend, **options,
+    ).to(hidden.dtype)  # fmt: skip
+    return out.view(hidden.shape[0], -1, out.shape[1]) if form.dense else out
+
+
+def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+    """Hidden states, ids and weights of a call; None where it has anything else."""
+    named = {**dict(zip(names, args)), **kwargs}
+    if len(args) + len(kwargs) != 3 or len(named) != 3 or any(name not in named for name in names):
+        return None
+    values = tuple(named[name] for name in names)
+    return values if all(isinstance(value, torch.Tensor) for value in values) else None
+
+
+def _stacked_forward(form: _Form, replaced: Any, backend: str) -> Callable[..., Any]:
+    def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = _given(form.names, args, kwargs)
+        known = (type(self) is form.kind or _kind(self) is form.kind) and not _choice_problem(self, replaced)
+        if given is None or not known:
+            return inner(self, *args, **kwargs)
+        tensors, why = _weights(self, form)
+        out = None if why else _serve(self, form, tensors, given, backend)
+        return inner(self, *args, **kwargs) if out is None else out
+
+    forward.__dict__["replaced"] = replaced
+    return forward
+
+
+def experts_forward(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The "ivl" entry of transformers' `ALL_EXPERTS_FUNCTIONS`, for those who choose it by name."""
+    kind = _kind(experts)
+    form = _form(kind)
+    given = None if isinstance(form, str) else _given(form.names, args, kwargs)
+    if not isinstance(form, str) and given is not None and (form.gpt_oss or not _activation_problem(experts.act_fn)):
+        tensors, why = _weights(experts, form)
+        out = None if why else _serve(experts, form, tensors, given, "")
+        if out is not None:
+            return out
+    return inspect.unwrap(kind.forward)(experts, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _matrices(block: Any) -> tuple[list[list[nn.Parameter]], str]:
+    """Gate, up and down of every expert of a list, or why they cannot be read.
+
+    Of some hundred small modules, at every call: only what stands out is asked closer.
+    """
+    lists: list[list[nn.Parameter]] = [[], [], []]
+    experts = block.experts._modules
+    first = None
+    kinds: tuple[Any, ...] = ()
+    for i, expert in experts.items():
+        parts = expert._modules
+        act = parts.get("act_fn")
+        kinds = kinds or (type(expert), type(act))
+        if (type(expert), type(act)) != kinds:
+            return lists, f"experts.{i} is not like the first: {type(expert).__name__}, {type(act).__name__}"
+        for module, name in ((expert, f"experts.{i}"), (act, f"experts.{i}.act_fn")):
+            why = "" if _quiet(module) else not_plain(module, type(module), name)
+            if why:
+                return lists, why
+        for matrices, name in zip(lists, _PROJECTIONS):
+            layer = parts[name]
+            path = f"experts.{i}.{name}"
+            if type(layer) is not nn.Linear or not _quiet(layer):
+                why = not_plain(layer, nn.Linear, path)
+                if why:
+                    return lists, why
+            weight = layer._parameters["weight"]
+            if layer._parameters["bias"] is not None:
+                return lists, f"{path} has a bias"
+            if first is None:
+                first = weight
+            elif type(weight) is not nn.Parameter or weight.dtype != first.dtype or weight.device != first.device:
+                return lists, not_plain(layer, nn.Linear, path) or _tensor_problem(path, weight, first)
+            matrices.append(weight)
+    why = watched(block.experts) or _tensor_problem("experts.0.gate_proj.weight", first)
+    return lists, f"experts: {why}" if why else ""
+
+
+def _quiet(module: Any) -> bool:
+    """Nothing of its own instance comes between a module's call and its class's forward; global hooks aside."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and "forward" not in own
+
+
+def _list_call_problem(block: Any, lists: list[list[nn.Parameter]]) -> str:
+    if lists[0][0].device.type != "cpu":
+        return f"lists of experts are served on the CPU, not {lists[0][0].device.type}"
+    shapes = [{weight.shape for weight in matrices} for matrices in lists]
+    return "" if all(len(shape) == 1 for shape in shapes) else "the experts have several sizes"
+
+
+def _block_forward(kind: type, expert_kind: type, act_kind: type, backend: str) -> Callable[..., Any]:
+    def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
+        one = self.experts[0]
+        act = one.act_fn
+        if _kind(self) is not kind or type(one) is not expert_kind or type(act) is not act_kind:
+            return inner(self, hidden_states)
+        lists, why = _matrices(self)
+        why = why or _list_call_problem(self, lists) or _call_problem(hidden_states, lists[0][0])
+        # Under autocast the stock loop casts only the experts that it needs.
+        if why or torch.is_autocast_enabled(hidden_states.device.type) or not hidden_states.numel():
+            return inner(self, hidden_states)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = self.gate(hidden)
+        ids, weights = _route(self, logits)
+        out = moe_experts_list(hidden, ids, weights.to(hidden.dtype), *lists, backend=backend)
+        return out.view(hidden_states.shape), logits
+
+    return forward
+
+
+def _by_generate() -> bool:
+    """Whether transformers' `generate` made this call: it takes "batched_mm" for "grouped_mm" while it decodes."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(__name__.partition(".")[0]):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").startswith("transformers.generation")
+
+
+def _choose(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`set_experts_implementation` of a patched model: whoever chooses after the patch gets what he chose."""
+    if _by_generate():
+        return None  # a switch between two of upstream's own, for speed
+    result = inner(self, *args, **kwargs)
+    left = []
+    for module in self.modules():
+        for key in list(getattr(attachment(module), "edits", {})):
+            if key[0] == FEATURE:
+                left += _undo_site(module, key)
+    message = f"{_CHOOSE} was called after patch(moe=...): the choice counts, the patch of the experts is undone"
+    warnings.warn("; ".join([message, *left]), PatchWarning, stacklevel=4)
+    return result
+
+
+def _holders(model: nn.Module, experts: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules below `model` that let the user choose an implementation for some of these experts."""
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in inside or not callable(getattr(module, _CHOOSE, None)):
+            continue
+        below = {id(m) for m in module.modules()}
+        if any(id(e) in below for e in experts):
+            inside |= below
+            yield path, module
+
+
+def _in_fsdp(model: nn.Module) -> set[int]:
+    """Modules whose parameters an FSDP unit makes whole for the length of its forward."""
+    found: set[int] = set()
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            found |= {id(m) for m in module.modules()}
+    return found
+
+
+def _stacked_problem(experts: Any, whole: bool) -> str:
+    """Why a module of stacked experts is left alone, or ""."""
+    form = _form(_kind(experts))
+    if isinstance(form, str):
+        return form
+    why = replaced_before(experts, forward_name(experts))
+    if why:
+        return why
+    for name in form.tensors:
+        tensor = getattr(experts, name, None)
+        why = "" if _sharded(tensor) and whole else _tensor_problem(name, tensor)
+        if why:
+            return why
+    return "" if form.gpt_oss else _activation_problem(experts.act_fn)
+
+
+def _block_problem(block: Any, whole: bool) -> str:
+    """Why a block with a list of experts is left alone, or ""."""
+    if replaced_before(block, forward_name(block)):
+        return replaced_before(block, forward_name(block))
+    if _native.problem():
+        return f"lists of experts are served by the C++ kernels: {_native.problem()}"
+    for i, expert in enumerate(block.experts):
+        for name in _PROJECTIONS:
+            layer = getattr(expert, name, None)
+            if not isinstance(layer, nn.Module):
+                return f"unknown structure: experts.{i} has no {name}"
+            sharded = _sharded(layer._parameters.get("weight"))
+            if sharded and not whole:
+                return _tensor_problem(f"experts.{i}.{name}.weight", layer.weight)
+            why = "" if sharded else not_plain(layer, nn.Linear, f"experts.{i}.{name}")
+            if why:
+                return why
+    one = block.experts[0]
+    why = _activation_problem(one.act_fn) or _list_problem(_kind(block), _kind(one))
+    if why or (whole and _sharded(one.gate_proj.weight)):
+        return why
+    lists, why = _matrices(block)
+    return why or _list_call_problem(block, lists)
+
+
+def _is_list_block(module: Any) -> bool:
+    named = any(base.__name__ == _BLOCK for base in type(module).__mro__)
+    return named and isinstance(getattr(module, "experts", None), nn.ModuleList) and len(module.experts) > 0
+
+
+class Experts(Adapter):
+    features = {FEATURE: Feature(True, "experts: gather, grouped products, activation and weighted sum in one op")}
+
+    def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
+        whole = _in_fsdp(model)
+        served: list[nn.Module] = []
+        for path, module in named_instances(model, *_STACKED, *_QUANTIZED):
+            quantised = any(base.__name__ in _QUANTIZED for base in type(module).__mro__)
+            reason = f"{_kind(module).__name__}: quantised experts are served by their own kernels"
+            reason = reason if quantised else _stacked_problem(module, id(module) in whole)
+            served += [] if reason else [module]
+            yield Site(FEATURE, path, module, "experts", reason)
+        for path, module in model.named_modules():
+            if _is_list_block(module):
+                yield Site(FEATURE, path, module, "experts", _block_problem(module, id(module) in whole))
+        for path, module in _holders(model, served):
+            yield Site(FEATURE, path, module, f"{_CHOOSE}: a later choice counts")
+
+    def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
+        module: Any = site.module
+        if site.what != "experts":
+            for holder in module.modules():
+                if callable(getattr(holder, _CHOOSE, None)):
+                    edit.method(holder, _CHOOSE, _choose)
+            return
+        if _is_list_block(module):
+            one = module.experts[0]
+            forward = _block_forward(_kind(module), type(one), type(one.act_fn), options["backend"])
+        else:
+            _register()
+            form = _form(_kind(module))
+            assert isinstance(form, _Form)
+            forward = _stacked_forward(form, _chosen(module), options["backend"])
+        edit.method(module, forward_name(module), forward)
+
+    def serving(self, site: Site) -> str:
+        module: Any = site.module
+        if site.what != "experts":
+            return ""
+        if _is_list_block(module):
+            lists, why = _matrices(module)
+            why = why or _list_call_problem(module, lists)
+            op, weight = "moe_experts_list", getattr(module.experts[0].gate_proj, "weight", None)
+        else:
+            form = _form(_kind(module))
+            why = form if isinstance(form, str) else _weights(module, form)[1]
+            why = _choice_problem(module, _replaced(module)) or why
+            op, weight = "moe_experts", getattr(module, "gate_up_proj", None)
+        return _text(op, weight, why) + _in_place_of(module)
+
+
+def _text(op: str, weight: Any, why: str) -> str:
+    """What serves an experts module that is now as it is."""
+    if why.startswith("the config"):
+        return f"upstream's own code: {why}"
+    if _sharded(weight) and "DTensor" in why:
+        where = serving(op, weight.to_local())
+        return f"{where} where its FSDP unit makes the weights whole for the call, else upstream's own code"
+    if isinstance(weight, torch.Tensor) and weight.device.type == "meta" and op == "moe_experts":
+        return "the weights that are loaded for the call (offloaded)"
+    return f"upstream's own code: {why}" if why else serving(op, weight)
+
+
+def _in_place_of(module: Any) -> str:
+    replaced = _replaced(module)
+    return f"; in place of experts '{replaced}'" if replaced is not None else ""
+
+
+def _register() -> None:
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # 4.57
+        return
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+ADAPTER = Experts()
