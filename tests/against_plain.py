@@ -1,7 +1,7 @@
 """What a plain model answers over two turns, and a patched one: nothing here uses the code under test.
 
-A conversation is a prompt with images, a few greedy tokens, a second turn of the user, a few greedy tokens. Truth is the
-plain model without a cache, on the whole text at every step, at positions and with packed tiles worked out by hand.
+A conversation is a prompt with images, a few greedy tokens, a second turn of the user, a few greedy tokens. Truth is
+the plain model without a cache, on the whole text at every step, at positions and with tiles packed by hand.
 """
 
 import inspect
@@ -65,7 +65,7 @@ def turns(model, batch, *, cached=False, fractional=False, cache_name=None, **op
             if not cached or cache is None:
                 given |= {"pixel_values": batch["pixel_values"]}
             if fractional:
-                given["position_ids"] = positions(ids, mask)
+                given["position_ids"] = positions(ids, mask) + (mask == 0).sum(1, keepdim=True)  # forward counts pads
             output = model(**given)
             fed = ids.shape[1]
             if cached:
@@ -162,7 +162,7 @@ def chat_turns(model, batch, *, fractional=False):
 
 
 def chat_generated_turns(model, batch):
-    """Tokens [B, 2 * NEW] of two calls of a remote-code model's `generate`, the history given again as its chat does."""
+    """Tokens [B, 2 * NEW] of two calls of a remote-code model's `generate`, the history given again as in its chat."""
     ids, mask, tokens = batch["input_ids"], batch["attention_mask"], []
     for turn in range(2):
         new = model.generate(

@@ -57,7 +57,8 @@ def edit(*changes, within=None, count=1):
         for old, new in changes:
             body, found = re.subn(old, new, body)
             if found < count:
-                pytest.skip(f"transformers {transformers.__version__}: nothing like {old!r} in {within or 'the module'}")
+                where = within or "the module"
+                pytest.skip(f"transformers {transformers.__version__}: nothing like {old!r} in {where}")
         return text[:start] + body + text[end:]
 
     return apply

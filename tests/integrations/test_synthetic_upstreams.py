@@ -96,6 +96,8 @@ cache_renamed = both(
 )
 cache_renamed_core = core((TO_LANGUAGE, r"\1kv_store=" + CACHE))
 
+SCATTER = r"(inputs_embeds = inputs_embeds\.masked_scatter\(special_image_mask, image_features\))"
+
 HIDES = """
 def hidden(function):
     def call(*args, **kwargs):
@@ -175,6 +177,16 @@ def tanh_projector(model):
     model.model.multi_modal_projector.act = torch.nn.GELU(approximate="tanh")
 
 
+NOT_PROJECTOR, NOT_PACKING = ("packing", "rope", "v2pe"), ("projector", "rope", "v2pe")
+NOT_ROPE = ("projector", "packing", "v2pe")
+
+
+def eager_experts(model):
+    """The experts' own body, which is what the text changes."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+
+
 KINDS = (
     Kind("unchanged", text=lambda text: text, core=lambda text: text),
     # Arguments.
@@ -220,7 +232,12 @@ KINDS = (
         both(
             attention((r"(def forward\(\s+self,)", r"\1 *,")),
             text_model((r"(def forward\(\s+self,)", r"\1 *,")),
-            edit((r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids", "self.rotary_emb(x=hidden_states, position_ids=position_ids")),
+            edit(
+                (
+                    r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids",
+                    "self.rotary_emb(x=hidden_states, position_ids=position_ids",
+                )
+            ),
         ),
         both(
             core((r"(def get_image_features\(\s+self,)", r"\1 *,")),
@@ -238,38 +255,56 @@ KINDS = (
     # Decorators.
     Kind(
         "attention_signature_hidden",
-        both(appended(HIDES), attention((r"\n( +)(@deprecate_kwarg[^\n]*\n +)?def forward\(", r"\n\1@hidden\n\1def forward("))),
-        served=("projector", "packing", "v2pe"),
+        both(
+            appended(HIDES),
+            attention((r"\n( +)(@deprecate_kwarg[^\n]*\n +)?def forward\(", r"\n\1@hidden\n\1def forward(")),
+        ),
+        served=NOT_ROPE,
     ),
     Kind(
         "text_signature_hidden",
-        both(appended(HIDES), text_model((r"\n( +)(@(?!property|abstract)[^\n]*\n +)*def forward\(", r"\n\1@hidden\n\1def forward("))),
+        both(
+            appended(HIDES),
+            text_model((r"\n( +)(@(?!property|abstract)[^\n]*\n +)*def forward\(", r"\n\1@hidden\n\1def forward(")),
+        ),
         served=("projector", "packing", "rope"),
     ),
     Kind(
         "core_signature_hidden",
         core=both(
             edit((r"(?=\n@auto_docstring\(\n[^@]*?class InternVLModel\()", HIDES)),
-            core((r"\n( +)(@can_return_tuple[^d]*?)def forward\(", r"\n\1@hidden\n\1\2def forward(")),
+            core((r"\n( +)(@can_return_tuple\n(?: +@[^\n]*\n)* +)def forward\(", r"\n\1@hidden\n\1\2def forward(")),
         ),
         served=("projector", "rope"),
     ),
-    Kind("attention_wrapped", both(appended(WRAPS), attention((r"\n( +)(@deprecate_kwarg[^\n]*\n +)?def forward\(", r"\n\1@counted\n\1\2def forward(")))),
+    Kind(
+        "attention_wrapped",
+        both(
+            appended(WRAPS),
+            attention((r"\n( +)(@deprecate_kwarg[^\n]*\n +)?def forward\(", r"\n\1@counted\n\1\2def forward(")),
+        ),
+    ),
     # The rotation.
     Kind("rotary_is_a_module", appended(MODULE)),
     Kind(
         "rotary_of_the_layer",
-        attention((CALL, "query_states, key_states = self._rotate(query_states, key_states, cos, sin)"), (r"\Z", "\n    _rotate = staticmethod(apply_rotary_pos_emb)\n\n\n")),
-        served=("projector", "packing", "v2pe"),
+        attention(
+            (CALL, "query_states, key_states = self._rotate(query_states, key_states, cos, sin)"),
+            (r"\Z", "\n    _rotate = staticmethod(apply_rotary_pos_emb)\n\n\n"),
+        ),
+        served=NOT_ROPE,
     ),
-    Kind("rotary_renamed", edit((r"\bapply_rotary_pos_emb\b", "rotate_heads")), served=("projector", "packing", "v2pe")),
-    Kind("interleaved_pairs", appended(INTERLEAVED), same=False, served=("projector", "packing", "v2pe"), refused=("rope",)),
-    Kind("partial_rotation", appended(PARTIAL), same=False, served=("projector", "packing", "v2pe")),
+    Kind("rotary_renamed", edit((r"\bapply_rotary_pos_emb\b", "rotate_heads")), served=NOT_ROPE),
+    Kind("interleaved_pairs", appended(INTERLEAVED), same=False, served=NOT_ROPE, refused=("rope",)),
+    Kind("partial_rotation", appended(PARTIAL), same=False, served=NOT_ROPE),
     Kind(
         "heads_behind_tokens",
         attention(
             (r"\.view\(hidden_shape\)\)\.transpose\(1, 2\)", ".view(hidden_shape))"),
-            (CALL, "query_states, key_states = (x.transpose(1, 2) for x in apply_rotary_pos_emb(query_states, key_states, cos, sin, unsqueeze_dim=2))"),
+            (
+                CALL,
+                "query_states, key_states = (x.transpose(1, 2) for x in apply_rotary_pos_emb(query_states, key_states, cos, sin, unsqueeze_dim=2))",
+            ),
         ),
     ),
     Kind(
@@ -280,13 +315,61 @@ KINDS = (
             (rf"({CALL})", r"\1; query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)"),
         ),
         same=False,
+        served=NOT_ROPE,
     ),
-    Kind("name_in_the_body", both(appended(SOFT), attention((CALL, "query_states, key_states = apply_rotary_pos_emb(soften(query_states), key_states, cos, sin)"))), same=False),
-    Kind("rotated_twice", attention((rf"({CALL})", r"\1; query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)")), same=False),
-    Kind("queries_alone", attention((CALL, "query_states, _ = apply_rotary_pos_emb(query_states, query_states, cos, sin); key_states = apply_rotary_pos_emb(key_states, key_states, cos, sin)[1]"))),
-    Kind("by_keyword", attention((CALL, "query_states, key_states = apply_rotary_pos_emb(k=key_states, q=query_states, sin=sin, cos=cos)"))),
-    Kind("norm_exchanged", attention((r"self\.q_norm\(", "self.NORM("), (r"self\.k_norm\(", "self.q_norm("), (r"self\.NORM\(", "self.k_norm(")), same=False),
-    Kind("norm_applied_twice", attention((r"self\.q_norm\(self\.q_proj\(hidden_states\)\.view\(hidden_shape\)\)", "self.q_norm(self.q_norm(self.q_proj(hidden_states).view(hidden_shape)))")), same=False),
+    Kind(
+        "name_in_the_body",
+        both(
+            appended(SOFT),
+            attention(
+                (CALL, "query_states, key_states = apply_rotary_pos_emb(soften(query_states), key_states, cos, sin)")
+            ),
+        ),
+        same=False,
+        served=NOT_ROPE,
+    ),
+    Kind(
+        "rotated_twice",
+        attention(
+            (rf"({CALL})", r"\1; query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)")
+        ),
+        same=False,
+        served=NOT_ROPE,
+    ),
+    Kind(
+        "queries_alone",
+        attention(
+            (
+                CALL,
+                "query_states, _ = apply_rotary_pos_emb(query_states, query_states, cos, sin); key_states = apply_rotary_pos_emb(key_states, key_states, cos, sin)[1]",
+            )
+        ),
+        served=NOT_ROPE,
+    ),
+    Kind(
+        "by_keyword",
+        attention(
+            (CALL, "query_states, key_states = apply_rotary_pos_emb(k=key_states, q=query_states, sin=sin, cos=cos)")
+        ),
+    ),
+    Kind(
+        "norm_exchanged",
+        attention(
+            (r"self\.q_norm\(", "self.NORM("), (r"self\.k_norm\(", "self.q_norm("), (r"self\.NORM\(", "self.k_norm(")
+        ),
+        same=False,
+    ),
+    Kind(
+        "norm_applied_twice",
+        attention(
+            (
+                r"self\.q_norm\(self\.q_proj\(hidden_states\)\.view\(hidden_shape\)\)",
+                "self.q_norm(self.q_norm(self.q_proj(hidden_states).view(hidden_shape)))",
+            )
+        ),
+        same=False,
+        served=NOT_ROPE,
+    ),
     Kind(
         "body_keeps_projections",
         attention(
@@ -294,6 +377,7 @@ KINDS = (
             (r"self\.o_proj\(attn_output\)", "self.o_proj(attn_output * torch.sigmoid(raw.mean(-1, keepdim=True)))"),
         ),
         same=False,
+        served=NOT_ROPE,
     ),
     Kind(
         "body_keeps_normed",
@@ -301,21 +385,40 @@ KINDS = (
             (rf"({CALL})", r"before = query_states; \1; query_states = query_states + 0.5 * before"),
         ),
         same=False,
+        served=NOT_ROPE,
     ),
     Kind(
         "body_concatenates_normed",
-        attention((rf"({CALL})", r"query_states = torch.cat([query_states[..., :4] * 2, query_states[..., 4:]], dim=-1); \1")),
+        attention(
+            (rf"({CALL})", r"query_states = torch.cat([query_states[..., :4] * 2, query_states[..., 4:]], dim=-1); \1")
+        ),
         same=False,
+        served=NOT_ROPE,
     ),
-    Kind("cache_gets_keywords", attention((UPDATE, f"{CACHE}.update(layer_idx=self.layer_idx, value_states=value_states.clone(), key_states=key_states.clone())"))),
+    Kind(
+        "cache_gets_keywords",
+        attention(
+            (
+                UPDATE,
+                f"{CACHE}.update(layer_idx=self.layer_idx, value_states=value_states.clone(), key_states=key_states.clone())",
+            )
+        ),
+    ),
     Kind("keys_stored_unrotated", attention((rf"({CALL})", r"key_states = key_states * 1.5; \1")), same=False),
     # What rotary_emb is given and gives.
     Kind(
         "rotary_emb_more_arguments",
         both(
             UNDECORATED,
-            edit((r"def forward\(self, x, position_ids[^)]*", "def forward(self, x, position_ids, layer_type, scale=1.0")),
-            edit((r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids", 'self.rotary_emb(hidden_states, position_ids, "full", scale=1.0')),
+            edit(
+                (r"def forward\(self, x, position_ids[^)]*", "def forward(self, x, position_ids, layer_type, scale=1.0")
+            ),
+            edit(
+                (
+                    r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids",
+                    'self.rotary_emb(hidden_states, position_ids, "full", scale=1.0',
+                )
+            ),
         ),
     ),
     Kind(
@@ -323,22 +426,35 @@ KINDS = (
         both(
             UNDECORATED,
             edit((r"def forward\(self, x, position_ids", "def forward(self, position_ids, x")),
-            edit((r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)", "self.rotary_emb(position_ids, hidden_states)")),
+            edit(
+                (
+                    r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)",
+                    "self.rotary_emb(position_ids, hidden_states)",
+                )
+            ),
         ),
+        served=("projector", "packing", "rope"),
     ),
     Kind(
         "rotary_emb_renamed",
         both(
             edit((r"\bself\.rotary_emb\b", "self.rotary")),
         ),
-        after=lambda model: setattr(model.model.language_model, "rotary", model.model.language_model._modules.pop("rotary_emb")),
+        after=lambda model: setattr(
+            model.model.language_model, "rotary", model.model.language_model._modules.pop("rotary_emb")
+        ),
         served=("projector", "packing", "rope"),
     ),
     Kind(
         "rotary_emb_wide",
         both(
             edit((r"return cos\.to\(dtype=x\.dtype\), sin\.to\(dtype=x\.dtype\)", "return cos, sin")),
-            attention((rf"({CALL})", r"\1; query_states, key_states = query_states.to(value_states.dtype), key_states.to(value_states.dtype)")),
+            attention(
+                (
+                    rf"({CALL})",
+                    r"\1; query_states, key_states = query_states.to(value_states.dtype), key_states.to(value_states.dtype)",
+                )
+            ),
         ),
         same=False,
         dtype=torch.bfloat16,
@@ -346,54 +462,147 @@ KINDS = (
     Kind(
         "rotary_called_by_layers",
         both(
-            text_model((r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)", "(self.rotary_emb, position_ids)")),
-            attention((r"cos, sin = position_embeddings", "cos, sin = position_embeddings[0](hidden_states, position_embeddings[1])")),
+            text_model(
+                (r"self\.rotary_emb\(hidden_states, (position_ids=)?position_ids\)", "(self.rotary_emb, position_ids)")
+            ),
+            attention(
+                (
+                    r"cos, sin = position_embeddings",
+                    "cos, sin = position_embeddings[0](hidden_states, position_embeddings[1])",
+                )
+            ),
         ),
     ),
     # Norms.
-    Kind("norm_plus_one", edit((r"return self\.weight \* hidden_states\.to\(input_dtype\)", "return (1 + self.weight) * hidden_states.to(input_dtype)")), same=False),
-    Kind("norm_wide", edit((r"return self\.weight \* hidden_states\.to\(input_dtype\)", "return (self.weight.float() * hidden_states).to(input_dtype)")), same=False, dtype=torch.bfloat16),
+    Kind(
+        "norm_plus_one",
+        edit(
+            (
+                r"return self\.weight \* hidden_states\.to\(input_dtype\)",
+                "return (1 + self.weight) * hidden_states.to(input_dtype)",
+            )
+        ),
+        same=False,
+    ),
+    Kind(
+        "norm_wide",
+        edit(
+            (
+                r"return self\.weight \* hidden_states\.to\(input_dtype\)",
+                "return (self.weight.float() * hidden_states).to(input_dtype)",
+            )
+        ),
+        same=False,
+        dtype=torch.bfloat16,
+    ),
     Kind("eps_renamed", edit((r"variance_epsilon", "eps")), after=eps_attribute),
-    Kind("eps_outside_the_root", edit((r"torch\.rsqrt\(variance \+ self\.variance_epsilon\)", "(1 / (variance.sqrt() + 0.1 + self.variance_epsilon))")), same=False),
+    Kind(
+        "eps_outside_the_root",
+        edit(
+            (
+                r"torch\.rsqrt\(variance \+ self\.variance_epsilon\)",
+                "(1 / (variance.sqrt() + 0.1 + self.variance_epsilon))",
+            )
+        ),
+        same=False,
+    ),
     # Outputs.
     Kind(
         "text_output_renamed",
-        both(appended(OUTPUT), text_model((r"return BaseModelOutputWithPast\(", "return TextOutput("), (rf"{CACHE}={CACHE} if", f"kv_store={CACHE} if"))),
+        both(
+            appended(OUTPUT),
+            text_model(
+                (r"return BaseModelOutputWithPast\(", "return TextOutput("),
+                (rf"{CACHE}={CACHE} if", f"kv_store={CACHE} if"),
+            ),
+        ),
         core(CORE_OUTPUT),
     ),
     Kind(
         "features_are_a_tuple",
         core=core(
             (r"return vision_outputs\n", "return (vision_features, vision_outputs)\n"),
-            (r'mm_encoder_outputs\["image"\]\.pooler_output|\)\.pooler_output\n', lambda m: 'mm_encoder_outputs["image"][0]' if m[0][0] == "m" else ")[0]\n"),
+            (
+                r'mm_encoder_outputs\["image"\]\.pooler_output|\)\.pooler_output\n',
+                lambda m: 'mm_encoder_outputs["image"][0]' if m[0][0] == "m" else ")[0]\n",
+            ),
             (r'mm_encoder_outputs\.get\("image"\)\)', "None)"),
         ),
+        served=NOT_PROJECTOR,
     ),
     Kind(
         "features_elsewhere",
         core=core(
-            (r"vision_outputs\.pooler_output = vision_features\n", "vision_outputs = type(vision_outputs)(last_hidden_state=vision_features)\n"),
-            (r'mm_encoder_outputs\["image"\]\.pooler_output|\)\.pooler_output\n', lambda m: m[0].replace("pooler_output", "last_hidden_state")),
+            (
+                r"vision_outputs\.pooler_output = vision_features\n",
+                "vision_outputs = type(vision_outputs)(last_hidden_state=vision_features)\n",
+            ),
+            (
+                r'mm_encoder_outputs\["image"\]\.pooler_output|\)\.pooler_output\n',
+                lambda m: m[0].replace("pooler_output", "last_hidden_state"),
+            ),
+        ),
+        served=NOT_PROJECTOR,
+    ),
+    Kind(
+        "pixel_shuffle_by_keyword",
+        core=core(
+            (
+                r"self\.pixel_shuffle\(vision_features, scale_factor=downsample_ratio\)",
+                "self.pixel_shuffle(scale_factor=downsample_ratio, vision_features=vision_features)",
+            )
+        ),
+        served=NOT_PROJECTOR,
+    ),
+    Kind("pixel_shuffle_renamed_ratio", core=core((r"\bscale_factor\b", "ratio")), served=NOT_PROJECTOR),
+    Kind(
+        "rows_flattened",
+        core=core(
+            (
+                r"vision_features\.reshape\(batch_size, -1, vision_features\.shape\[-1\]\)",
+                "vision_features.flatten(1, 2)",
+            )
         ),
     ),
-    Kind("pixel_shuffle_by_keyword", core=core((r"self\.pixel_shuffle\(vision_features, scale_factor=downsample_ratio\)", "self.pixel_shuffle(scale_factor=downsample_ratio, vision_features=vision_features)"))),
-    Kind("pixel_shuffle_renamed_ratio", core=core((r"\bscale_factor\b", "ratio"))),
-    Kind("rows_flattened", core=core((r"vision_features\.reshape\(batch_size, -1, vision_features\.shape\[-1\]\)", "vision_features.flatten(1, 2)"))),
-    Kind("rows_scaled", core=core((r"vision_features = self\.multi_modal_projector\(vision_features\)", "vision_features = self.multi_modal_projector(vision_features.tanh())")), same=False),
+    Kind(
+        "rows_scaled",
+        core=core(
+            (
+                r"vision_features = self\.multi_modal_projector\(vision_features\)",
+                "vision_features = self.multi_modal_projector(vision_features.tanh())",
+            )
+        ),
+        same=False,
+        served=NOT_PROJECTOR,
+    ),
     # The placeholder mask.
     Kind(
         "mask_keywords",
         core=core(
-            (r"(?s)def get_placeholder_mask\(\s+self, input_ids: [^\n]*\n    \):", "def get_placeholder_mask(self, *, ids, rows, embeds):\n        input_ids, inputs_embeds, image_features = ids, embeds, rows"),
-            (r"(?s)self\.get_placeholder_mask\(\s+input_ids, inputs_embeds=inputs_embeds, image_features=image_features\s+\)", "self.get_placeholder_mask(ids=input_ids, embeds=inputs_embeds, rows=image_features)"),
+            (
+                r"(?s)def get_placeholder_mask\(\s+self, input_ids: [^\n]*\n    \):",
+                "def get_placeholder_mask(self, *, ids, rows, embeds):\n        input_ids, inputs_embeds, image_features = ids, embeds, rows",
+            ),
+            (
+                r"(?s)self\.get_placeholder_mask\(\s+input_ids, inputs_embeds=inputs_embeds, image_features=image_features\s+\)",
+                "self.get_placeholder_mask(ids=input_ids, embeds=inputs_embeds, rows=image_features)",
+            ),
         ),
+        served=NOT_PACKING,
     ),
     Kind(
         "mask_reordered",
         core=core(
-            (r"(?s)def get_placeholder_mask\(\s+self, input_ids: [^\n]*\n    \):", "def get_placeholder_mask(self, inputs_embeds, input_ids, image_features):"),
-            (r"(?s)self\.get_placeholder_mask\(\s+input_ids, inputs_embeds=inputs_embeds, image_features=image_features\s+\)", "self.get_placeholder_mask(inputs_embeds, input_ids, image_features)"),
+            (
+                r"(?s)def get_placeholder_mask\(\s+self, input_ids: [^\n]*\n    \):",
+                "def get_placeholder_mask(self, inputs_embeds, input_ids, image_features):",
+            ),
+            (
+                r"(?s)self\.get_placeholder_mask\(\s+input_ids, inputs_embeds=inputs_embeds, image_features=image_features\s+\)",
+                "self.get_placeholder_mask(inputs_embeds, input_ids, image_features)",
+            ),
         ),
+        served=NOT_PACKING,
     ),
     Kind(
         "mask_of_tokens",
@@ -401,45 +610,139 @@ KINDS = (
             (r"return special_image_mask\n", "return special_image_mask[..., 0]\n"),
             (r"masked_scatter\(special_image_mask, ", "masked_scatter(special_image_mask.unsqueeze(-1), "),
         ),
+        served=NOT_PACKING,
     ),
     Kind(
         "mask_and_count",
         core=core(
             (r"return special_image_mask\n", "return special_image_mask, n_image_tokens\n"),
-            (r"special_image_mask = self\.get_placeholder_mask\(", "special_image_mask, _ = self.get_placeholder_mask("),
+            (
+                r"special_image_mask = self\.get_placeholder_mask\(",
+                "special_image_mask, _ = self.get_placeholder_mask(",
+            ),
         ),
+        served=NOT_PACKING,
     ),
-    Kind("mask_used_twice", core=core((r"(inputs_embeds = inputs_embeds\.masked_scatter\(special_image_mask, image_features\))", r"inputs_embeds = inputs_embeds * torch.where(special_image_mask, 0.0, 0.5); \1")), same=False),
-    Kind("rows_added", core=core((r"(inputs_embeds = inputs_embeds\.masked_scatter\(special_image_mask, image_features\))", r"\1 + inputs_embeds * 0.25")), same=False),
+    Kind(
+        "mask_used_twice",
+        core=core(
+            (SCATTER, r"\1; inputs_embeds = torch.where(special_image_mask, inputs_embeds * 0.5, inputs_embeds)")
+        ),
+        same=False,
+        served=NOT_PACKING,
+    ),
+    Kind(
+        "rows_added",
+        core=core((SCATTER, r"\1 + special_image_mask * inputs_embeds * 0.25")),
+        same=False,
+        served=NOT_PACKING,
+    ),
     # Projectors under the same class name.
-    Kind("projector_tanh", after=tanh_projector, same=False, refused=("projector",), served=("packing", "rope", "v2pe")),
-    Kind("projector_tanh_in_the_body", core=edit((r"self\.act\(hidden_states\)", 'nn.functional.gelu(hidden_states, approximate="tanh")'), within="InternVLMultiModalProjector"), same=False, served=("packing", "rope", "v2pe")),
-    Kind("projector_scaled", core=edit((r"return hidden_states", "return hidden_states * 1.5"), within="InternVLMultiModalProjector"), same=False, served=("packing", "rope", "v2pe")),
-    Kind("projector_without_norm", core=edit((r"self\.layer_norm\(image_features\)", "image_features"), within="InternVLMultiModalProjector"), same=False, served=("packing", "rope", "v2pe")),
-    Kind("shuffle_transposed", core=core((r"(?s)(Swap height and width back.*?)permute\(0, 2, 1, 3\)", r"\1permute(0, 1, 2, 3)")), same=False, served=("packing", "rope", "v2pe")),
+    Kind("projector_tanh", after=tanh_projector, same=False, refused=("projector",), served=NOT_PROJECTOR),
+    Kind(
+        "projector_tanh_in_the_body",
+        core=edit(
+            (r"self\.act\(hidden_states\)", 'nn.functional.gelu(hidden_states, approximate="tanh")'),
+            within="InternVLMultiModalProjector",
+        ),
+        same=False,
+        served=NOT_PROJECTOR,
+    ),
+    Kind(
+        "projector_scaled",
+        core=edit((r"return hidden_states", "return hidden_states * 1.5"), within="InternVLMultiModalProjector"),
+        same=False,
+        served=NOT_PROJECTOR,
+    ),
+    Kind(
+        "projector_without_norm",
+        core=edit((r"self\.layer_norm\(image_features\)", "image_features"), within="InternVLMultiModalProjector"),
+        same=False,
+        served=NOT_PROJECTOR,
+    ),
+    Kind(
+        "shuffle_transposed",
+        core=core((r"(?s)(Swap height and width back.*?)permute\(0, 2, 1, 3\)", r"\1permute(0, 1, 2, 3)")),
+        same=False,
+        served=NOT_PROJECTOR,
+    ),
     # Experts.
     Kind(
         "experts_renamed",
         both(
             edit((r"\btop_k_index\b", "chosen"), (r"\btop_k_weights\b", "gates"), within="Qwen3MoeExperts"),
-            edit((r"self\.experts\(hidden_states_reshaped, selected_experts, routing_weights\)", "self.experts(gates=routing_weights, hidden_states=hidden_states_reshaped, chosen=selected_experts)"), within="Qwen3MoeSparseMoeBlock"),
+            edit(
+                (
+                    r"self\.experts\(hidden_states_reshaped, selected_experts, routing_weights\)",
+                    "self.experts(gates=routing_weights, hidden_states=hidden_states_reshaped, chosen=selected_experts)",
+                ),
+                within="Qwen3MoeSparseMoeBlock",
+            ),
         ),
+        after=eager_experts,
         family="qwen3_moe",
         served=("projector", "packing", "rope", "v2pe"),
     ),
     Kind(
         "experts_dense_scores",
         both(
-            edit((r"top_k_weights\[token_idx, top_k_pos, None\]", "top_k_weights[token_idx, expert_idx, None]"), within="Qwen3MoeExperts"),
-            edit((r"(router_scores = )router_top_value\n", r"\1torch.zeros_like(router_logits).scatter_(1, router_indices, router_top_value)\n"), within="Qwen3MoeTopKRouter"),
+            edit(
+                (r"top_k_weights\[token_idx, top_k_pos, None\]", "top_k_weights[token_idx, expert_idx, None]"),
+                within="Qwen3MoeExperts",
+            ),
+            edit(
+                (
+                    r"(router_scores = )router_top_value\n",
+                    r"\1torch.zeros_like(router_logits).scatter_(1, router_indices, router_top_value)\n",
+                ),
+                within="Qwen3MoeTopKRouter",
+            ),
         ),
+        after=eager_experts,
         family="qwen3_moe",
     ),
-    Kind("experts_scaled", edit((r"self\.act_fn\(gate\) \* up", "self.act_fn(gate) * (up + 1)"), within="Qwen3MoeExperts"), family="qwen3_moe", same=False),
-    Kind("experts_interleaved", edit((r"gate, up = (nn\.functional\.linear\(current_state, self\.gate_up_proj\[expert_idx\]\))\.chunk\(2, dim=-1\)", r"gate_up = \1; gate, up = gate_up[..., ::2], gate_up[..., 1::2]"), within="Qwen3MoeExperts"), family="qwen3_moe", same=False),
-    Kind("experts_weight_first", edit((r"current_hidden_states = current_hidden_states \* top_k_weights\[token_idx, top_k_pos, None\]", ""), (r"current_state = hidden_states\[token_idx\]", "current_state = hidden_states[token_idx] * top_k_weights[token_idx, top_k_pos, None]"), within="Qwen3MoeExperts"), family="qwen3_moe", same=False),
-    Kind("gpt_oss_gate", edit((r"\(up \+ 1\) \* glu", "up * glu"), within="GptOssExperts"), family="gpt_oss", same=False),
-)  # fmt: skip
+    Kind(
+        "experts_scaled",
+        edit((r"self\.act_fn\(gate\) \* up", "self.act_fn(gate) * (up + 1)"), within="Qwen3MoeExperts"),
+        after=eager_experts,
+        family="qwen3_moe",
+        same=False,
+    ),
+    Kind(
+        "experts_interleaved",
+        edit(
+            (
+                r"gate, up = (nn\.functional\.linear\(current_state, self\.gate_up_proj\[expert_idx\]\))\.chunk\(2, dim=-1\)",
+                r"gate_up = \1; gate, up = gate_up[..., ::2], gate_up[..., 1::2]",
+            ),
+            within="Qwen3MoeExperts",
+        ),
+        after=eager_experts,
+        family="qwen3_moe",
+        same=False,
+    ),
+    Kind(
+        "experts_weight_first",
+        edit(
+            (r"current_hidden_states = current_hidden_states \* top_k_weights\[token_idx, top_k_pos, None\]", ""),
+            (
+                r"current_state = hidden_states\[token_idx\]",
+                "current_state = hidden_states[token_idx] * top_k_weights[token_idx, top_k_pos, None]",
+            ),
+            within="Qwen3MoeExperts",
+        ),
+        after=eager_experts,
+        family="qwen3_moe",
+        same=False,
+    ),
+    Kind(
+        "gpt_oss_gate",
+        edit((r"\(up \+ 1\) \* glu", "up * glu"), within="GptOssExperts"),
+        after=eager_experts,
+        family="gpt_oss",
+        same=False,
+    ),
+)
 BY_NAME = {kind.name: kind for kind in KINDS}
 assert len(BY_NAME) == len(KINDS)
 
@@ -526,10 +829,20 @@ def test_v2pe(name):
     assert truth(name)[1][0].sub(truth(name, True)[1][0]).abs().max() > 0.1  # the positions matter
 
 
-FLASH = (
-    "unchanged cache_renamed text_called_positionally keyword_only text_without_kwargs text_output_renamed "
-    "features_are_a_tuple mask_keywords projector_tanh projector_tanh_in_the_body shuffle_transposed rows_scaled"
-).split()
+FLASH = [
+    "unchanged",
+    "cache_renamed",
+    "text_called_positionally",
+    "keyword_only",
+    "text_without_kwargs",
+    "text_output_renamed",
+    "features_are_a_tuple",
+    "mask_keywords",
+    "projector_tanh",
+    "projector_tanh_in_the_body",
+    "shuffle_transposed",
+    "rows_scaled",
+]
 
 
 @torch.no_grad()
