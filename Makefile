@@ -7,8 +7,8 @@ UPGRADE :=
 
 # Where the tested versions do not fit (a Python or a platform without some of their wheels): the newest, and it says so.
 define install
-$(BIN)/pip install -q $(UPGRADE) $(PINS) $(1) || \
-	{ echo "NOT THE TESTED SET: constraints.txt does not fit here, taking the newest of: $(1)" >&2; $(BIN)/pip install -q $(1); }
+$(BIN)/pip install -q $(UPGRADE) $(PINS) $(1) $(if $(PINS),|| \
+	{ echo "NOT THE TESTED SET: constraints.txt does not fit here, taking the newest of $(1)" >&2; $(BIN)/pip install -q $(1); })
 endef
 
 .PHONY: demo build test test-latest test-matrix test-ends constraints bench gpu-check inspect readme lint clean
@@ -17,13 +17,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(call install,--upgrade pip setuptools wheel ninja pybind11)
 	$(call install,torch)
-	$(call install,--no-build-isolation -e ".[hf]")
+	$(call install,--no-build-isolation -e '.[hf]')
 	touch $@
 
 # torch's CUDA build brings the one Triton that it takes; beside a CPU build it is the tested one.
 TRITON = $(if $(PINS),$(shell $(BIN)/python -c "import triton" 2>/dev/null || sed -n 's/^\# \(triton==.*\)/\1/p' constraints.txt))
 $(VENV)/.test-tools: $(VENV)/.installed
-	$(call install,--no-build-isolation -e ".[test]" $(TRITON))
+	$(call install,--no-build-isolation -e '.[test]' $(TRITON))
 	touch $@
 
 build: $(VENV)/.installed
