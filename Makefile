@@ -8,7 +8,7 @@ UPGRADE :=
 # Where the tested versions do not fit (a Python or a platform without some of their wheels): the newest, and it says so.
 define install
 $(BIN)/pip install -q $(UPGRADE) $(PINS) $(1) $(if $(PINS),|| \
-	{ echo "NOT THE TESTED SET: constraints.txt does not fit here, taking the newest of $(1)" >&2; $(BIN)/pip install -q $(1); })
+	{ echo "NOT THE TESTED SET: constraints.txt does not fit here; taking the newest of $(1)" >&2; $(BIN)/pip install -q $(1); })
 endef
 
 .PHONY: demo build test test-latest test-matrix test-ends constraints bench gpu-check inspect readme lint clean
