@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 # torch's CUDA build brings the one Triton that it takes; beside a CPU build it is the tested one.
-TRITON = $(if $(PINS),$(shell $(BIN)/python -c "import triton" 2>/dev/null || sed -n 's/^\# \(triton==.*\)/\1/p' constraints.txt))
+TRITON = $(if $(and $(PINS),$(filter Linux,$(shell uname))),$(shell $(BIN)/python -c "import triton" 2>/dev/null || sed -n 's/^\# \(triton==.*\)/\1/p' constraints.txt))
 $(VENV)/.test-tools: $(VENV)/.installed
 	$(call install,--no-build-isolation -e '.[test]' $(TRITON))
 	touch $@
