@@ -46,7 +46,7 @@ def installed(python):
 
 
 def chosen(python, pins, like):
-    """{name: version} that pip would install for another Python: the pins where they have a wheel, or the next older."""
+    """{name: version} that pip would install for another Python: no newer than the pins."""
     ranges = [f"{name}<={version}" for name, version in pins.items() if name != "torch"]
     with tempfile.TemporaryDirectory() as folder:
         report, limits = Path(folder, "report.json"), Path(folder, "limits.txt")

@@ -110,30 +110,30 @@ def packed_by_hand(model, batch, flash):
 
 
 def packed_turns(model, batch, flash):
-    """(tokens [1, 2 * NEW], positions that the cache holds before the last token) of a plain native model."""
+    """(tokens [1, 2 * NEW], logits [2 * NEW, 1, V], positions in the cache at the end) of a plain model."""
     ids, embeds, _ = packed_by_hand(model, batch, flash)
-    tokens = []
+    tokens, logits = [], []
     for turn in range(2):
         for _ in range(NEW):
             output = model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), use_cache=False)
-            tokens.append(chosen(output.logits[:, -1]))
+            logits.append(output.logits[:, -1].float())
+            tokens.append(chosen(logits[-1]))
             embeds = torch.cat((embeds, model.get_input_embeddings()(tokens[-1])), 1)
         if turn == 0:
             embeds = torch.cat((embeds, model.get_input_embeddings()(torch.tensor([SECOND]))), 1)
-    return torch.cat(tokens, 1), embeds.shape[1] - 1
+    return torch.cat(tokens, 1), torch.stack(logits), embeds.shape[1] - 1
 
 
-def generated_turns(model, batch, *, cache_name=None, **options):
-    """(tokens [1, 2 * NEW], positions in the cache) from two calls of `generate`, the second on the first's cache."""
-    options = dict(GREEDY, return_dict_in_generate=True, **options)
+def generated_turns(model, batch, *, cache_name=None):
+    """As `packed_turns`, from two calls of `generate`, the second on the cache of the first."""
+    options = dict(GREEDY, return_dict_in_generate=True, output_logits=True)
     first = model.generate(**batch, **options)
     length = batch["input_ids"].shape[1]
     ids = torch.cat((first.sequences, torch.tensor([SECOND])), 1)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    cache = cache_in(first)
-    second = model.generate(**given, **{cache_name or cache_names(model)[0]: cache}, **options)
+    second = model.generate(**given, **{cache_name or cache_names(model)[0]: cache_in(first)}, **options)
     tokens = torch.cat((first.sequences[:, length:], second.sequences[:, ids.shape[1] :]), 1)
-    return tokens, cache_in(second).get_seq_length()
+    return tokens, torch.stack(first.logits + second.logits).float(), cache_in(second).get_seq_length()
 
 
 def embedded(model, ids, features):
@@ -143,7 +143,7 @@ def embedded(model, ids, features):
     return embeds
 
 
-def chat_turns(model, batch, *, fractional=False):
+def chat_turns(model, batch, fractional=False):
     """As `turns`, of a plain remote-code model, which keeps no cache between turns."""
     ids, mask, tokens, logits = batch["input_ids"], batch["attention_mask"], [], []
     features = model.extract_feature(batch["pixel_values"]).flatten(0, 1)

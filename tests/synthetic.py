@@ -50,7 +50,9 @@ def edit(*changes, within=None, count=1):
     def apply(text):
         start, end = 0, len(text)
         if within is not None:
-            start = text.index(f"class {within}(")
+            start = text.find(f"class {within}(")
+            if start < 0:
+                pytest.skip(f"transformers {transformers.__version__}: no class {within}")
             following = re.compile(r"^(@|class |def |__all__)", re.MULTILINE).search(text, text.index("\n", start))
             end = following.start() if following else len(text)
         body = text[start:end]
