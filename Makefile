@@ -1,19 +1,29 @@
-# Each target sets up its own .venv first. Everything runs without a GPU.
+# Each target sets up its own .venv first, with the tested versions of constraints.txt. Everything runs without a GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PINS := -c constraints.txt
+UPGRADE :=
 
-.PHONY: demo build test test-oldest test-matrix bench gpu-check inspect readme lint clean
+# Where the tested versions do not fit (a Python or a platform without some of their wheels): the newest, and it says so.
+define install
+$(BIN)/pip install -q $(UPGRADE) $(PINS) $(1) $(if $(PINS),|| \
+	{ echo "NOT THE TESTED SET: constraints.txt does not fit here; taking the newest of $(1)" >&2; $(BIN)/pip install -q $(1); })
+endef
 
-$(VENV)/.installed: pyproject.toml setup.py
+.PHONY: demo build test test-latest test-matrix test-ends constraints bench gpu-check inspect readme lint clean
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja pybind11
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "torch==2.13.0" || $(BIN)/pip install -q "torch>=2.10"
-	$(BIN)/pip install -q --no-build-isolation -e ".[hf]"
+	$(call install,--upgrade pip setuptools wheel ninja pybind11)
+	$(call install,torch)
+	$(call install,--no-build-isolation -e '.[hf]')
 	touch $@
 
+# torch's CUDA build brings the one Triton that it takes; beside a CPU build it is the tested one.
+TRITON = $(if $(and $(PINS),$(filter Linux,$(shell uname))),$(shell $(BIN)/python -c "import triton" 2>/dev/null || sed -n 's/^\# \(triton==.*\)/\1/p' constraints.txt))
 $(VENV)/.test-tools: $(VENV)/.installed
-	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	$(call install,--no-build-isolation -e '.[test]' $(TRITON))
 	touch $@
 
 build: $(VENV)/.installed
@@ -42,22 +52,24 @@ inspect: $(VENV)/.test-tools build
 readme: $(VENV)/.test-tools
 	$(BIN)/python -m bench.readme
 
-# The oldest supported transformers and Triton, after the newest.
-OLDEST := .venv-oldest
-$(OLDEST)/.installed: pyproject.toml setup.py
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install -q --upgrade pip setuptools wheel ninja pybind11
-	$(OLDEST)/bin/pip install -q "torch==2.13.0" || $(OLDEST)/bin/pip install -q "torch>=2.10"
-	$(OLDEST)/bin/pip install -q --no-build-isolation -e ".[test]"
-	$(OLDEST)/bin/pip install -q "transformers==4.57.*" "triton==3.6.*"
-	touch $@
+# The newest of everything within the package's ranges, torch too, and the same tests.
+test-latest:
+	rm -f .venv-latest/.installed .venv-latest/.test-tools
+	$(MAKE) test VENV=.venv-latest PINS= UPGRADE="--upgrade --upgrade-strategy eager"
 
-# OLDEST_PYTHON=... takes an environment that is already there.
-OLDEST_PYTHON ?= $(OLDEST)/bin/python
-test-oldest: $(if $(filter file,$(origin OLDEST_PYTHON)),$(OLDEST)/.installed)
-	$(OLDEST_PYTHON) -m pytest -q -n 2 tests/integrations tests/models tests/nn tests/ops
+# Every supported transformers, torch and Triton, each in an environment of its own under .venv-matrix; an hour or two.
+# ONLY=transformers-5.16 runs one. Writes tests/matrix.json, which README's table is made of.
+test-matrix: $(VENV)/.test-tools build
+	$(BIN)/python tests/matrix.py $(ONLY)
+	$(BIN)/python -m bench.readme
 
-test-matrix: test test-oldest
+# The integration tests on the oldest transformers and on the newest that pip sees.
+test-ends: $(VENV)/.test-tools build
+	$(BIN)/python tests/matrix.py --ends
+
+# Pins what test-latest passed with; OLDER_PYTHON=python3.10 asks pip for the lines of an older Python too. Then run test.
+constraints:
+	.venv-latest/bin/python .ci/constraints.py .venv-latest/bin/python $(OLDER_PYTHON)
 
 lint: $(VENV)/.test-tools
 	$(BIN)/ruff check .

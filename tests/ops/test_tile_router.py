@@ -385,6 +385,7 @@ def test_opcheck(backend):
 
 
 @CPU
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch.quantile breaks a compiled graph before torch 2.12")
 @pytest.mark.parametrize("skip", [0, 1])
 def test_compiles_whole(backend, skip):
     router = shipped()
