@@ -1,23 +1,10 @@
 #include "ivl/pixel_shuffle_mlp.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
-#include <type_traits>
-#include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "ivl/gemm.h"
-#include "ivl/parallel.h"
 
-// GCC 12 warns about its own intrinsics.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define IVL_KERNELS "ivl/pixel_shuffle_mlp_kernels.h"
 #include "ivl/foreach_isa.h"
 

@@ -1,5 +1,5 @@
 // float32 matrix product for one instruction set. The column operand may be of any float type: it is widened while it
-// is packed, and every weight is read once. Needs vec_kernels.h, ivl/gemm.h, ivl/parallel.h.
+// is packed, and every weight is read once.
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
@@ -62,7 +62,7 @@ void pack_columns(ColumnOperand<T> from, int64_t n, int64_t columns, int64_t k, 
         store(to + i * kWide, load(row));
         store(to + i * kWide + kLanes, load(row + kLanes));
       } else {
-        for (int64_t j = 0; j < kWide; ++j) to[i * kWide + j] = j < columns ? to_float(row[j]) : 0;
+        for (int64_t j = 0; j < kWide; ++j) to[i * kWide + j] = j < columns ? widen(row[j]) : 0;
       }
     }
     return;
@@ -83,7 +83,7 @@ void pack_columns(ColumnOperand<T> from, int64_t n, int64_t columns, int64_t k, 
     for (; i < depth; ++i)
       for (int64_t j = 0; j < kLanes; ++j)
         to[i * kWide + first + j] =
-            j < here ? to_float(source[(first + j) * from.n_stride + i * from.k_stride]) : 0;
+            j < here ? widen(source[(first + j) * from.n_stride + i * from.k_stride]) : 0;
   }
 }
 
@@ -102,12 +102,12 @@ void pack_rows(const T* data, int64_t m_stride, int64_t k_stride, PackedRows to)
           for (int64_t m = first; m < last; ++m, source += m_stride, target += kPanelStride) {
             int64_t k = 0;
             for (; k + kLanes <= depth; k += kLanes) store(target + k, load(source + k));
-            for (; k < depth; ++k) target[k] = to_float(source[k]);
+            for (; k < depth; ++k) target[k] = widen(source[k]);
           }
         } else {
           for (int64_t k = 0; k < depth; ++k)
             for (int64_t m = 0; m < last - first; ++m)
-              target[m * kPanelStride + k] = to_float(source[m * m_stride + k * k_stride]);
+              target[m * kPanelStride + k] = widen(source[m * m_stride + k * k_stride]);
         }
       }
     }

@@ -1,5 +1,4 @@
-// Kernels of the mixture-of-experts feed-forward for one instruction set. Needs vec_kernels.h, ivl/moe_experts.h,
-// ivl/parallel.h, ivl/scratch.h, <atomic>, <algorithm>.
+// Kernels of the mixture-of-experts feed-forward for one instruction set; see foreach_isa.h.
 //
 // Products of a few rows (the tokens of one expert) with a weight matrix, in three forms:
 //   dot     weights with contiguous k, few rows: every weight is read once, straight into a dot product
@@ -7,6 +6,7 @@
 //   packed  otherwise: a panel of columns is widened and packed in the L2 cache, then multiplied tile by tile
 // All accumulate in float32. A is the type of the inputs: float, or bfloat16 when the processor multiplies that itself;
 // then two neighbouring k form one 32-bit unit, held in a float's bits, and vectors of units are multiplied by dot2.
+#include "ivl/activations.h"
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
@@ -101,7 +101,7 @@ void pack(const RowPanel<T>& from, int64_t k, int64_t depth, float* to) {
     } else {
       for (; i < depth; ++i)
         for (int64_t j = 0; j < kLanes; ++j)
-          target[i * kPanel + j] = j < columns ? to_float(source[j * from.stride + i]) : 0.0f;
+          target[i * kPanel + j] = j < columns ? widen(source[j * from.stride + i]) : 0.0f;
     }
   }
 }
@@ -112,7 +112,7 @@ void pack_row(const ColumnPanel<T>& from, const T* row, float* to) {
   if (from.columns < kPanel) {
     T whole[kPanel] = {};
     std::memcpy(whole, row, from.columns * sizeof(T));
-    for (int64_t j = 0; j < kPanel; ++j) to[from.paired ? (j % 2) * kHalf + j / 2 : j] = to_float(whole[j]);
+    for (int64_t j = 0; j < kPanel; ++j) to[from.paired ? (j % 2) * kHalf + j / 2 : j] = widen(whole[j]);
   } else if (!from.paired) {
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) store(to + part * kLanes, load(row + part * kLanes));
@@ -528,7 +528,7 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
     if constexpr (std::is_same_v<A, float>) {
       a[r] = rows[r];
     } else {
-      for (int64_t k = 0; k < depth; ++k) wide[r * depth + k] = to_float(rows[r][k]);
+      for (int64_t k = 0; k < depth; ++k) wide[r * depth + k] = widen(rows[r][k]);
       a[r] = wide.get() + r * depth;
     }
   }
@@ -542,21 +542,6 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
   }
 }
 
-
-inline vf sigmoid(vf x) {
-  const vi negative = x < vf{};
-  const vf e = exp_negative(negative ? x : -x);
-  const vf positive = splat(1.0f) / (splat(1.0f) + e);
-  return negative ? e * positive : positive;
-}
-
-inline vf gated(vf gate, vf up, const ExpertOptions& options) {
-  if (options.gating == Gating::silu) return gate * sigmoid(gate) * up;
-  const vf limit = splat(options.limit);
-  gate = gate > limit ? limit : gate;
-  up = up > limit ? limit : up < -limit ? -limit : up;
-  return gate * sigmoid(splat(options.alpha) * gate) * (up + splat(1.0f));
-}
 
 // Reads gate and up columns [at, at + n) of a row of `pre` or of a gradient of it, and writes them.
 template <class T>
@@ -666,7 +651,7 @@ float* kept_sums(T* result, const Scratch<float>& sums) {
 template <class T, class A>
 struct ForwardCall {
   ExpertShape shape;
-  ExpertOptions options;
+  GatedActivation options;
   const ExpertWeights<T>& experts;
   const A* const* inputs;  // by sorted row, as all that follow
   A* const* actives;
@@ -757,7 +742,7 @@ inline std::vector<UpTask> list_tasks(const int32_t* offsets, int64_t first, int
 }
 
 template <class T, class A>
-void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, const float* weights,
+void forward_with(ExpertShape shape, GatedActivation options, const A* hidden, const float* weights,
                   const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
   const Turns turns(offsets, shape.experts, 4096);
@@ -812,11 +797,11 @@ void forward_with(ExpertShape shape, ExpertOptions options, const A* hidden, con
 }
 
 template <class T>
-void widen(const T* from, int64_t size, float* to) {
+void widen_all(const T* from, int64_t size, float* to) {
   parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) store(to + i, load(from + i));
-    for (; i < end; ++i) to[i] = to_float(from[i]);
+    for (; i < end; ++i) to[i] = widen(from[i]);
   });
 }
 
@@ -826,7 +811,7 @@ inline bool use_units(ExpertShape shape) {
 }
 
 template <class T>
-void forward(ExpertShape shape, ExpertOptions options, const T* hidden, const float* weights,
+void forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
              const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
   if constexpr (std::is_same_v<T, float>) {
     return forward_with<T, float>(shape, options, hidden, weights, permutation, offsets, experts, out, pre);
@@ -837,7 +822,7 @@ void forward(ExpertShape shape, ExpertOptions options, const T* hidden, const fl
         return forward_with<T, T>(shape, options, hidden, weights, permutation, offsets, experts, out, pre);
 #endif
     const Scratch<float> wide(shape.tokens * shape.width);
-    widen(hidden, shape.tokens * shape.width, wide.get());
+    widen_all(hidden, shape.tokens * shape.width, wide.get());
     forward_with<T, float>(shape, options, wide.get(), weights, permutation, offsets, experts, out, pre);
   }
 }
@@ -885,25 +870,6 @@ void outer_product(const A* const* left, const A* const* right, int64_t count, i
   }
 }
 
-struct GateGradient {
-  vf active, gate, up;  // d active / d gate, d active / d up
-};
-
-inline GateGradient gate_gradient(vf gate, vf up, const ExpertOptions& options) {
-  const vf one = splat(1.0f);
-  if (options.gating == Gating::silu) {
-    const vf s = sigmoid(gate), silu = gate * s;
-    return {silu * up, up * s * (one + gate * (one - s)), silu};
-  }
-  const vf limit = splat(options.limit), alpha = splat(options.alpha);
-  const vi inside_gate = gate <= limit, inside_up = (up <= limit) & (up >= -limit);
-  gate = gate > limit ? limit : gate;
-  up = up > limit ? limit : up < -limit ? -limit : up;
-  const vf s = sigmoid(alpha * gate), glu = gate * s;
-  const vf by_gate = (up + one) * s * (one + alpha * gate * (one - s));
-  return {glu * (up + one), inside_gate ? by_gate : vf{}, inside_up ? glu : vf{}};
-}
-
 // result [columns] = the sum of the rows, each times its scale (null: 1).
 template <class A, class T>
 void column_sums(const A* const* rows, const float* scales, int64_t count, int64_t columns, T* result) {
@@ -929,7 +895,7 @@ float dot(const A* a, const T* b, int64_t size) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[j] = fma(load(a + i + j * kLanes), load(b + i + j * kLanes), sums[j]);
   float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < size; ++i) total += to_float(a[i]) * to_float(b[i]);
+  for (; i < size; ++i) total += widen(a[i]) * widen(b[i]);
   return total;
 }
 
@@ -937,7 +903,7 @@ float dot(const A* a, const T* b, int64_t size) {
 template <class T, class A>
 struct BackwardCall {
   ExpertShape shape;
-  ExpertOptions options;
+  GatedActivation options;
   const int32_t* offsets;
   const ExpertWeights<T>& experts;
   const T* pre;
@@ -1071,7 +1037,7 @@ struct BackwardCall {
 };
 
 template <class T, class A>
-void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, const A* hidden, const float* weights,
+void backward_with(ExpertShape shape, GatedActivation options, const A* grad, const A* hidden, const float* weights,
                    const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
                    const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
@@ -1123,7 +1089,7 @@ void backward_with(ExpertShape shape, ExpertOptions options, const A* grad, cons
 }
 
 template <class T>
-void backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* hidden, const float* weights,
+void backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
               const int32_t* permutation, const int32_t* inverse, const int32_t* offsets, const ExpertWeights<T>& experts,
               const T* pre, const ExpertGradients<T>& to) {
   if constexpr (std::is_same_v<T, float>) {
@@ -1136,8 +1102,8 @@ void backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* 
 #endif
     const int64_t size = shape.tokens * shape.width;
     const Scratch<float> wide_grad(size), wide_hidden(size);
-    widen(grad, size, wide_grad.get());
-    widen(hidden, size, wide_hidden.get());
+    widen_all(grad, size, wide_grad.get());
+    widen_all(hidden, size, wide_hidden.get());
     backward_with<T, float>(shape, options, wide_grad.get(), wide_hidden.get(), weights, permutation, inverse, offsets,
                             experts, pre, to);
   }

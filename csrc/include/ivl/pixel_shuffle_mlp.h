@@ -2,15 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "ivl/types.h"
 
 namespace ivl {
-
-// What sums over many rows are kept in.
-template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Tokens of the vision transformer, [tiles, skip + height * width, channels]; strides in elements, channels contiguous.
 // Shuffled row m of a tile is the merge x merge patches around grid cell m, patch rows first.

@@ -1,65 +1,10 @@
-#include "ivl/vec_kernels.h"
-
+#include "ivl/activations.h"
 #include "ivl/gemm_kernels.h"
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int64_t kScratch = int64_t{32} << 20;  // bytes of operands worked on at a time
-
-// The normal distribution function P(X <= x) and, when wanted, its density. With t = 1 / (1 + c |x|) the tail
-// is exp(-x^2 / 2) t P(t); the coefficients are a Chebyshev fit over |x| <= 13, relative error 1.2e-8.
-inline vf normal(vf x, vf& gauss) {
-  constexpr float kFit[] = {0.09874896758511983f,  0.0984367637398324f,   0.09501550232248147f, 0.07076660191517882f,
-                            0.08664280726701196f,  0.01866556388020921f,  0.015473559367170167f, 0.06908906480809172f,
-                            -0.07038876359879534f, 0.017549934593967354f};
-  const vi negative = x < vf{};
-  const vf size = negative ? -x : x;
-  const vf t = splat(1.0f) / fma(size, splat(0.2474873734152916f), splat(1.0f));
-  vf p = splat(kFit[9]);
-#pragma GCC unroll 9
-  for (int i = 8; i >= 0; --i) p = fma(p, t, splat(kFit[i]));
-  gauss = exp_negative(splat(-0.5f) * x * x);
-  const vf tail = p * t * gauss;
-  return negative ? tail : splat(1.0f) - tail;
-}
-
-inline vf gelu(vf x) {
-  vf gauss;
-  const vf y = x * normal(x, gauss);
-  const vi low = x < splat(-14.0f);  // and no NaN from -inf * 0
-  return low ? vf{} : y;
-}
-
-inline vf gelu_slope(vf x) {
-  vf gauss;
-  const vf area = normal(x, gauss);
-  const vi far = (x < splat(-14.0f)) | (x > splat(14.0f));
-  return far ? area : fma(x * gauss, splat(0.39894228f), area);
-}
-
-inline double gelu(double x) { return 0.5 * x * (1 + std::erf(x * 0.70710678118654752440)); }
-inline double gelu_slope(double x) {
-  return 0.5 * (1 + std::erf(x * 0.70710678118654752440)) + x * std::exp(-0.5 * x * x) * 0.39894228040143267794;
-}
-
-// Calls f(column, count) for whole vectors, then once for the rest.
-template <class F>
-inline void by_vector(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<bool, true>{}, int64_t{kLanes});
-  if (i < n) f(i, std::integral_constant<bool, false>{}, n - i);
-}
-template <class T, class Full>
-inline vf load(const T* p, Full full, int64_t n) {
-  if constexpr (Full::value) return load(p);
-  return load_some(p, n);
-}
-template <class T, class Full>
-inline void store(T* p, vf v, Full full, int64_t n) {
-  if constexpr (Full::value) return store(p, v);
-  store_some(p, v, n);
-}
 
 struct Statistics {
   float mean, scale;  // scale = 1 / sqrt(variance + eps)
