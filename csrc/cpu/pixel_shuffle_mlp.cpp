@@ -1,38 +1,11 @@
 #include "ivl/pixel_shuffle_mlp.h"
 
-#include <memory>
-#include <new>
-
 #include "ivl/gemm.h"
 
 #define IVL_KERNELS "ivl/pixel_shuffle_mlp_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {
-namespace {
-
-struct Free {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-struct Buffer {
-  std::unique_ptr<float[], Free> data;
-  int64_t floats = 0;
-};
-
-}  // namespace
-
-float* workspace(int slot, int64_t floats) {
-  thread_local Buffer buffers[5];
-  Buffer& buffer = buffers[slot];
-  if (buffer.floats < floats) {
-    buffer.data.reset();
-    buffer.data.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
-    buffer.floats = floats;
-  }
-  return buffer.data.get();
-}
-
 template <class T>
 void shuffle_norm(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, const T* bias,
                   double eps, T* out) {

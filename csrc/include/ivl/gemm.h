@@ -31,7 +31,4 @@ struct ColumnOperand {
   int64_t n_stride, k_stride;
 };
 
-// Per-thread memory that stays mapped between calls: fresh pages cost more than the arithmetic on them.
-float* workspace(int slot, int64_t floats);
-
 }  // namespace ivl

@@ -123,7 +123,7 @@ void gemm(PackedRows a, ColumnOperand<T> b, int64_t n, float* c, int64_t c_strid
   const int64_t row_panels = PackedRows::panels(a.rows);
   const int64_t splits = std::clamp<int64_t>(thread_count() / panels, 1, row_panels);
   parallel_for(panels * splits, 1, [&](int64_t begin, int64_t end) {
-    float* packed = workspace(0, kGroup * kDepth * kWide);
+    const Scratch<float> packed(kGroup * kDepth * kWide);
     for (int64_t split = begin / panels; split * panels < end; ++split) {
       const int64_t from = std::max(begin - split * panels, int64_t{0}), to = std::min(end - split * panels, panels);
       const int64_t first_row = row_panels * split / splits * kPanel;
@@ -135,12 +135,12 @@ void gemm(PackedRows a, ColumnOperand<T> b, int64_t n, float* c, int64_t c_strid
           const int64_t group_end = std::min(group + kGroup, to);
           for (int64_t p = group; p < group_end; ++p)
             pack_columns(b, p * kWide, std::min<int64_t>(kWide, n - p * kWide), block, depth,
-                         packed + (p - group) * depth * kWide);
+                         packed.get() + (p - group) * depth * kWide);
           for (int64_t row = first_row; row < last_row; row += kPanel) {
             const int64_t rows = std::min(kPanel, last_row - row);
             for (int64_t p = group; p < group_end; ++p) {
               float* target = c + row * c_stride + p * kWide;
-              const float* columns = packed + (p - group) * depth * kWide;
+              const float* columns = packed.get() + (p - group) * depth * kWide;
               for (int64_t k = 0; k < depth; k += kChain)
                 tile_rows(rows, std::min(kChain, depth - k), a.at(row, block) + k, columns + k * kWide, target, c_stride,
                           block + k > 0);

@@ -83,10 +83,10 @@ void shuffle_norm(ShuffledTokens<const T> tokens, int64_t first, int64_t count, 
         for (int64_t i = 0; i < columns; ++i) out[m * columns + i] = (buffer[i] - mean) * scale * weight[i] + bias[i];
       }
     } else {
-      float* buffer = workspace(1, columns);
+      const Scratch<float> buffer(columns);
       for (int64_t m = begin; m < end; ++m) {
-        const Statistics s = gather(tokens, first + m, eps, buffer);
-        normalize(buffer, s, weight, bias, columns, out + m * columns);
+        const Statistics s = gather(tokens, first + m, eps, buffer.get());
+        normalize(buffer.get(), s, weight, bias, columns, out + m * columns);
       }
     }
   });
@@ -96,11 +96,11 @@ template <class T>
 void shuffle_norm_packed(ShuffledTokens<const T> tokens, int64_t first, const T* weight, const T* bias, double eps,
                          PackedRows to) {
   parallel_for(to.rows, 4, [&](int64_t begin, int64_t end) {
-    float* buffer = workspace(1, to.columns);
+    const Scratch<float> buffer(to.columns);
     for (int64_t m = begin; m < end; ++m) {
-      const Statistics s = gather(tokens, first + m, eps, buffer);
+      const Statistics s = gather(tokens, first + m, eps, buffer.get());
       for (int64_t k = 0; k < to.columns; k += kDepth)
-        normalize(buffer + k, s, weight + k, bias + k, std::min(kDepth, to.columns - k), to.at(m, k));
+        normalize(buffer.get() + k, s, weight + k, bias + k, std::min(kDepth, to.columns - k), to.at(m, k));
     }
   });
 }
@@ -143,7 +143,8 @@ template <class T>
 void norm_backward_row(const ShuffledTokens<const T>& tokens, int64_t row, const T* weight, double eps, const T* dy,
                        const ShuffledTokens<T>& dx, float* sums) {
   const int64_t columns = tokens.columns(), channels = tokens.channels;
-  float* x = workspace(1, columns);
+  const Scratch<float> scratch(columns);
+  float* const x = scratch.get();
   const Statistics s = gather(tokens, row, eps, x);
   vf sum_g = {}, sum_gx = {};
   by_vector(columns, [&](int64_t i, auto full, int64_t n) {
@@ -221,18 +222,19 @@ void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight,
   const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (widest + c_stride)));
   const int64_t chunks = (rows + most - 1) / most;
   const int64_t chunk = ((rows + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
+  const Scratch<float> c(chunk * c_stride);
+  const Scratch<float> between[] = {Scratch<float>(PackedRows::floats(chunk, widest)),
+                                    Scratch<float>(PackedRows::floats(chunk, widest))};
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t here = std::min(chunk, rows - first);
-    float* c = workspace(2, here * c_stride);
-    PackedRows a{workspace(3, PackedRows::floats(here, layers[0].inputs)), here, layers[0].inputs};
+    PackedRows a{between[0].get(), here, layers[0].inputs};
     shuffle_norm_packed(tokens, first, norm_weight, norm_bias, eps, a);
     int64_t pre_column = 0;
     for (int64_t l = 0; l < layer_count; ++l) {
       const LinearLayer<T>& layer = layers[l];
       const bool last = l + 1 == layer_count;
-      PackedRows next{nullptr, here, layer.outputs};
-      if (!last) next.data = workspace(4 - l % 2, PackedRows::floats(here, layer.outputs));  // not where `a` is
-      gemm(a, ColumnOperand<T>{layer.weight, layer.weight_stride, 1}, layer.outputs, c, c_stride,
+      PackedRows next{between[(l + 1) % 2].get(), here, layer.outputs};
+      gemm(a, ColumnOperand<T>{layer.weight, layer.weight_stride, 1}, layer.outputs, c.get(), c_stride,
            [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
              for (int64_t m = row; m < row + count; ++m, values += stride) {
                T* saved = pre && !last ? pre + (first + m) * pre_stride + pre_column + column : nullptr;
@@ -259,12 +261,12 @@ void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, in
   const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (k + c_stride)));
   const int64_t chunks = (m + most - 1) / most;
   const int64_t chunk = ((m + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
+  const Scratch<float> c(chunk * c_stride), packed(PackedRows::floats(chunk, k));
   for (int64_t first = 0; first < m; first += chunk) {
     const int64_t here = std::min(chunk, m - first);
-    float* c = workspace(2, here * c_stride);
-    PackedRows rows{workspace(3, PackedRows::floats(here, k)), here, k};
+    PackedRows rows{packed.get(), here, k};
     pack_rows(a.data + first * a.row_stride, a.row_stride, a.column_stride, rows);
-    gemm(rows, ColumnOperand<T>{b.data, b.column_stride, b.row_stride}, n, c, c_stride,
+    gemm(rows, ColumnOperand<T>{b.data, b.column_stride, b.row_stride}, n, c.get(), c_stride,
          [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
            for (int64_t i = row; i < row + count; ++i, values += stride) {
              T* target = out + (first + i) * out_stride + column;

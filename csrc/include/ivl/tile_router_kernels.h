@@ -282,7 +282,7 @@ constexpr int64_t kDotChain = 64;
 template <int NB, int MB, class T, class A>
 inline void dot_block(const T* w, int64_t stride, const A* x, int64_t width, bool prefetch, A* out, int64_t out_stride,
                       const A* bias) {
-  Vec<A> sums[NB][MB];
+  Vec<A> sums[NB][MB] = {};
   const T* next = w + NB * stride;
   for (int64_t k0 = 0; k0 == 0 || k0 < width; k0 += kDotChain * lanes<A>) {
     Vec<A> s[NB][MB] = {};
