@@ -1,7 +1,5 @@
 #include "ivl/moe_experts.h"
 
-#include <atomic>
-
 #define IVL_KERNELS "ivl/moe_experts_kernels.h"
 #include "ivl/foreach_isa.h"
 
