@@ -114,13 +114,13 @@ struct ForwardCall {
       const auto source = [&](int64_t p) {
         return column_panel(experts.gate[e], 2 * inner, 2 * inner, (panel + p) * kPanel, true);
       };
-      multiply(from, rows, shape.width, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish, after);
+      multiply(from, rows, shape.width, panels, source, finish, after);
     } else {
       const auto source = [&](int64_t p) {
         const int64_t column = (panel + p) * kHalf, n = std::min(kHalf, inner - column), start = column * shape.width;
         return RowPanel<T>{experts.gate[e] + start, experts.up[e] + start, shape.width, n, n};
       };
-      multiply(from, rows, shape.width, panels, static_cast<RowPanel<T>*>(nullptr), source, finish, after);
+      multiply(from, rows, shape.width, panels, source, finish, after);
     }
   }
 
@@ -144,10 +144,10 @@ struct ForwardCall {
     };
     if (experts.interleaved) {
       const auto source = [&](int64_t p) { return column_panel(experts.down[e], width, width, (panel + p) * kPanel); };
-      multiply(from, rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish, after);
+      multiply(from, rows, inner, panels, source, finish, after);
     } else {
       const auto source = [&](int64_t p) { return row_panel(experts.down[e], inner, width, (panel + p) * kPanel); };
-      multiply(from, rows, inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish, after);
+      multiply(from, rows, inner, panels, source, finish, after);
     }
   }
 };
@@ -378,10 +378,10 @@ struct BackwardCall {
       const T* const down = experts.down[t.expert];
       if (interleaved) {
         const auto source = [&](int64_t p) { return row_panel(down, width, inner, (t.panel + p) * kPanel); };
-        multiply(grads + t.row, t.rows, width, t.panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+        multiply(grads + t.row, t.rows, width, t.panels, source, finish);
       } else {
         const auto source = [&](int64_t p) { return column_panel(down, inner, inner, (t.panel + p) * kPanel); };
-        multiply(grads + t.row, t.rows, width, t.panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+        multiply(grads + t.row, t.rows, width, t.panels, source, finish);
       }
     });
   }
@@ -409,7 +409,7 @@ struct BackwardCall {
           const auto source = [&](int64_t p) {
             return row_panel(experts.gate[e], 2 * inner, width, (panel + p) * kPanel);
           };
-          multiply(changes + row, rows, 2 * inner, panels, static_cast<RowPanel<T>*>(nullptr), source, finish);
+          multiply(changes + row, rows, 2 * inner, panels, source, finish);
           continue;
         }
         const Scratch<const A*> from(rows);
@@ -418,7 +418,7 @@ struct BackwardCall {
           const auto source = [&](int64_t p) {
             return column_panel((up ? experts.up : experts.gate)[e], width, width, (panel + p) * kPanel);
           };
-          multiply(from.get(), rows, inner, panels, static_cast<ColumnPanel<T>*>(nullptr), source, finish);
+          multiply(from.get(), rows, inner, panels, source, finish);
         }
       }
       if (last < shape.experts) sums.write(hidden_sums);

@@ -15,14 +15,8 @@ constexpr int64_t kDotLimit = 64;  // rows up to which dot products beat packing
 struct Blocking {
   int64_t depth, chunk, step;
 };
-template <class T>
-constexpr Blocking blocking(const RowPanel<T>*) {
-  return {1024, 512, 1024};
-}
-template <class T>
-constexpr Blocking blocking(const ColumnPanel<T>*) {
-  return {256, 256, 2};
-}
+template <class Panel>
+constexpr Blocking kBlocking = Panel::kRows ? Blocking{1024, 512, 1024} : Blocking{256, 256, 2};
 
 // The share of call `call` of `calls` in fetching the next block of weights, which begins at `from`: whole rows of row
 // panels, one line of every row of column panels. `unit`: the k of a step.
@@ -48,14 +42,17 @@ const T* start(const RowPanel<T>& panel, int64_t k) { return panel.first + k; }
 template <class T>
 const T* start(const ColumnPanel<T>& panel, int64_t k) { return panel.data + k * panel.stride; }
 
-// Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
-// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: those of
-// the next block are fetched while this one's are multiplied.
-template <class A, class T, class Source, class Finish>
-void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source&& source,
-                     Finish&& finish, const T* after) {
-  using Panel = decltype(source(0));
-  constexpr Blocking block = blocking(static_cast<Panel*>(nullptr));
+template <class Source>
+using PanelOf = std::invoke_result_t<Source&, int64_t>;
+template <class Source>
+using ElementOf = typename PanelOf<Source>::Element;
+
+template <class A, class Source, class Finish>
+void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source& source, Finish& finish,
+                     const ElementOf<Source>* after) {
+  using Panel = PanelOf<Source>;
+  using T = typename Panel::Element;
+  constexpr Blocking block = kBlocking<Panel>;
   constexpr int64_t unit = std::is_same_v<A, bfloat16> ? 2 : 1;
   const int64_t chunk = std::min(block.chunk, count);
   const Scratch<float> packed(panels * block.depth / unit * kPanel), sums(panels * chunk * kPanel);
@@ -76,7 +73,7 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
         const float* a[kTileRows];
         for (int64_t r = 0; r < size; ++r) a[r] = reinterpret_cast<const float*>(rows[first + begin + r] + k);
         for (int64_t p = 0; p < panels; ++p) {
-          float* c = sums.get() + (p * chunk + begin) * kPanel;
+          float* c = sums.get() + (deep == depth ? 0 : (p * chunk + begin) * kPanel);
           const Fetch fetch = next ? share(front, next, panels, tile * panels + p, tiles * panels, unit) : Fetch{};
           packed_rows<A>(size, a, packed.get() + p * units * kPanel, units, c, k > 0, fetch);
           if (k + deep == depth) finish(first + begin, size, p, c);
@@ -86,12 +83,10 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
   }
 }
 
-// `after`, when not null, is where the weights of the next product begin, for fetching them ahead.
-template <class A, class T, class Source, class Finish>
-void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, const RowPanel<T>*, Source&& source,
-              Finish&& finish, const T* after = nullptr) {
-  if (count > kDotLimit || depth % (std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes) != 0)
-    return multiply_packed(rows, count, depth, panels, source, finish, after);
+template <class A, class Source, class Finish>
+void multiply_dot(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source& source, Finish& finish,
+                  const ElementOf<Source>* after) {
+  using T = ElementOf<Source>;
   float c[kDotLimit * kPanel];
   vf sums[kDotLimit][kDotColumns];
   const int64_t tiles = (count + kDotRows - 1) / kDotRows;
@@ -134,14 +129,10 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
   }
 }
 
-template <class A, class T, class Source, class Finish>
-void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, const ColumnPanel<T>*,
-              Source&& source, Finish&& finish, const T* after = nullptr) {
-  int64_t columns = 0;
-  for (int64_t p = 0; p < panels; ++p) columns += source(p).columns;
-  const ColumnPanel<T> front = source(0);
-  if (count > kStreamRows || columns % (front.paired ? 2 * kLanes : kLanes) != 0)
-    return multiply_packed(rows, count, depth, panels, source, finish, after);
+template <class A, class Source, class Finish>
+void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t panels, int64_t columns, Source& source,
+                     Finish& finish, const ElementOf<Source>* after) {
+  const auto front = source(0);
   const Scratch<float> sums(count * columns), wide(std::is_same_v<A, float> ? 0 : count * depth);
   const float* a[kStreamRows];
   for (int64_t r = 0; r < count; ++r) {
@@ -160,6 +151,29 @@ void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels
     for (int64_t r = 0; r < count; ++r) pack_row(natural, sums.get() + r * columns + p * kPanel, c + r * kPanel);
     finish(0, count, p, c);
   }
+}
+
+// `packed`: every row's sums in the order of multiply_packed, whatever the number of rows.
+enum class Form { best, packed };
+
+// Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
+// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: they are
+// fetched while the last are multiplied.
+template <class A, class Source, class Finish>
+void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source&& source, Finish&& finish,
+              const ElementOf<Source>* after = nullptr, Form form = Form::best) {
+  if (form == Form::best) {
+    if constexpr (PanelOf<Source>::kRows) {
+      if (count <= kDotLimit && depth % (std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes) == 0)
+        return multiply_dot(rows, count, depth, panels, source, finish, after);
+    } else {
+      int64_t columns = 0;
+      for (int64_t p = 0; p < panels; ++p) columns += source(p).columns;
+      if (count <= kStreamRows && columns % (source(0).paired ? 2 * kLanes : kLanes) == 0)
+        return multiply_stream(rows, count, depth, panels, columns, source, finish, after);
+    }
+  }
+  multiply_packed(rows, count, depth, panels, source, finish, after);
 }
 
 }  // namespace

@@ -12,6 +12,8 @@ constexpr int64_t kAhead = 8;  // rows of column panels to prefetch
 // Columns are rows of memory: column j of half h is (h ? second : first) + j * stride, contiguous in k.
 template <class T>
 struct RowPanel {
+  using Element = T;
+  static constexpr bool kRows = true;
   const T* first;
   const T* second;
   int64_t stride, first_columns, second_columns;
@@ -20,6 +22,8 @@ struct RowPanel {
 // Element (k, j) is data[k * stride + j]; `paired`: gate j is data[k * stride + 2 j] and up j the one after it.
 template <class T>
 struct ColumnPanel {
+  using Element = T;
+  static constexpr bool kRows = false;
   const T* data;
   int64_t stride, columns;
   bool paired;
