@@ -30,12 +30,6 @@ void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight,
   IVL_CALL(project, tokens, rows, norm_weight, norm_bias, eps, layers, layer_count, out, pre, pre_stride);
 }
 
-template <class T>
-void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
-                bool accumulate) {
-  IVL_CALL(matmul_any, a, b, m, n, k, out, out_stride, accumulate);
-}
-
 #define IVL_INSTANTIATE(T)                                                                                           \
   template void shuffle_norm(ShuffledTokens<const T>, int64_t, int64_t, const T*, const T*, double, T*);             \
   template void shuffle_norm_backward(ShuffledTokens<const T>, int64_t, int64_t, const T*, double, const T*,         \
@@ -43,8 +37,7 @@ void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, in
   template void gelu_backward(const T*, int64_t, int64_t, int64_t, T*, int64_t, T*, Sum<T>*);
 #define IVL_INSTANTIATE_PRODUCTS(T)                                                                                  \
   template void project(ShuffledTokens<const T>, int64_t, const T*, const T*, double, const LinearLayer<T>*, int64_t, \
-                        RowMap<T>, T*, int64_t);                                                                     \
-  template void matmul_any(StridedMatrix<T>, StridedMatrix<T>, int64_t, int64_t, int64_t, T*, int64_t, bool);
+                        RowMap<T>, T*, int64_t);
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(double)
 IVL_INSTANTIATE(bfloat16)

@@ -22,6 +22,7 @@
 
 #include "ivl/convert.h"
 #include "ivl/gating.h"
+#include "ivl/gemm.h"
 #include "ivl/isa.h"
 #include "ivl/parallel.h"
 #include "ivl/scratch.h"

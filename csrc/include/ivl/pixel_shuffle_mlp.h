@@ -70,14 +70,4 @@ template <class T>
 void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight, const T* norm_bias, double eps,
              const LinearLayer<T>* layers, int64_t layer_count, RowMap<T> out, T* pre, int64_t pre_stride);
 
-// out [m, n] = a [m, k] b [k, n] (+ out when accumulate), float32 inside. Strides in elements.
-template <class T>
-struct StridedMatrix {
-  const T* data;
-  int64_t row_stride, column_stride;
-};
-template <class T>
-void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
-                bool accumulate);
-
 }  // namespace ivl

@@ -1,5 +1,5 @@
 #include "ivl/activations.h"
-#include "ivl/gemm_kernels.h"
+#include "ivl/gemm/product.h"
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
@@ -92,15 +92,16 @@ void shuffle_norm(ShuffledTokens<const T> tokens, int64_t first, int64_t count, 
   });
 }
 
+// The same as float32 rows for a product, padded_stride(columns) apart.
 template <class T>
-void shuffle_norm_packed(ShuffledTokens<const T> tokens, int64_t first, const T* weight, const T* bias, double eps,
-                         PackedRows to) {
-  parallel_for(to.rows, 4, [&](int64_t begin, int64_t end) {
-    const Scratch<float> buffer(to.columns);
+void shuffle_norm_rows(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, const T* bias,
+                       double eps, float* to) {
+  const int64_t columns = tokens.columns(), stride = padded_stride<float>(columns);
+  parallel_for(count, 4, [&](int64_t begin, int64_t end) {
+    const Scratch<float> buffer(columns);
     for (int64_t m = begin; m < end; ++m) {
       const Statistics s = gather(tokens, first + m, eps, buffer.get());
-      for (int64_t k = 0; k < to.columns; k += kDepth)
-        normalize(buffer.get() + k, s, weight + k, bias + k, std::min(kDepth, to.columns - k), to.at(m, k));
+      normalize(buffer.get(), s, weight, bias, columns, to + m * stride);
     }
   });
 }
@@ -212,71 +213,38 @@ void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t colum
 template <class T>
 void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight, const T* norm_bias, double eps,
              const LinearLayer<T>* layers, int64_t layer_count, RowMap<T> out, T* pre, int64_t pre_stride) {
-  int64_t widest = tokens.columns(), widest_out = 0;
-  for (int64_t l = 0; l < layer_count; ++l) {
-    widest = std::max(widest, layers[l].inputs);
-    widest_out = std::max(widest_out, layers[l].outputs);
-  }
-  const int64_t c_stride = (widest_out + kWide - 1) / kWide * kWide + 16;
+  int64_t widest = tokens.columns();
+  for (int64_t l = 0; l < layer_count; ++l) widest = std::max(widest, layers[l].inputs);
   // Row chunks of equal size whose operands fit in kScratch.
-  const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (widest + c_stride)));
-  const int64_t chunks = (rows + most - 1) / most;
-  const int64_t chunk = ((rows + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
-  const Scratch<float> c(chunk * c_stride);
-  const Scratch<float> between[] = {Scratch<float>(PackedRows::floats(chunk, widest)),
-                                    Scratch<float>(PackedRows::floats(chunk, widest))};
+  const int64_t widest_stride = padded_stride<float>(widest);
+  const int64_t most = std::max<int64_t>(48, kScratch / (2 * widest_stride * int64_t{sizeof(float)}));
+  const int64_t chunks = (rows + most - 1) / most, chunk = chunks ? (rows + chunks - 1) / chunks : 0;
+  const Scratch<float> between[] = {Scratch<float>(chunk * widest_stride), Scratch<float>(chunk * widest_stride)};
+  const Scratch<const float*> from(chunk);
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t here = std::min(chunk, rows - first);
-    PackedRows a{between[0].get(), here, layers[0].inputs};
-    shuffle_norm_packed(tokens, first, norm_weight, norm_bias, eps, a);
+    shuffle_norm_rows(tokens, first, here, norm_weight, norm_bias, eps, between[0].get());
     int64_t pre_column = 0;
     for (int64_t l = 0; l < layer_count; ++l) {
       const LinearLayer<T>& layer = layers[l];
       const bool last = l + 1 == layer_count;
-      PackedRows next{between[(l + 1) % 2].get(), here, layer.outputs};
-      gemm(a, ColumnOperand<T>{layer.weight, layer.weight_stride, 1}, layer.outputs, c.get(), c_stride,
-           [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
-             for (int64_t m = row; m < row + count; ++m, values += stride) {
-               T* saved = pre && !last ? pre + (first + m) * pre_stride + pre_column + column : nullptr;
-               T* target = last ? out.row(first + m) + column : nullptr;
-               float* packed = last ? nullptr : next.at(m, column);
-               by_vector(columns, [&](int64_t i, auto full, int64_t n) {
-                 const vf z = load(values + i) + load(layer.bias + column + i, full, n);
-                 if (last) return store(target + i, z, full, n);
-                 if (saved) store(saved + i, z, full, n);
-                 store(packed + i, gelu(z), full, n);
-               });
-             }
-           });
+      for (int64_t m = 0; m < here; ++m) from[m] = between[l % 2].get() + m * padded_stride<float>(layer.inputs);
+      float* const next = between[(l + 1) % 2].get();
+      const int64_t next_stride = padded_stride<float>(layer.outputs);
+      product_of(from.get(), here, layer.inputs, StridedMatrix<T>{layer.weight, 1, layer.weight_stride}, layer.outputs,
+                 Form::packed, [&](int64_t m, int64_t column, int64_t columns, const float* values) {
+                   T* saved = pre && !last ? pre + (first + m) * pre_stride + pre_column + column : nullptr;
+                   T* target = last ? out.row(first + m) + column : nullptr;
+                   float* hidden = next + m * next_stride + column;
+                   by_vector(columns, [&](int64_t i, auto whole, int64_t n) {
+                     const vf z = load(values + i) + load(layer.bias + column + i, whole, n);
+                     if (last) return store(target + i, z, whole, n);
+                     if (saved) store(saved + i, z, whole, n);
+                     store(hidden + i, gelu(z), whole, n);
+                   });
+                 });
       pre_column += layer.outputs;
-      a = next;
     }
-  }
-}
-
-template <class T>
-void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
-                bool accumulate) {
-  const int64_t c_stride = (n + kWide - 1) / kWide * kWide + 16;
-  const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (k + c_stride)));
-  const int64_t chunks = (m + most - 1) / most;
-  const int64_t chunk = ((m + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
-  const Scratch<float> c(chunk * c_stride), packed(PackedRows::floats(chunk, k));
-  for (int64_t first = 0; first < m; first += chunk) {
-    const int64_t here = std::min(chunk, m - first);
-    PackedRows rows{packed.get(), here, k};
-    pack_rows(a.data + first * a.row_stride, a.row_stride, a.column_stride, rows);
-    gemm(rows, ColumnOperand<T>{b.data, b.column_stride, b.row_stride}, n, c.get(), c_stride,
-         [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
-           for (int64_t i = row; i < row + count; ++i, values += stride) {
-             T* target = out + (first + i) * out_stride + column;
-             by_vector(columns, [&](int64_t j, auto full, int64_t rest) {
-               vf v = load(values + j);
-               if (accumulate) v += load(target + j, full, rest);
-               store(target + j, v, full, rest);
-             });
-           }
-         });
   }
 }
 

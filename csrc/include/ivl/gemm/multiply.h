@@ -8,7 +8,7 @@ namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int64_t kDotBytes = 2048;  // of a row, in a block of several tiles of dot products
-constexpr int64_t kDotLimit = 64;  // rows up to which dot products beat packing
+constexpr int64_t kDotLimit = 64;    // rows up to which dot products beat packing
 
 // Packed weights [depth, panels * kPanel] and sums [chunk, panels * kPanel] together fit the L2 cache; `step` rows of
 // a panel are packed before the next panel's.
@@ -145,16 +145,14 @@ void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t
   }
   std::memset(sums.get(), 0, count * columns * sizeof(float));
   stream_rows(count, a, front.data, front.stride, depth, columns, after, sums.get());
-  alignas(64) float c[kStreamRows * kPanel];
+  const Scratch<float> c(count * kPanel);
   for (int64_t p = 0; p < panels; ++p) {
     const ColumnPanel<float> natural{nullptr, 0, source(p).columns, front.paired};
-    for (int64_t r = 0; r < count; ++r) pack_row(natural, sums.get() + r * columns + p * kPanel, c + r * kPanel);
-    finish(0, count, p, c);
+    for (int64_t r = 0; r < count; ++r)
+      pack_row(natural, sums.get() + r * columns + p * kPanel, c.get() + r * kPanel);
+    finish(0, count, p, c.get());
   }
 }
-
-// `packed`: every row's sums in the order of multiply_packed, whatever the number of rows.
-enum class Form { best, packed };
 
 // Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
 // every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: they are
