@@ -1,5 +1,6 @@
 """The ops, in the order of the forward pass. Each folder holds one: its `__init__` documents the public functions."""
 
+from .linear import linear
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
@@ -11,6 +12,7 @@ __all__ = [
     "Dispatch",
     "PackedTokens",
     "embed_text",
+    "linear",
     "moe_dispatch",
     "moe_experts",
     "moe_experts_list",

@@ -49,6 +49,7 @@ class Sample:
 
 def samples(large: bool = False) -> Iterator[Sample]:
     """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
+    yield from _linear(large)
     yield from _projector(large)
     yield from _router(large)
     yield from _packing(large)
@@ -263,6 +264,18 @@ def _rotary(large: bool) -> Iterator[Sample]:
         "delta 1/16",
         ids,
         lambda v, backend: ops.v2pe_position_ids(v["input_ids"], TOKEN, 1 / 16, backend=backend),
+    )
+
+
+def _linear(large: bool) -> Iterator[Sample]:
+    rows, inputs, outputs = (1025, 1024, 4096) if large else (70, 48, 33)
+    yield Sample(
+        "linear",
+        f"{rows} rows",
+        lambda g: {"x": _normal(g, rows, inputs), "weight": _normal(g, outputs, inputs), "bias": _normal(g, outputs)},
+        lambda v, backend: ops.linear(v["x"], v["weight"], v["bias"], backend=backend),
+        ("x", "weight", "bias"),
+        plain=lambda v: functional.linear(v["x"], v["weight"], v["bias"]),
     )
 
 
