@@ -11,7 +11,7 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
-ExpertOptions options_of(bool gpt_oss, double alpha, double limit) {
+GatedActivation options_of(bool gpt_oss, double alpha, double limit) {
   return {gpt_oss ? Gating::gpt_oss : Gating::silu, static_cast<float>(alpha), static_cast<float>(limit)};
 }
 

@@ -57,16 +57,6 @@ void gelu_grad(Tensor pre, Tensor activated, Tensor grad, Tensor dbias) {
   });
 }
 
-template <class F>
-auto dispatch_widened(ScalarType type, F&& f) {
-  switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(bfloat16{});
-    case ScalarType::Half: return f(float16{});
-    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-  }
-}
-
 void projector(Tensor x, Tensor norm_weight, Tensor norm_bias, std::vector<Tensor> weights, std::vector<Tensor> biases,
                int64_t merge, int64_t height, int64_t width, int64_t skip, bool transposed, double eps, Tensor tiles,
                int64_t rows, Tensor result, Tensor starts, Tensor pre) {
@@ -78,14 +68,6 @@ void projector(Tensor x, Tensor norm_weight, Tensor norm_bias, std::vector<Tenso
     auto tokens = shuffled<T>(x, in<T>(x), merge, height, width, skip, transposed, tiles);
     project(tokens, rows, in<T>(norm_weight), in<T>(norm_bias), eps, layers.data(), int64_t(layers.size()),
             row_map<T>(result, tokens.cells(), starts), out_or_null<T>(pre), pre.numel() ? pre.stride(0) : 0);
-  });
-}
-
-void matmul_into(Tensor a, Tensor b, Tensor result, bool accumulate) {
-  dispatch_widened(a.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    matmul_any(StridedMatrix<T>{in<T>(a), a.stride(0), a.stride(1)}, StridedMatrix<T>{in<T>(b), b.stride(0), b.stride(1)},
-               a.size(0), b.size(1), a.size(1), out<T>(result), result.stride(0), accumulate);
   });
 }
 
@@ -103,7 +85,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "pixel_shuffle_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] weights, Tensor[] biases, int merge, "
       "int height, int width, int skip, bool transposed, float eps, Tensor tiles, int rows, Tensor(a!) out, "
       "Tensor starts, Tensor(b!) pre) -> ()");
-  m.def("matmul_into(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
@@ -111,7 +92,6 @@ STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
   m.impl("shuffle_norm_backward", TORCH_BOX(&norm_backward));
   m.impl("gelu_backward", TORCH_BOX(&gelu_grad));
   m.impl("pixel_shuffle_mlp", TORCH_BOX(&projector));
-  m.impl("matmul_into", TORCH_BOX(&matmul_into));
 }
 
 }  // namespace ivl

@@ -40,4 +40,15 @@ auto dispatch_float(ScalarType type, F&& f) {
   }
 }
 
+// The same without double, for kernels that compute in float32.
+template <class F>
+auto dispatch_widened(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::BFloat16: return f(bfloat16{});
+    case ScalarType::Half: return f(float16{});
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
 }  // namespace ivl

@@ -1,32 +1,12 @@
 #include "ivl/moe_experts.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-#if defined(__x86_64__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
-#include "ivl/isa.h"
-#include "ivl/parallel.h"
-#include "ivl/scratch.h"
-
-#define IVL_KERNELS "ivl/moe_experts_isa.h"
+#define IVL_KERNELS "ivl/moe_experts_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {
 
 template <class T>
-void experts_forward(ExpertShape shape, ExpertOptions options, const T* hidden, const float* weights,
+void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
                      const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
   if (pre != nullptr) {
     const int64_t used = offsets[shape.experts], all = shape.tokens * shape.top_k;
@@ -36,16 +16,16 @@ void experts_forward(ExpertShape shape, ExpertOptions options, const T* hidden, 
 }
 
 template <class T>
-void experts_backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* hidden, const float* weights,
+void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
                       const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
                       const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients) {
   IVL_CALL(backward, shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, gradients);
 }
 
 #define IVL_INSTANTIATE(T)                                                                                         \
-  template void experts_forward(ExpertShape, ExpertOptions, const T*, const float*, const int32_t*, const int32_t*, \
+  template void experts_forward(ExpertShape, GatedActivation, const T*, const float*, const int32_t*, const int32_t*, \
                                 const ExpertWeights<T>&, T*, T*);                                                   \
-  template void experts_backward(ExpertShape, ExpertOptions, const T*, const T*, const float*, const int32_t*,      \
+  template void experts_backward(ExpertShape, GatedActivation, const T*, const T*, const float*, const int32_t*,      \
                                  const int32_t*, const int32_t*, const ExpertWeights<T>&, const T*, ExpertGradients<T>);
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(bfloat16)

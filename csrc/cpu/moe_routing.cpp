@@ -1,23 +1,8 @@
 #include "ivl/moe_routing.h"
 
-#include <algorithm>
 #include <climits>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
 
-#if defined(__x86_64__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
-#include "ivl/parallel.h"
-
-#define IVL_KERNELS "ivl/moe_routing_isa.h"
+#define IVL_KERNELS "ivl/moe_routing_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {

@@ -1,51 +1,11 @@
 #include "ivl/pixel_shuffle_mlp.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "ivl/gemm.h"
-#include "ivl/parallel.h"
 
-// GCC 12 warns about its own intrinsics.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define IVL_KERNELS "ivl/pixel_shuffle_mlp_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {
-namespace {
-
-struct Free {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-struct Buffer {
-  std::unique_ptr<float[], Free> data;
-  int64_t floats = 0;
-};
-
-}  // namespace
-
-float* workspace(int slot, int64_t floats) {
-  thread_local Buffer buffers[5];
-  Buffer& buffer = buffers[slot];
-  if (buffer.floats < floats) {
-    buffer.data.reset();
-    buffer.data.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
-    buffer.floats = floats;
-  }
-  return buffer.data.get();
-}
-
 template <class T>
 void shuffle_norm(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, const T* bias,
                   double eps, T* out) {
@@ -70,12 +30,6 @@ void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight,
   IVL_CALL(project, tokens, rows, norm_weight, norm_bias, eps, layers, layer_count, out, pre, pre_stride);
 }
 
-template <class T>
-void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
-                bool accumulate) {
-  IVL_CALL(matmul_any, a, b, m, n, k, out, out_stride, accumulate);
-}
-
 #define IVL_INSTANTIATE(T)                                                                                           \
   template void shuffle_norm(ShuffledTokens<const T>, int64_t, int64_t, const T*, const T*, double, T*);             \
   template void shuffle_norm_backward(ShuffledTokens<const T>, int64_t, int64_t, const T*, double, const T*,         \
@@ -83,8 +37,7 @@ void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, in
   template void gelu_backward(const T*, int64_t, int64_t, int64_t, T*, int64_t, T*, Sum<T>*);
 #define IVL_INSTANTIATE_PRODUCTS(T)                                                                                  \
   template void project(ShuffledTokens<const T>, int64_t, const T*, const T*, double, const LinearLayer<T>*, int64_t, \
-                        RowMap<T>, T*, int64_t);                                                                     \
-  template void matmul_any(StridedMatrix<T>, StridedMatrix<T>, int64_t, int64_t, int64_t, T*, int64_t, bool);
+                        RowMap<T>, T*, int64_t);
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(double)
 IVL_INSTANTIATE(bfloat16)

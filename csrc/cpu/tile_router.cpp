@@ -1,17 +1,6 @@
 #include "ivl/tile_router.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <memory>
-#include <type_traits>
-#include <vector>
-
-#include "ivl/parallel.h"
-#include "ivl/types.h"
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
 
 #define IVL_KERNELS "ivl/tile_router_kernels.h"
 #include "ivl/foreach_isa.h"

@@ -1,18 +1,5 @@
 #include "ivl/v2pe_rope.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "ivl/parallel.h"
-#include "ivl/types.h"
-
 #define IVL_KERNELS "ivl/v2pe_rope_kernels.h"
 #include "ivl/foreach_isa.h"
 

@@ -1,6 +1,7 @@
 """The ops, in the order of the forward pass. Each folder holds one: its `__init__` documents the public functions."""
 
 from .attention import attention
+from .linear import linear
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .norm import layer_norm, rms_norm
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "embed_text",
     "layer_norm",
+    "linear",
     "moe_dispatch",
     "moe_experts",
     "moe_experts_list",

@@ -50,6 +50,7 @@ class Sample:
 
 def samples(large: bool = False) -> Iterator[Sample]:
     """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
+    yield from _linear(large)
     yield from _projector(large)
     yield from _router(large)
     yield from _packing(large)
@@ -343,6 +344,18 @@ def _plain_attention(
             scores = torch.cat((scores, v["sinks"][:, None, None].expand(*scores.shape[:2], 1)), -1)
         results.append((scores.softmax(-1)[..., : q.shape[1]] @ value).transpose(0, 1))
     return torch.cat(results)
+
+
+def _linear(large: bool) -> Iterator[Sample]:
+    rows, inputs, outputs = (1025, 1024, 4096) if large else (70, 48, 33)
+    yield Sample(
+        "linear",
+        f"{rows} rows",
+        lambda g: {"x": _normal(g, rows, inputs), "weight": _normal(g, outputs, inputs), "bias": _normal(g, outputs)},
+        lambda v, backend: ops.linear(v["x"], v["weight"], v["bias"], backend=backend),
+        ("x", "weight", "bias"),
+        plain=lambda v: functional.linear(v["x"], v["weight"], v["bias"]),
+    )
 
 
 def _moe(large: bool) -> Iterator[Sample]:

@@ -1,37 +1,35 @@
-// Layout of the row operand of ivl's own float32 matrix product (gemm_kernels.h).
+// Matrix products on the engine of ivl/gemm/.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+
+#include "ivl/types.h"
 
 namespace ivl {
 
-// Rows in panels of kPanel, columns in blocks of kDepth; inside, a row's kDepth columns are contiguous and rows are
-// kPanelStride apart (a little more than kDepth, so that the rows of a panel fall into different cache sets).
-constexpr int64_t kDepth = 512, kPanel = 12, kPanelStride = kDepth + 16;
-
-struct PackedRows {
-  float* data;
-  int64_t rows, columns;
-
-  static int64_t floats(int64_t rows, int64_t columns) {
-    return (columns + kDepth - 1) / kDepth * panels(rows) * kPanel * kPanelStride;
-  }
-  static int64_t panels(int64_t rows) { return (rows + kPanel - 1) / kPanel; }
-  // Address of (row, column); columns up to the end of its block of kDepth follow it.
-  float* at(int64_t row, int64_t column) const {
-    return data + ((column / kDepth) * panels(rows) * kPanel + row) * kPanelStride + column % kDepth;
-  }
-};
-
-// Element (k, n) at data[n * n_stride + k * k_stride]; one of the strides should be 1.
+// Element (i, j) at data[i * row_stride + j * column_stride].
 template <class T>
-struct ColumnOperand {
+struct StridedMatrix {
   const T* data;
-  int64_t n_stride, k_stride;
+  int64_t row_stride, column_stride;
 };
 
-// Per-thread memory that stays mapped between calls: fresh pages cost more than the arithmetic on them.
-float* workspace(int slot, int64_t floats);
+// `packed`: a row's result does not depend on the number of rows; `best` takes what is fastest for the shape.
+enum class Form { best, packed };
+
+// out [m, n] = a [m, k] b [k, n], float32 inside; + bias [n] when not null, + out when `accumulate`. One of b's strides
+// must be 1. T: float, bfloat16, float16.
+template <class T>
+struct Product {
+  int64_t m, n, k;
+  StridedMatrix<T> a, b;
+  const T* bias;
+  T* out;
+  int64_t out_stride;
+  bool accumulate;
+  Form form;
+};
+template <class T>
+void matmul(const Product<T>& product);
 
 }  // namespace ivl

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "ivl/gating.h"
 #include "ivl/types.h"
 
 namespace ivl {
-
-enum class Gating { silu, gpt_oss };
 
 // Expert e's matrices. Rows layout: gate[e] and up[e] [I, H], down[e] [H, I], rows contiguous. Interleaved: gate[e]
 // [H, 2I] with columns g0, u0, g1, ...; up is not used; down[e] [I, H].
@@ -25,15 +24,10 @@ struct ExpertShape {
   int64_t tokens, top_k, width, inner, experts;  // S, k, H, I, E
 };
 
-struct ExpertOptions {
-  Gating gating;
-  float alpha, limit;
-};
-
 // out [S, H] = sum over k of weight * expert(hidden); `permutation` [S * k] and `offsets` [E + 1] sort the slots by
 // expert. `pre` [S * k, 2I], when not null, gets what goes into the activation (zero for slots without an expert).
 template <class T>
-void experts_forward(ExpertShape shape, ExpertOptions options, const T* hidden, const float* weights,
+void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
                      const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre);
 
 // Null pointers are gradients that are not needed. gate, up and down as in ExpertWeights.
@@ -49,7 +43,7 @@ struct ExpertGradients {
 };
 
 template <class T>
-void experts_backward(ExpertShape shape, ExpertOptions options, const T* grad, const T* hidden, const float* weights,
+void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
                       const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
                       const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients);
 

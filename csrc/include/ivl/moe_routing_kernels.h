@@ -1,5 +1,5 @@
-// Kernels of mixture-of-experts routing for one instruction set. Needs vec_kernels.h, ivl/moe_routing.h,
-// ivl/parallel.h, <vector>, <climits>.
+// Kernels of mixture-of-experts routing for one instruction set; see foreach_isa.h.
+#include "ivl/activations.h"
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
@@ -112,10 +112,10 @@ void route_backward(RoutingOptions o, const T* grad, const T* logits, const T* b
         softmax(weights.data(), padded(o.top_k));
       }
       float dot = 0;
-      for (int64_t i = 0; i < o.top_k; ++i) dot += weights[i] * to_float(grad[t * o.top_k + i]);
+      for (int64_t i = 0; i < o.top_k; ++i) dot += weights[i] * widen(grad[t * o.top_k + i]);
       for (int64_t j = 0; j < o.experts; ++j) result[j] = all ? -scores[j] * dot : 0.0f;
       for (int64_t i = 0; i < o.top_k; ++i) {
-        const float g = to_float(grad[t * o.top_k + i]);
+        const float g = widen(grad[t * o.top_k + i]);
         result[id[i]] = weights[i] * (g - dot);
       }
       for (int64_t j = 0; j < o.experts; j += kLanes)

@@ -2,15 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "ivl/types.h"
 
 namespace ivl {
-
-// What sums over many rows are kept in.
-template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Tokens of the vision transformer, [tiles, skip + height * width, channels]; strides in elements, channels contiguous.
 // Shuffled row m of a tile is the merge x merge patches around grid cell m, patch rows first.
@@ -74,15 +69,5 @@ void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t colum
 template <class T>
 void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight, const T* norm_bias, double eps,
              const LinearLayer<T>* layers, int64_t layer_count, RowMap<T> out, T* pre, int64_t pre_stride);
-
-// out [m, n] = a [m, k] b [k, n] (+ out when accumulate), float32 inside. Strides in elements.
-template <class T>
-struct StridedMatrix {
-  const T* data;
-  int64_t row_stride, column_stride;
-};
-template <class T>
-void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
-                bool accumulate);
 
 }  // namespace ivl

@@ -1,65 +1,10 @@
-#include "ivl/vec_kernels.h"
-
-#include "ivl/gemm_kernels.h"
+#include "ivl/activations.h"
+#include "ivl/gemm/product.h"
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int64_t kScratch = int64_t{32} << 20;  // bytes of operands worked on at a time
-
-// The normal distribution function P(X <= x) and, when wanted, its density. With t = 1 / (1 + c |x|) the tail
-// is exp(-x^2 / 2) t P(t); the coefficients are a Chebyshev fit over |x| <= 13, relative error 1.2e-8.
-inline vf normal(vf x, vf& gauss) {
-  constexpr float kFit[] = {0.09874896758511983f,  0.0984367637398324f,   0.09501550232248147f, 0.07076660191517882f,
-                            0.08664280726701196f,  0.01866556388020921f,  0.015473559367170167f, 0.06908906480809172f,
-                            -0.07038876359879534f, 0.017549934593967354f};
-  const vi negative = x < vf{};
-  const vf size = negative ? -x : x;
-  const vf t = splat(1.0f) / fma(size, splat(0.2474873734152916f), splat(1.0f));
-  vf p = splat(kFit[9]);
-#pragma GCC unroll 9
-  for (int i = 8; i >= 0; --i) p = fma(p, t, splat(kFit[i]));
-  gauss = exp_negative(splat(-0.5f) * x * x);
-  const vf tail = p * t * gauss;
-  return negative ? tail : splat(1.0f) - tail;
-}
-
-inline vf gelu(vf x) {
-  vf gauss;
-  const vf y = x * normal(x, gauss);
-  const vi low = x < splat(-14.0f);  // and no NaN from -inf * 0
-  return low ? vf{} : y;
-}
-
-inline vf gelu_slope(vf x) {
-  vf gauss;
-  const vf area = normal(x, gauss);
-  const vi far = (x < splat(-14.0f)) | (x > splat(14.0f));
-  return far ? area : fma(x * gauss, splat(0.39894228f), area);
-}
-
-inline double gelu(double x) { return 0.5 * x * (1 + std::erf(x * 0.70710678118654752440)); }
-inline double gelu_slope(double x) {
-  return 0.5 * (1 + std::erf(x * 0.70710678118654752440)) + x * std::exp(-0.5 * x * x) * 0.39894228040143267794;
-}
-
-// Calls f(column, count) for whole vectors, then once for the rest.
-template <class F>
-inline void by_vector(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<bool, true>{}, int64_t{kLanes});
-  if (i < n) f(i, std::integral_constant<bool, false>{}, n - i);
-}
-template <class T, class Full>
-inline vf load(const T* p, Full full, int64_t n) {
-  if constexpr (Full::value) return load(p);
-  return load_some(p, n);
-}
-template <class T, class Full>
-inline void store(T* p, vf v, Full full, int64_t n) {
-  if constexpr (Full::value) return store(p, v);
-  store_some(p, v, n);
-}
 
 struct Statistics {
   float mean, scale;  // scale = 1 / sqrt(variance + eps)
@@ -138,24 +83,25 @@ void shuffle_norm(ShuffledTokens<const T> tokens, int64_t first, int64_t count, 
         for (int64_t i = 0; i < columns; ++i) out[m * columns + i] = (buffer[i] - mean) * scale * weight[i] + bias[i];
       }
     } else {
-      float* buffer = workspace(1, columns);
+      const Scratch<float> buffer(columns);
       for (int64_t m = begin; m < end; ++m) {
-        const Statistics s = gather(tokens, first + m, eps, buffer);
-        normalize(buffer, s, weight, bias, columns, out + m * columns);
+        const Statistics s = gather(tokens, first + m, eps, buffer.get());
+        normalize(buffer.get(), s, weight, bias, columns, out + m * columns);
       }
     }
   });
 }
 
+// The same as float32 rows for a product, padded_stride(columns) apart.
 template <class T>
-void shuffle_norm_packed(ShuffledTokens<const T> tokens, int64_t first, const T* weight, const T* bias, double eps,
-                         PackedRows to) {
-  parallel_for(to.rows, 4, [&](int64_t begin, int64_t end) {
-    float* buffer = workspace(1, to.columns);
+void shuffle_norm_rows(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, const T* bias,
+                       double eps, float* to) {
+  const int64_t columns = tokens.columns(), stride = padded_stride<float>(columns);
+  parallel_for(count, 4, [&](int64_t begin, int64_t end) {
+    const Scratch<float> buffer(columns);
     for (int64_t m = begin; m < end; ++m) {
-      const Statistics s = gather(tokens, first + m, eps, buffer);
-      for (int64_t k = 0; k < to.columns; k += kDepth)
-        normalize(buffer + k, s, weight + k, bias + k, std::min(kDepth, to.columns - k), to.at(m, k));
+      const Statistics s = gather(tokens, first + m, eps, buffer.get());
+      normalize(buffer.get(), s, weight, bias, columns, to + m * stride);
     }
   });
 }
@@ -198,7 +144,8 @@ template <class T>
 void norm_backward_row(const ShuffledTokens<const T>& tokens, int64_t row, const T* weight, double eps, const T* dy,
                        const ShuffledTokens<T>& dx, float* sums) {
   const int64_t columns = tokens.columns(), channels = tokens.channels;
-  float* x = workspace(1, columns);
+  const Scratch<float> scratch(columns);
+  float* const x = scratch.get();
   const Statistics s = gather(tokens, row, eps, x);
   vf sum_g = {}, sum_gx = {};
   by_vector(columns, [&](int64_t i, auto full, int64_t n) {
@@ -266,70 +213,38 @@ void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t colum
 template <class T>
 void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight, const T* norm_bias, double eps,
              const LinearLayer<T>* layers, int64_t layer_count, RowMap<T> out, T* pre, int64_t pre_stride) {
-  int64_t widest = tokens.columns(), widest_out = 0;
-  for (int64_t l = 0; l < layer_count; ++l) {
-    widest = std::max(widest, layers[l].inputs);
-    widest_out = std::max(widest_out, layers[l].outputs);
-  }
-  const int64_t c_stride = (widest_out + kWide - 1) / kWide * kWide + 16;
+  int64_t widest = tokens.columns();
+  for (int64_t l = 0; l < layer_count; ++l) widest = std::max(widest, layers[l].inputs);
   // Row chunks of equal size whose operands fit in kScratch.
-  const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (widest + c_stride)));
-  const int64_t chunks = (rows + most - 1) / most;
-  const int64_t chunk = ((rows + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
+  const int64_t widest_stride = padded_stride<float>(widest);
+  const int64_t most = std::max<int64_t>(48, kScratch / (2 * widest_stride * int64_t{sizeof(float)}));
+  const int64_t chunks = (rows + most - 1) / most, chunk = chunks ? (rows + chunks - 1) / chunks : 0;
+  const Scratch<float> between[] = {Scratch<float>(chunk * widest_stride), Scratch<float>(chunk * widest_stride)};
+  const Scratch<const float*> from(chunk);
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t here = std::min(chunk, rows - first);
-    float* c = workspace(2, here * c_stride);
-    PackedRows a{workspace(3, PackedRows::floats(here, layers[0].inputs)), here, layers[0].inputs};
-    shuffle_norm_packed(tokens, first, norm_weight, norm_bias, eps, a);
+    shuffle_norm_rows(tokens, first, here, norm_weight, norm_bias, eps, between[0].get());
     int64_t pre_column = 0;
     for (int64_t l = 0; l < layer_count; ++l) {
       const LinearLayer<T>& layer = layers[l];
       const bool last = l + 1 == layer_count;
-      PackedRows next{nullptr, here, layer.outputs};
-      if (!last) next.data = workspace(4 - l % 2, PackedRows::floats(here, layer.outputs));  // not where `a` is
-      gemm(a, ColumnOperand<T>{layer.weight, layer.weight_stride, 1}, layer.outputs, c, c_stride,
-           [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
-             for (int64_t m = row; m < row + count; ++m, values += stride) {
-               T* saved = pre && !last ? pre + (first + m) * pre_stride + pre_column + column : nullptr;
-               T* target = last ? out.row(first + m) + column : nullptr;
-               float* packed = last ? nullptr : next.at(m, column);
-               by_vector(columns, [&](int64_t i, auto full, int64_t n) {
-                 const vf z = load(values + i) + load(layer.bias + column + i, full, n);
-                 if (last) return store(target + i, z, full, n);
-                 if (saved) store(saved + i, z, full, n);
-                 store(packed + i, gelu(z), full, n);
-               });
-             }
-           });
+      for (int64_t m = 0; m < here; ++m) from[m] = between[l % 2].get() + m * padded_stride<float>(layer.inputs);
+      float* const next = between[(l + 1) % 2].get();
+      const int64_t next_stride = padded_stride<float>(layer.outputs);
+      product_of(from.get(), here, layer.inputs, StridedMatrix<T>{layer.weight, 1, layer.weight_stride}, layer.outputs,
+                 Form::packed, [&](int64_t m, int64_t column, int64_t columns, const float* values) {
+                   T* saved = pre && !last ? pre + (first + m) * pre_stride + pre_column + column : nullptr;
+                   T* target = last ? out.row(first + m) + column : nullptr;
+                   float* hidden = next + m * next_stride + column;
+                   by_vector(columns, [&](int64_t i, auto whole, int64_t n) {
+                     const vf z = load(values + i) + load(layer.bias + column + i, whole, n);
+                     if (last) return store(target + i, z, whole, n);
+                     if (saved) store(saved + i, z, whole, n);
+                     store(hidden + i, gelu(z), whole, n);
+                   });
+                 });
       pre_column += layer.outputs;
-      a = next;
     }
-  }
-}
-
-template <class T>
-void matmul_any(StridedMatrix<T> a, StridedMatrix<T> b, int64_t m, int64_t n, int64_t k, T* out, int64_t out_stride,
-                bool accumulate) {
-  const int64_t c_stride = (n + kWide - 1) / kWide * kWide + 16;
-  const int64_t most = std::max<int64_t>(4 * kPanel, kScratch / (4 * (k + c_stride)));
-  const int64_t chunks = (m + most - 1) / most;
-  const int64_t chunk = ((m + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
-  for (int64_t first = 0; first < m; first += chunk) {
-    const int64_t here = std::min(chunk, m - first);
-    float* c = workspace(2, here * c_stride);
-    PackedRows rows{workspace(3, PackedRows::floats(here, k)), here, k};
-    pack_rows(a.data + first * a.row_stride, a.row_stride, a.column_stride, rows);
-    gemm(rows, ColumnOperand<T>{b.data, b.column_stride, b.row_stride}, n, c, c_stride,
-         [&](int64_t row, int64_t count, int64_t column, int64_t columns, const float* values, int64_t stride) {
-           for (int64_t i = row; i < row + count; ++i, values += stride) {
-             T* target = out + (first + i) * out_stride + column;
-             by_vector(columns, [&](int64_t j, auto full, int64_t rest) {
-               vf v = load(values + j);
-               if (accumulate) v += load(target + j, full, rest);
-               store(target + j, v, full, rest);
-             });
-           }
-         });
   }
 }
 

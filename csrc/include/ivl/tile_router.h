@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ivl/types.h"
+
 namespace ivl {
 
 // [tiles, rows, width] of T with any strides in elements but contiguous channels.
@@ -14,17 +16,6 @@ struct Tiles {
 
   T* row(int64_t t, int64_t n) const { return data + t * tile_stride + n * row_stride; }
 };
-
-template <class T>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-template <class T>
-using Sum = typename SumOf<T>::type;
 
 // pooled [tiles, heads, width]: softmax over the rows of z u (u [tiles or 1, heads, width], one tile `query_stride`
 // after the other) times z; lse [tiles, heads] is the logarithm of the softmax's denominator.

@@ -1,148 +1,10 @@
 // Kernels of the tile router for one instruction set; see foreach_isa.h. Each works in one thread.
+#include "ivl/activations.h"
+
 namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int kRegisters = IVL_VECTOR_BYTES == 64 ? 32 : 16;
-
-template <class A>
-struct VecOf {
-  typedef A type __attribute__((vector_size(IVL_VECTOR_BYTES)));
-  static constexpr int lanes = IVL_VECTOR_BYTES / sizeof(A);
-};
-template <class A>
-using Vec = typename VecOf<A>::type;
-template <class A>
-constexpr int kLanes = VecOf<A>::lanes;
-
-using Words = Vec<uint32_t>;
-typedef uint16_t Halves __attribute__((vector_size(IVL_VECTOR_BYTES / 2)));
-
-template <class V>
-inline V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class V>
-inline void store(void* p, V v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
-inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if IVL_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif IVL_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if IVL_VECTOR_BYTES == 64
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif IVL_VECTOR_BYTES == 32
-  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
-#endif
-}
-
-// One vector of elements, widened to the type of the sums.
-inline Vec<float> widen(const float* p) { return load<Vec<float>>(p); }
-inline Vec<double> widen(const double* p) { return load<Vec<double>>(p); }
-inline Vec<float> widen(const bfloat16* p) {
-  return (Vec<float>)(__builtin_convertvector(load<Halves>(p), Words) << 16);
-}
-inline Vec<float> widen(const float16* p) {
-  const Words bits = __builtin_convertvector(load<Halves>(p), Words);
-  const Words magnitude = (bits & 0x7fff) << 13;
-  Words value = (Words)((Vec<float>)magnitude * 0x1p112f);
-  const Words special = (Words)((bits & 0x7c00) == 0x7c00);  // infinity and NaN
-  value = (special & (magnitude | 0x7f800000)) | (~special & value);
-  return (Vec<float>)(value | ((bits & 0x8000) << 16));
-}
-
-template <class T>
-inline Vec<Sum<T>> widen_part(const T* p, int64_t count) {
-  T full[kLanes<Sum<T>>] = {};
-  std::memcpy(full, p, count * sizeof(T));
-  return widen(full);
-}
-
-inline void narrow(float v, float* p) { *p = v; }
-inline void narrow(double v, double* p) { *p = v; }
-inline void narrow(float v, bfloat16* p) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  p->bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-inline void narrow(float v, float16* p) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) {
-    p->bits = static_cast<uint16_t>(sign | 0x7e00);
-  } else if (bits >= 0x477ff000) {
-    p->bits = static_cast<uint16_t>(sign | 0x7c00);
-  } else if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded value in the low bits
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    p->bits = static_cast<uint16_t>(sign | (bits - 0x3f000000));
-  } else {
-    p->bits = static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13));
-  }
-}
-
-// The sum of a vector's elements, halves added to halves.
-template <class A, int BYTES>
-inline A total_of(const A* values) {
-  if constexpr (BYTES == 16) {
-    A sum = values[0];
-    for (int i = 1; i < 16 / static_cast<int>(sizeof(A)); ++i) sum += values[i];
-    return sum;
-  } else {
-    typedef A Half __attribute__((vector_size(BYTES / 2)));
-    const Half sum = load<Half>(values) + load<Half>(values + BYTES / 2 / sizeof(A));
-    A half[BYTES / 2 / sizeof(A)];
-    store(half, sum);
-    return total_of<A, BYTES / 2>(half);
-  }
-}
-
-template <class V>
-inline auto total(V v) {
-  using A = std::remove_cvref_t<decltype(v[0])>;
-  A values[sizeof(V) / sizeof(A)];
-  store(values, v);
-  return total_of<A, IVL_VECTOR_BYTES>(values);
-}
-
-// e^x for x <= 0; anything below the smallest normal number becomes about that number.
-inline Vec<float> exp_negative(Vec<float> x) {
-  x = x < -87.0f ? Vec<float>{} - 87.0f : x;
-  const Vec<float> round = Vec<float>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> n = (x * 1.44269504f + round) - round;
-  const Vec<float> r = fma(n, Vec<float>{} + 1.42860677e-6f, fma(n, Vec<float>{} - 0.693148613f, x));
-  Vec<float> y = Vec<float>{} + 1.98756915e-4f;
-  y = fma(y, r, Vec<float>{} + 1.39819995e-3f);
-  y = fma(y, r, Vec<float>{} + 8.33345192e-3f);
-  y = fma(y, r, Vec<float>{} + 4.16657962e-2f);
-  y = fma(y, r, Vec<float>{} + 1.66666657e-1f);
-  y = fma(y, r, Vec<float>{} + 0.5f);
-  y = fma(y * r, r, r + 1.0f);
-  const auto scale = (__builtin_convertvector(n, Vec<int32_t>) + 127) << 23;
-  return y * (Vec<float>)scale;
-}
-inline Vec<double> exp_negative(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
 
 // ---- pooling ----
 
@@ -154,13 +16,13 @@ constexpr int kPoolVectors = IVL_VECTOR_BYTES == 64 ? 3 : 2;
 constexpr int kBlockRows = 32;
 
 template <class A>
-constexpr int kHeadGroup = kHeadVectors * kLanes<A>;
+constexpr int kHeadGroup = kHeadVectors * lanes<A>;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class A>
 int64_t padded_width(int64_t width) {
-  return round_up(width, kLanes<A>);
+  return round_up(width, lanes<A>);
 }
 
 // scores[r][0:kHeadGroup] = sum over c of z[r][c] ut[c][0:kHeadGroup], for ROWS rows of z. Sums of kChain channels are
@@ -173,7 +35,7 @@ inline void score_block(const A* z, int64_t z_stride, const A* ut, int64_t width
     const int64_t stop = std::min(width, c0 + kChain);
     for (int64_t c = c0; c < stop; ++c) {
       Vec<A> u[kHeadVectors];
-      for (int v = 0; v < kHeadVectors; ++v) u[v] = load<Vec<A>>(ut + c * kHeadGroup<A> + v * kLanes<A>);
+      for (int v = 0; v < kHeadVectors; ++v) u[v] = load(ut + c * kHeadGroup<A> + v * lanes<A>);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
         const Vec<A> value = Vec<A>{} + z[r * z_stride + c];
@@ -185,8 +47,8 @@ inline void score_block(const A* z, int64_t z_stride, const A* ut, int64_t width
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kHeadVectors; ++v) {
-        A* out = scores + r * score_stride + v * kLanes<A>;
-        store(out, c0 ? load<Vec<A>>(out) + sums[r][v] : sums[r][v]);
+        A* out = scores + r * score_stride + v * lanes<A>;
+        store(out, c0 ? load(out) + sums[r][v] : sums[r][v]);
       }
   }
 }
@@ -209,11 +71,11 @@ inline void pool_block(const A* z, int64_t z_stride, const A* weight, int64_t we
                        int64_t rows, A* sums, int64_t sum_stride, const char* ahead, int64_t ahead_stride) {
   Vec<A> s[HEADS][VECTORS];
   for (int h = 0; h < HEADS; ++h)
-    for (int v = 0; v < VECTORS; ++v) s[h][v] = load<Vec<A>>(sums + h * sum_stride + v * kLanes<A>) * scale[h];
+    for (int v = 0; v < VECTORS; ++v) s[h][v] = load(sums + h * sum_stride + v * lanes<A>) * scale[h];
   for (int64_t r = 0; r < rows; ++r) {
     Vec<A> x[VECTORS];
 #pragma GCC unroll 3
-    for (int v = 0; v < VECTORS; ++v) x[v] = load<Vec<A>>(z + r * z_stride + v * kLanes<A>);
+    for (int v = 0; v < VECTORS; ++v) x[v] = load(z + r * z_stride + v * lanes<A>);
     if (ahead)
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(ahead + r * ahead_stride + v * IVL_VECTOR_BYTES, 0, 2);
@@ -225,14 +87,14 @@ inline void pool_block(const A* z, int64_t z_stride, const A* weight, int64_t we
     }
   }
   for (int h = 0; h < HEADS; ++h)
-    for (int v = 0; v < VECTORS; ++v) store(sums + h * sum_stride + v * kLanes<A>, s[h][v]);
+    for (int v = 0; v < VECTORS; ++v) store(sums + h * sum_stride + v * lanes<A>, s[h][v]);
 }
 
 // `width` is padded to whole vectors, `heads` are not padded; `ahead` is the next block in memory or null.
 template <class A>
 void pool_rows(const A* z, int64_t z_stride, const A* weight, int64_t weight_stride, const A* scale, int64_t rows,
                int64_t heads, int64_t width, A* sums, const char* ahead, int64_t ahead_stride, int64_t element) {
-  constexpr int64_t step = kPoolVectors * kLanes<A>;
+  constexpr int64_t step = kPoolVectors * lanes<A>;
   for (int64_t c = 0; c < width;) {
     const bool wide = c + step <= width;
     for (int64_t h = 0; h < heads;) {
@@ -249,7 +111,7 @@ void pool_rows(const A* z, int64_t z_stride, const A* weight, int64_t weight_str
         pool_block<1, 1>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next, ahead_stride);
       h += many ? kPoolHeads : 1;
     }
-    c += wide ? step : kLanes<A>;
+    c += wide ? step : lanes<A>;
   }
 }
 
@@ -259,8 +121,8 @@ template <class T, class A>
 void load_block(const T* z, int64_t stride, int64_t rows, int64_t width, int64_t padded, A* block, int64_t block_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t c = 0;
-    for (; c + kLanes<A> <= width; c += kLanes<A>) store(block + r * block_stride + c, widen(z + r * stride + c));
-    if (c < padded) store(block + r * block_stride + c, widen_part(z + r * stride + c, width - c));
+    for (; c + lanes<A> <= width; c += lanes<A>) store(block + r * block_stride + c, load(z + r * stride + c));
+    if (c < padded) store(block + r * block_stride + c, load_some(z + r * stride + c, width - c));
   }
 }
 
@@ -282,24 +144,24 @@ void pack_queries(const A* u, int64_t heads, int64_t width, A* ut) {
 template <class T, class A>
 void pool_range(const T* z, int64_t stride, int64_t rows, int64_t width, const A* ut, int64_t heads, A* sums,
                 A* largest, A* denominator) {
-  const int64_t padded = round_up(width, kLanes<A>), all = padded_heads<A>(heads), block_stride = padded + kLanes<A>;
+  const int64_t padded = round_up(width, lanes<A>), all = padded_heads<A>(heads), block_stride = padded + lanes<A>;
   std::vector<A> block(kBlockRows * block_stride), weight(kBlockRows * all), scale(all);
   std::fill(sums, sums + heads * padded, A(0));
   for (int64_t r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int64_t n = std::min<int64_t>(kBlockRows, rows - r0);
     load_block(z + r0 * stride, stride, n, width, padded, block.data(), block_stride);
     score_rows(block.data(), block_stride, ut, n, width, all, weight.data());
-    for (int64_t h = 0; h < all; h += kLanes<A>) {
-      const Vec<A> before = r0 ? load<Vec<A>>(largest + h) : load<Vec<A>>(&weight[h]);
+    for (int64_t h = 0; h < all; h += lanes<A>) {
+      const Vec<A> before = r0 ? load(largest + h) : load(&weight[h]);
       Vec<A> top = before;
       for (int64_t r = 0; r < n; ++r) {
-        const Vec<A> s = load<Vec<A>>(&weight[r * all + h]);
+        const Vec<A> s = load(&weight[r * all + h]);
         top = s > top ? s : top;
       }
-      const Vec<A> shrink = exp_negative(before - top);
-      Vec<A> sum = r0 ? load<Vec<A>>(denominator + h) * shrink : Vec<A>{};
+      const Vec<A> shrink = exp_negative_fast(before - top);
+      Vec<A> sum = r0 ? load(denominator + h) * shrink : Vec<A>{};
       for (int64_t r = 0; r < n; ++r) {
-        const Vec<A> w = exp_negative(load<Vec<A>>(&weight[r * all + h]) - top);
+        const Vec<A> w = exp_negative_fast(load(&weight[r * all + h]) - top);
         store(&weight[r * all + h], w);
         sum += w;
       }
@@ -330,7 +192,7 @@ inline void expand_block(const A* weight, int64_t weight_stride, const A* const*
   Vec<A> sums[ROWS][VECTORS] = {};
   for (int64_t h = 0; h < heads; ++h) {
     Vec<A> x[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) x[v] = load<Vec<A>>(matrix[h] + c + v * kLanes<A>);
+    for (int v = 0; v < VECTORS; ++v) x[v] = load(matrix[h] + c + v * lanes<A>);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const Vec<A> w = Vec<A>{} + weight[r * weight_stride + h];
@@ -339,7 +201,7 @@ inline void expand_block(const A* weight, int64_t weight_stride, const A* const*
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + c + v * kLanes<A>, sums[r][v]);
+    for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + c + v * lanes<A>, sums[r][v]);
 }
 
 // Gradients of `rows` rows: du [heads, padded width] is overwritten, dz (null: not wanted) too. `rows_of` points at the
@@ -347,7 +209,7 @@ inline void expand_block(const A* weight, int64_t weight_stride, const A* const*
 template <class T, class A>
 void pool_backward_range(const T* z, int64_t stride, int64_t rows, int64_t width, const A* ut, const A* gt, int64_t heads,
                          const A* lse, const A* delta, const A* const* rows_of, A* du, T* dz, int64_t dz_stride) {
-  const int64_t padded = round_up(width, kLanes<A>), all = padded_heads<A>(heads), block_stride = padded + kLanes<A>;
+  const int64_t padded = round_up(width, lanes<A>), all = padded_heads<A>(heads), block_stride = padded + lanes<A>;
   std::vector<A> block(kBlockRows * block_stride), p(kBlockRows * all), ds(kBlockRows * all), one(all, A(1));
   std::vector<A> both(kBlockRows * 2 * heads);
   std::fill(du, du + heads * padded, A(0));
@@ -372,12 +234,12 @@ void pool_backward_range(const T* z, int64_t stride, int64_t rows, int64_t width
       const A* weight = both.data() + r * 2 * heads;
       A* out = block.data() + r * block_stride;
       for (int64_t c = 0; c < padded;) {
-        const bool wide = c + kVectors * kLanes<A> <= padded;
+        const bool wide = c + kVectors * lanes<A> <= padded;
         if (many && wide) expand_block<kRows, kVectors>(weight, 2 * heads, rows_of, 2 * heads, c, out, block_stride);
         else if (many) expand_block<kRows, 1>(weight, 2 * heads, rows_of, 2 * heads, c, out, block_stride);
         else if (wide) expand_block<1, kVectors>(weight, 2 * heads, rows_of, 2 * heads, c, out, block_stride);
         else expand_block<1, 1>(weight, 2 * heads, rows_of, 2 * heads, c, out, block_stride);
-        c += wide ? kVectors * kLanes<A> : kLanes<A>;
+        c += wide ? kVectors * lanes<A> : lanes<A>;
       }
       r += many ? kRows : 1;
     }
@@ -403,14 +265,14 @@ template <class A>
 void pack_inputs(const A* x, int64_t stride, int64_t rows, int64_t width, A* packed) {
   const int64_t block = input_block(rows);
   for (int64_t m = 0; m < rows; m += block)
-    for (int64_t k = 0; k < width; k += kLanes<A>)
-      for (int64_t i = m; i < std::min(rows, m + block); ++i, packed += kLanes<A>)
-        store(packed, width - k < kLanes<A> ? widen_part(x + i * stride + k, width - k) : widen(x + i * stride + k));
+    for (int64_t k = 0; k < width; k += lanes<A>)
+      for (int64_t i = m; i < std::min(rows, m + block); ++i, packed += lanes<A>)
+        store(packed, width - k < lanes<A> ? load_some(x + i * stride + k, width - k) : load(x + i * stride + k));
 }
 
 template <class A>
 int64_t packed_inputs(int64_t rows, int64_t width) {
-  return rows * round_up(width, kLanes<A>);
+  return rows * round_up(width, lanes<A>);
 }
 
 // out[m][n] = w[n] x[m] + bias[n] for NB rows of w and MB packed rows of x. Sums of kDotChain vectors are added up, for
@@ -420,30 +282,30 @@ constexpr int64_t kDotChain = 64;
 template <int NB, int MB, class T, class A>
 inline void dot_block(const T* w, int64_t stride, const A* x, int64_t width, bool prefetch, A* out, int64_t out_stride,
                       const A* bias) {
-  Vec<A> sums[NB][MB];
+  Vec<A> sums[NB][MB] = {};
   const T* next = w + NB * stride;
-  for (int64_t k0 = 0; k0 == 0 || k0 < width; k0 += kDotChain * kLanes<A>) {
+  for (int64_t k0 = 0; k0 == 0 || k0 < width; k0 += kDotChain * lanes<A>) {
     Vec<A> s[NB][MB] = {};
-    const int64_t stop = std::min(width, k0 + kDotChain * kLanes<A>);
+    const int64_t stop = std::min(width, k0 + kDotChain * lanes<A>);
     int64_t k = k0;
-    for (; k + kLanes<A> <= stop; k += kLanes<A>) {
+    for (; k + lanes<A> <= stop; k += lanes<A>) {
       Vec<A> value[NB];
 #pragma GCC unroll 4
-      for (int n = 0; n < NB; ++n) value[n] = widen(w + n * stride + k);
+      for (int n = 0; n < NB; ++n) value[n] = load(w + n * stride + k);
       if (prefetch)
 #pragma GCC unroll 4
         for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * stride + k, 0, 2);
 #pragma GCC unroll 6
-      for (int m = 0; m < MB; ++m, x += kLanes<A>) {
-        const Vec<A> v = load<Vec<A>>(x);
+      for (int m = 0; m < MB; ++m, x += lanes<A>) {
+        const Vec<A> v = load(x);
 #pragma GCC unroll 4
         for (int n = 0; n < NB; ++n) s[n][m] = fma(value[n], v, s[n][m]);
       }
     }
     if (k < stop)
       for (int n = 0; n < NB; ++n) {
-        const Vec<A> value = widen_part(w + n * stride + k, stop - k);
-        for (int m = 0; m < MB; ++m) s[n][m] = fma(value, load<Vec<A>>(x + m * kLanes<A>), s[n][m]);
+        const Vec<A> value = load_some(w + n * stride + k, stop - k);
+        for (int m = 0; m < MB; ++m) s[n][m] = fma(value, load(x + m * lanes<A>), s[n][m]);
       }
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n)
@@ -451,13 +313,13 @@ inline void dot_block(const T* w, int64_t stride, const A* x, int64_t width, boo
       for (int m = 0; m < MB; ++m) sums[n][m] = k0 ? sums[n][m] + s[n][m] : s[n][m];
   }
   for (int m = 0; m < MB; ++m)
-    for (int n = 0; n < NB; ++n) out[m * out_stride + n] = total(sums[n][m]) + bias[n];
+    for (int n = 0; n < NB; ++n) out[m * out_stride + n] = sum_of<16 / sizeof(A), lanes<A>, A>(sums[n][m]) + bias[n];
 }
 
 template <int NB, class T, class A>
 inline void dot_rows(const T* w, int64_t stride, const A* packed, int64_t rows, int64_t width, bool prefetch, A* out,
                      int64_t out_stride, const A* bias) {
-  const int64_t padded = round_up(width, kLanes<A>), block = input_block(rows);
+  const int64_t padded = round_up(width, lanes<A>), block = input_block(rows);
   for (int64_t m = 0; m < rows; m += block, prefetch = false) {
     const A* x = packed + m * padded;
     A* o = out + m * out_stride;
@@ -493,7 +355,7 @@ void linear_range(const T* w, int64_t stride, const A* bias, const A* packed, in
 
 template <class T, class A>
 void widen_row(const T* row, int64_t width, A* out) {
-  for (int64_t c = 0; c < width; ++c) out[c] = widen_part(row + c, 1)[0];
+  for (int64_t c = 0; c < width; ++c) out[c] = widen(row[c]);
 }
 
 // out[m][c] (+)= sum over DB rows d of x[m][d] w[d][c], for c in [begin, end).
@@ -501,12 +363,12 @@ template <int DB, class T, class A>
 inline void add_rows(const A* x, int64_t x_stride, const T* w, int64_t stride, int64_t rows, int64_t begin, int64_t end,
                      bool first, A* out, int64_t out_stride) {
   int64_t c = begin;
-  for (; c + kLanes<A> <= end; c += kLanes<A>) {
+  for (; c + lanes<A> <= end; c += lanes<A>) {
     Vec<A> value[DB];
 #pragma GCC unroll 8
-    for (int d = 0; d < DB; ++d) value[d] = widen(w + d * stride + c);
+    for (int d = 0; d < DB; ++d) value[d] = load(w + d * stride + c);
     for (int64_t m = 0; m < rows; ++m) {
-      Vec<A> s = first ? Vec<A>{} : load<Vec<A>>(out + m * out_stride + c);
+      Vec<A> s = first ? Vec<A>{} : load(out + m * out_stride + c);
 #pragma GCC unroll 8
       for (int d = 0; d < DB; ++d) s = fma(Vec<A>{} + x[m * x_stride + d], value[d], s);
       store(out + m * out_stride + c, s);
@@ -515,7 +377,7 @@ inline void add_rows(const A* x, int64_t x_stride, const T* w, int64_t stride, i
   for (; c < end; ++c)
     for (int64_t m = 0; m < rows; ++m) {
       A s = first ? A(0) : out[m * out_stride + c];
-      for (int d = 0; d < DB; ++d) s += x[m * x_stride + d] * widen_part(w + d * stride + c, 1)[0];
+      for (int d = 0; d < DB; ++d) s += x[m * x_stride + d] * widen(w[d * stride + c]);
       out[m * out_stride + c] = s;
     }
 }

@@ -1,8 +1,8 @@
-// Element types of the kernels and their conversions to and from float32; no torch header, host and device.
+// Element types of the kernels, and what they are summed in; no torch header, host and device.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 namespace ivl {
 
@@ -12,5 +12,9 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+
+// What T is computed and summed in.
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 }  // namespace ivl

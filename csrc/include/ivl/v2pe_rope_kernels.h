@@ -1,166 +1,7 @@
 // Kernels of the rotary embedding, compiled once for each instruction set (see foreach_isa.h).
 namespace ivl::IVL_NAMESPACE {
 
-template <class A, int N>
-struct Lanes {
-  typedef A type __attribute__((vector_size(N * sizeof(A))));
-};
-template <class A, int N>
-using Vec = typename Lanes<A, N>::type;
-
-// Arithmetic type of an element type.
-template <class T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-
-template <class To, class From>
-inline To same_bits(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-inline float widen(float16 h) {
-  const uint32_t magnitude = static_cast<uint32_t>(h.bits & 0x7fff) << 13;
-  uint32_t bits = magnitude | 0x7f800000;
-  if ((h.bits & 0x7c00) != 0x7c00) bits = same_bits<uint32_t>(same_bits<float>(magnitude) * 0x1p112f);
-  return same_bits<float>(bits | static_cast<uint32_t>(h.bits & 0x8000) << 16);
-}
-
-inline float16 narrow_half(float f) {
-  uint32_t bits = same_bits<uint32_t>(f);
-  const uint16_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
-  if (bits < 0x38800000) {  // subnormal: let a float addition round at the right bit
-    bits = same_bits<uint32_t>(same_bits<float>(bits) + 0.5f);
-    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
-  }
-  bits += 0xc8000fffu + ((bits >> 13) & 1);
-  return {static_cast<uint16_t>(sign | (bits >> 13))};
-}
-
-template <int N, class A>
-  requires std::is_floating_point_v<A>
-inline Vec<A, N> load(const A* p) {
-  Vec<A, N> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <int N>
-inline Vec<float, N> load(const bfloat16* p) {
-#if IVL_VECTOR_BYTES == 64
-  if constexpr (N == 16)
-    return same_bits<Vec<float, N>>(same_bits<Vec<uint32_t, N>>(_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))) << 16);
-#endif
-  Vec<uint16_t, N> h;
-  std::memcpy(&h, p, sizeof h);
-  const Vec<uint32_t, N> bits = __builtin_convertvector(h, Vec<uint32_t, N>) << 16;
-  return same_bits<Vec<float, N>>(bits);
-}
-
-template <int N>
-inline Vec<float, N> load(const float16* p) {
-#if IVL_VECTOR_BYTES == 64
-  if constexpr (N == 16) return same_bits<Vec<float, N>>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#endif
-#if IVL_VECTOR_BYTES >= 32
-  if constexpr (N == 8) return same_bits<Vec<float, N>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#endif
-  Vec<float, N> v;
-  for (int i = 0; i < N; ++i) v[i] = widen(p[i]);
-  return v;
-}
-
-// float32 bits rounded to the nearest bfloat16 (ties to even), still in the upper half of 32 bits. A NaN stays one if its
-// low 16 bits are zero, as in all that is computed from bfloat16; `any_nan` keeps every NaN.
-template <int N, bool any_nan = false>
-inline Vec<uint32_t, N> bf16_bits(Vec<float, N> v) {
-  const Vec<uint32_t, N> bits = same_bits<Vec<uint32_t, N>>(v);
-#if IVL_VECTOR_BYTES == 64
-  if constexpr (N == 16 && !any_nan) {
-    const __m512i wide = same_bits<__m512i>(v), up = _mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff));
-    const __mmask16 odd = _mm512_test_epi32_mask(wide, _mm512_set1_epi32(0x10000));
-    return same_bits<Vec<uint32_t, N>>(_mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1)));
-  }
-#endif
-  const Vec<uint32_t, N> rounded = bits + ((bits >> 16) & 1) + 0x7fff;
-  if constexpr (any_nan) return v == v ? rounded : bits | 0x400000;
-  return rounded;
-}
-
-template <int N, class A>
-  requires std::is_floating_point_v<A>
-inline void store(A* p, Vec<A, N> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
-template <int N>
-inline void store(bfloat16* p, Vec<float, N> v) {
-  const Vec<uint16_t, N> h = __builtin_convertvector(bf16_bits<N>(v) >> 16, Vec<uint16_t, N>);
-  std::memcpy(p, &h, sizeof h);
-}
-
-template <int N>
-inline void store(float16* p, Vec<float, N> v) {
-#if IVL_VECTOR_BYTES == 64
-  if constexpr (N == 16) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, same_bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-    return;
-  }
-#endif
-#if IVL_VECTOR_BYTES >= 32
-  if constexpr (N == 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(same_bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
-    return;
-  }
-#endif
-  for (int i = 0; i < N; ++i) p[i] = narrow_half(v[i]);
-}
-
-// The value after a trip through T.
-template <class T, int N, class A, bool any_nan = false>
-inline Vec<A, N> rounded(Vec<A, N> v) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const Vec<uint32_t, N> bits = bf16_bits<N, any_nan>(v) & 0xffff0000u;
-    return same_bits<Vec<float, N>>(bits);
-  } else if constexpr (std::is_same_v<T, float16>) {
-    float16 h[N];
-    store<N>(h, v);
-    return load<N>(static_cast<const float16*>(h));
-  } else {
-    return v;
-  }
-}
-
-template <class A>
-constexpr int kLanes = IVL_VECTOR_BYTES / sizeof(A);
-
-// Calls f.template operator()<lanes>(i) over [begin, end): whole vectors first, then ever smaller ones.
-template <int N, class F>
-inline void over(int64_t begin, int64_t end, F&& f) {
-  for (; begin + N <= end; begin += N) f.template operator()<N>(begin);
-  if constexpr (N > 1) over<N / 2>(begin, end, f);
-}
-
-template <int N, class A>
-inline A sum(Vec<A, N> v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    Vec<A, N / 2> halves[2];
-    std::memcpy(halves, &v, sizeof v);
-    return sum<N / 2, A>(halves[0] + halves[1]);
-  }
-}
+namespace {
 
 // sin and cos of float32 angles in float64: 0.5 ulp of float32. Exact reduction by pi/2 up to |x| = 1.6e6.
 template <int N>
@@ -182,6 +23,7 @@ inline void sincos(Vec<double, N> x, Vec<double, N>& sine, Vec<double, N>& cosin
   cosine = same_bits<D>(cosine_bits);
 }
 
+constexpr bool kAnyNan = false;  // results are computed from bfloat16: see bfloat16_bits
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kChunk = 16;  // tokens whose cos and sin are held at once
 
@@ -190,7 +32,7 @@ template <class T, class A>
 void angles(const RopeArgs& args, int64_t b, int64_t n, A* cosine, A* sine) {
   const int64_t half = args.rotary_dim / 2, at = b * args.angle_batch + n * args.angle_token;
   if (args.table == RopeTable::none) {
-    constexpr int N = kLanes<double>;
+    constexpr int N = lanes<double>;
     const float position = static_cast<const float*>(args.first)[at];
     const float* inv_freq = static_cast<const float*>(args.second);
     for (int64_t i = 0; i < half; i += N) {
@@ -215,14 +57,14 @@ void angles(const RopeArgs& args, int64_t b, int64_t n, A* cosine, A* sine) {
       sine[i] = static_cast<const float*>(args.second)[at + i];
     }
   } else {
-    over<kLanes<A>>(0, half, [&]<int N>(int64_t i) {
+    over<lanes<A>>(0, half, [&]<int N>(int64_t i) {
       store<N>(cosine + i, load<N>(static_cast<const T*>(args.first) + at + i));
       store<N>(sine + i, load<N>(static_cast<const T*>(args.second) + at + i));
     });
   }
   if constexpr (!std::is_same_v<T, A>)
     if (args.round && args.table != RopeTable::same)
-      over<kLanes<A>>(0, half, [&]<int N>(int64_t i) {
+      over<lanes<A>>(0, half, [&]<int N>(int64_t i) {
         store<N>(cosine + i, rounded<T, N, A, true>(load<N>(cosine + i)));
         store<N>(sine + i, rounded<T, N, A, true>(load<N>(sine + i)));
       });
@@ -233,15 +75,15 @@ void angles(const RopeArgs& args, int64_t b, int64_t n, A* cosine, A* sine) {
 template <class T, class A>
 inline A sum_of_squares(const T* x, int64_t width) {
   A total = 0;
-  Vec<A, kLanes<A>> wide = {};
-  over<kLanes<A>>(0, width, [&]<int N>(int64_t i) {
+  Vec<A, lanes<A>> wide = {};
+  over<lanes<A>>(0, width, [&]<int N>(int64_t i) {
     const Vec<A, N> v = load<N>(x + i);
-    if constexpr (N == kLanes<A>)
+    if constexpr (N == lanes<A>)
       wide += v * v;
     else
-      total += sum<N, A>(v * v);
+      total += sum_of<1, N, A>(v * v);
   });
-  return total + sum<kLanes<A>, A>(wide);
+  return total + sum_of<1, lanes<A>, A>(wide);
 }
 
 template <class T, class A>
@@ -268,14 +110,14 @@ inline void rotate_row(Row<T, A> row, const A* weight, A rstd, int64_t half, int
       v = through.template operator()<N>(load<N>(weight + i) * through.template operator()<N>(v * rstd));
     return v;
   };
-  over<kLanes<A>>(0, half, [&]<int N>(int64_t i) {
+  over<lanes<A>>(0, half, [&]<int N>(int64_t i) {
     const auto a = value.template operator()<N>(i), b = value.template operator()<N>(i + half);
     const auto c = load<N>(row.cosine + i), s = load<N>(row.sine + i);
-    store<N>(y + i, through.template operator()<N>(a * c) - through.template operator()<N>(b * s));
-    store<N>(y + i + half, through.template operator()<N>(b * c) + through.template operator()<N>(a * s));
+    store<N, kAnyNan>(y + i, through.template operator()<N>(a * c) - through.template operator()<N>(b * s));
+    store<N, kAnyNan>(y + i + half, through.template operator()<N>(b * c) + through.template operator()<N>(a * s));
   });
   if (Norm || x != y)
-    over<kLanes<A>>(2 * half, width, [&]<int N>(int64_t i) { store<N>(y + i, value.template operator()<N>(i)); });
+    over<lanes<A>>(2 * half, width, [&]<int N>(int64_t i) { store<N, kAnyNan>(y + i, value.template operator()<N>(i)); });
 }
 
 constexpr int kRows = 16;  // whose norms are computed together: square root and division are slow one by one
@@ -331,7 +173,7 @@ void rope_as(const RopeArgs& args) {
     for (const RopeSide* side : {&args.q, &args.k}) {
       A weight[kMaxHeadDim];
       if (side->weight)
-        over<kLanes<A>>(0, width, [&]<int N>(int64_t i) { store<N>(weight + i, load<N>(static_cast<const T*>(side->weight) + i)); });
+        over<lanes<A>>(0, width, [&]<int N>(int64_t i) { store<N>(weight + i, load<N>(static_cast<const T*>(side->weight) + i)); });
       const A* norm = side->weight ? weight : nullptr;
       Row<T, A> rows[kRows];
       int filled = 0;
@@ -347,7 +189,7 @@ void rope_as(const RopeArgs& args) {
 
 template <class T>
 void rope(const RopeArgs& args) {
-  using A = typename Arithmetic<T>::type;
+  using A = Sum<T>;
   if (args.round && !std::is_same_v<T, A>)
     rope_as<T, A, !std::is_same_v<T, A>>(args);
   else
@@ -359,27 +201,27 @@ template <class T, class A>
 inline void norm_backward_row(const T* grad, const T* x, T* out, const T* weight, A* grad_weight, const A* cosine, const A* sine,
                               int64_t half, int64_t width, double eps) {
   A g[kMaxHeadDim];
-  over<kLanes<A>>(0, half, [&]<int N>(int64_t i) {
+  over<lanes<A>>(0, half, [&]<int N>(int64_t i) {
     const Vec<A, N> a = load<N>(grad + i), b = load<N>(grad + i + half), c = load<N>(cosine + i), s = load<N>(sine + i);
     store<N>(g + i, a * c + b * s);
     store<N>(g + i + half, b * c - a * s);
   });
-  over<kLanes<A>>(2 * half, width, [&]<int N>(int64_t i) { store<N>(g + i, load<N>(grad + i)); });
+  over<lanes<A>>(2 * half, width, [&]<int N>(int64_t i) { store<N>(g + i, load<N>(grad + i)); });
   const A rstd = 1 / std::sqrt(sum_of_squares<T, A>(x, width) / width + static_cast<A>(eps));
   A dot = 0;
-  Vec<A, kLanes<A>> wide = {};
-  over<kLanes<A>>(0, width, [&]<int N>(int64_t i) {
+  Vec<A, lanes<A>> wide = {};
+  over<lanes<A>>(0, width, [&]<int N>(int64_t i) {
     const Vec<A, N> gi = load<N>(g + i), xi = load<N>(x + i), wi = load<N>(weight + i);
     const Vec<A, N> part = gi * wi * xi;
-    if constexpr (N == kLanes<A>)
+    if constexpr (N == lanes<A>)
       wide += part;
     else
-      dot += sum<N, A>(part);
+      dot += sum_of<1, N, A>(part);
   });
-  dot = (dot + sum<kLanes<A>, A>(wide)) * rstd / width;
-  over<kLanes<A>>(0, width, [&]<int N>(int64_t i) {
+  dot = (dot + sum_of<1, lanes<A>, A>(wide)) * rstd / width;
+  over<lanes<A>>(0, width, [&]<int N>(int64_t i) {
     const Vec<A, N> gi = load<N>(g + i), xhat = load<N>(x + i) * rstd, wi = load<N>(weight + i);
-    store<N>(out + i, rstd * (wi * gi - xhat * dot));
+    store<N, kAnyNan>(out + i, rstd * (wi * gi - xhat * dot));
     const Vec<A, N> product = gi * xhat;
     for (int j = 0; j < N; ++j) grad_weight[i + j] += product[j];
   });
@@ -387,7 +229,7 @@ inline void norm_backward_row(const T* grad, const T* x, T* out, const T* weight
 
 template <class T>
 void rope_norm_backward(const RopeArgs& args) {
-  using A = typename Arithmetic<T>::type;
+  using A = Sum<T>;
   const int64_t half = args.rotary_dim / 2, width = args.head_dim;
   const int64_t chunks = args.batch * ((args.tokens + kChunk - 1) / kChunk);
   // One partial weight gradient a chunk, added in order: the result does not depend on the threads. Sums of a few rows
@@ -512,4 +354,5 @@ inline void positions(const PositionArgs& args) {
   std::copy(info, info + 5, args.info);
 }
 
+}  // namespace
 }  // namespace ivl::IVL_NAMESPACE

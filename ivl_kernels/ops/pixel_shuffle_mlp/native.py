@@ -124,7 +124,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool =
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1])
     if not _use_library(a.dtype):
-        _native.op("matmul_into")(a, b, out, accumulate)
+        _native.op("matmul_into")(a, b if 1 in b.stride() else b.contiguous(), b.new_empty(0), out, accumulate, True)
     elif accumulate:
         out.addmm_(a, b)
     else:

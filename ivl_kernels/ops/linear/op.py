@@ -1,0 +1,92 @@
+"""Schemas, fakes, backends, gradients and argument checks of the linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..._checks import (
+    FLOATS,
+    KERNEL_DTYPES,
+    autocast_dtype,
+    check_dtype,
+    check_same,
+    check_shape,
+    check_tensor,
+    describe,
+)
+from ..._dispatch import Implementation
+from ..._library import Op
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,)),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+_linear = Op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    package=__package__,
+    key="x",
+    implementations=(
+        Implementation("native", "native:linear", ("cpu",), KERNEL_DTYPES),
+        Implementation("reference", "reference:linear"),
+    ),
+    fake=lambda x, weight, bias, backend: x.new_empty(x.shape[0], weight.shape[0]),
+)
+
+_linear_backward = Op(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias, str backend)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    package=__package__,
+    key="x",
+    implementations=(
+        Implementation("native", "native:linear_backward", ("cpu",), KERNEL_DTYPES),
+        Implementation("reference", "reference:linear_backward"),
+    ),
+    fake=_fake_backward,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.backend = backend
+        return _linear(x, weight, bias, backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
+        found = _linear_backward(grads[0], *ctx.saved_tensors, *needs, ctx.backend)
+        return *(value if need else None for value, need in zip(found, needs)), None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    check_dtype("x", x, FLOATS)
+    check_tensor("weight", weight)
+    if x.dim() == 0:
+        raise ValueError(f"x: got {describe(x)}, expected shape [..., K]")
+    check_shape("weight", weight, ("N", x.shape[-1]))
+    check_same("weight", weight, "x", x)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],))
+        check_same("bias", bias, "x", x)
+    if dtype := autocast_dtype(x):
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    return _Linear.apply(rows, weight, bias, backend).view(*x.shape[:-1], weight.shape[0])

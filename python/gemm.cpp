@@ -1,0 +1,32 @@
+#include "ivl/gemm.h"
+
+#include "tensor.h"
+
+namespace ivl {
+namespace {
+
+template <class T>
+StridedMatrix<T> matrix(const Tensor& t) {
+  return {in<T>(t), t.stride(0), t.stride(1)};
+}
+
+void matmul_into(Tensor a, Tensor b, Tensor bias, Tensor result, bool accumulate, bool any_rows) {
+  STD_TORCH_CHECK(b.stride(0) == 1 || b.stride(1) == 1, "b: got strides (", b.stride(0), ", ", b.stride(1),
+                  "), expected one of them to be 1");
+  dispatch_widened(a.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    matmul<T>({a.size(0), b.size(1), a.size(1), matrix<T>(a), matrix<T>(b), bias.numel() ? in<T>(bias) : nullptr,
+               out<T>(result), result.stride(0), accumulate, any_rows ? Form::packed : Form::best});
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
+  // An empty bias: none. `any_rows`: a row's result does not depend on the number of rows.
+  m.def("matmul_into(Tensor a, Tensor b, Tensor bias, Tensor(a!) out, bool accumulate, bool any_rows) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) { m.impl("matmul_into", TORCH_BOX(&matmul_into)); }
+
+}  // namespace ivl
