@@ -68,44 +68,69 @@ inline vf exp2_negative(vf x) {
 #endif
 }
 
-// c [R, V vectors] (+)= a [R, depth] b. Row r of a at a[r * RowStride + k * DepthStride], row k of b at b[k * b_stride].
-template <int R, int V, int64_t RowStride, int64_t DepthStride, bool Add>
-inline void tile(int64_t depth, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+// How a product of two operands is added up: as float32, or as pairs of bfloat16 in 32 bits (only after dot_bf16()).
+enum class Product { float32, bf16_pairs };
+
+template <Product P>
+inline vf spread(const float* a) {
+  if constexpr (P == Product::float32) return splat(*a);
+  int32_t bits;
+  std::memcpy(&bits, a, sizeof bits);
+  return (vf)(bits - vi{});
+}
+
+template <Product P>
+inline vf multiply_add(vf a, vf b, vf c) {
+#if IVL_VECTOR_BYTES == 64
+  if constexpr (P == Product::bf16_pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // as assembly, so that only this needs the instruction
+    return c;
+  }
+#endif
+  return fma(a, b, c);
+}
+
+enum class Store { set, add };
+
+// c [R, V vectors] = factor a [R, depth] b, or += a b. Row r of a at a[r * RowStride + k * DepthStride], row k of b at
+// b[k * b_stride].
+template <int R, int V, int64_t RowStride, int64_t DepthStride, Store S, Product P, class B>
+inline void tile(int64_t depth, const float* a, const B* b, int64_t b_stride, float factor, float* c, int64_t c_stride) {
   vf sums[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[r][v] = vf{};
   for (int64_t k = 0; k < depth; ++k, a += DepthStride, b += b_stride) {
     vf columns[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) columns[v] = load(b + v * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const vf x = splat(a[r * RowStride]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(x, columns[v], sums[r][v]);
+      const vf x = spread<P>(a + r * RowStride);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<P>(x, columns[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* to = c + r * c_stride + v * kLanes;
-      store(to, Add ? load(to) + sums[r][v] : sums[r][v]);
+      store(to, S == Store::add ? load(to) + sums[r][v] : sums[r][v] * splat(factor));
     }
 }
 
-// Any number of rows; `columns` is kWide or kLanes. Transposed: a is read down its columns.
-template <bool Add, bool Transposed = false>
-inline void tiles(int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b, int64_t b_stride,
-                  float* c, int64_t c_stride) {
+// Any number of rows, and columns up to two vectors, of panels of b. Transposed: a is read down its columns.
+template <Store S, Product P = Product::float32, bool Transposed = false>
+inline void tiles(int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b, float factor, float* c,
+                  int64_t c_stride) {
   constexpr int64_t across = Transposed ? 1 : kStride, along = Transposed ? kStride : 1;
   const auto some = [&]<int R>() {
     if (columns > kLanes)
-      tile<R, 2, across, along, Add>(depth, a, b, b_stride, c, c_stride);
+      tile<R, 2, across, along, S, P>(depth, a, b, kWide, factor, c, c_stride);
     else
-      tile<R, 1, across, along, Add>(depth, a, b, b_stride, c, c_stride);
+      tile<R, 1, across, along, S, P>(depth, a, b, kWide, factor, c, c_stride);
     rows -= R, a += R * across, c += R * c_stride;
   };
   while (rows >= kRows) some.template operator()<kRows>();
@@ -151,6 +176,15 @@ void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t column
     for (int64_t j = 0; j < columns; ++j) store(to + (rows / kWide * columns + j) * kWide + kLanes, vf{});
 }
 
+// Panels [columns / kWide][rows / 2][kWide] of pairs of rows of a bfloat16 matrix; a row that is missing is zero.
+inline void pack_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t panel_rows, float* to) {
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const vu first = (vu)get(from + i, columns - i), second = r + 1 < rows ? (vu)get(from + stride + i, columns - i) : vu{};
+      store(to + (i / kWide * panel_rows + r / 2) * kWide + i % kWide, (vf)(first >> 16 | second));
+    }
+}
+
 // One sequence: where its queries and keys are, and what a query sees.
 struct Sequence {
   int64_t q_batch, q_first, queries, k_batch, k_first, keys;
@@ -192,9 +226,23 @@ struct Running {
   int64_t width;
 };
 
+// Weights to where they go: in place, or as bfloat16 from the row's begin on.
+template <Product P>
+inline void store_weights(float* row, int64_t j, vf p) {
+#if IVL_VECTOR_BYTES == 64
+  if constexpr (P == Product::bf16_pairs) {
+    __m256i narrow;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(p));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row) + j / kLanes, narrow);
+    return;
+  }
+#endif
+  store(row + j, p);
+}
+
 // Scores [rows, columns [begin, end)] become weights; what the block changes of the maximum is applied to `running`.
 // visible(r, begin, end) narrows the columns of a row.
-template <class Visible>
+template <Product P = Product::float32, class Visible>
 inline void softmax(int64_t rows, int64_t begin, int64_t end, float* scores, Running running, Visible&& visible) {
   for (int64_t r = 0; r < rows; ++r) {
     float* row = scores + r * kStride;
@@ -215,7 +263,7 @@ inline void softmax(int64_t rows, int64_t begin, int64_t end, float* scores, Run
     vf total = {};
     for (int64_t j = begin; j < end; j += kLanes) {
       const vf p = exp2_negative(load(row + j) - splat(now));
-      store(row + j, p);
+      store_weights<P>(row, j, p);
       total += p;
     }
     running.total[r] += added(total);
@@ -268,28 +316,41 @@ void over_tasks(std::vector<Task>& tasks, F&& f) {
   });
 }
 
-template <class T>
+template <class T, Product P = Product::float32>
 void attend_rows(const AttentionArgs& args, const Task& task, const Output<T>& output) {
+  constexpr int64_t kParts = P == Product::float32 ? 1 : 2;  // numbers in 32 bits of an operand
   const Sequence s(args, task.sequence);
   const int64_t group = args.q_heads / args.kv_heads, head = task.kv_head * group, dim = args.dim, rows = task.end - task.begin;
-  const int64_t width = up(dim, kLanes);
+  const int64_t width = up(dim, kLanes), depth = dim / kParts;
   const Rows<T> queries(args.q, s.q_batch, s.q_first, head, group);
   const Rows<T> keys(args.k, s.k_batch, s.k_first, task.kv_head, 1), values(args.v, s.k_batch, s.k_first, task.kv_head, 1);
-  Scratch<float> q(rows * kStride), packed_keys(kKeys * dim), packed_values(kKeys * up(dim, kWide)), scores(kRows * kStride);
-  Scratch<float> out(rows * width), statistics(2 * rows);
+  Scratch<float> q(rows * kStride), packed_keys(kKeys * depth), packed_values(kKeys / kParts * up(dim, kWide));
+  Scratch<float> scores(kRows * kStride), out(rows * width), statistics(2 * rows);
   const Running all{statistics.get(), statistics.get() + rows, out.get(), width};
   start(args, head, group, task.begin, rows, true, all);
-  for (int64_t r = 0; r < rows; ++r)
-    widen(queries.at(task.begin + r), dim, static_cast<float>(args.scale * kLog2e), q.get() + r * kStride);
+  const float scale = static_cast<float>(args.scale * kLog2e);
+  for (int64_t r = 0; r < rows; ++r) {
+    if constexpr (P == Product::float32)
+      widen(queries.at(task.begin + r), dim, scale, q.get() + r * kStride);
+    else
+      std::memcpy(q.get() + r * kStride, queries.at(task.begin + r), dim * sizeof(T));
+  }
   const int64_t first = s.first(task.begin / group), last = s.last((task.end - 1) / group);
   for (int64_t key = first / kWide * kWide; key < last; key += kKeys) {
     const int64_t here = std::min(kKeys, last - key);
-    pack_transposed(keys.at(key), keys.token, here, dim, packed_keys.get());
-    pack(values.at(key), values.token, here, dim, kKeys, packed_values.get());
-    // Up to whole panels: no weight meets what was left there.
-    for (int64_t r = here; r < up(here, kWide); ++r)
+    int64_t packed = here;
+    if constexpr (P == Product::float32) {
+      pack_transposed(keys.at(key), keys.token, here, dim, packed_keys.get());
+      pack(values.at(key), values.token, here, dim, kKeys, packed_values.get());
+    } else {
+      pack_transposed(reinterpret_cast<const float*>(keys.at(key)), keys.token / 2, here, depth, packed_keys.get());
+      pack_pairs(values.at(key), values.token, here, dim, kKeys / 2, packed_values.get());
+      packed = (here + 1) / 2;
+    }
+    // Up to whole panels of keys: a weight of zero must not meet what was left there.
+    for (int64_t r = packed; r < up(here, kWide) / kParts; ++r)
       for (int64_t i = 0; i < width; i += kLanes)
-        store(packed_values.get() + (i / kWide * kKeys + r) * kWide + i % kWide, vf{});
+        store(packed_values.get() + (i / kWide * (kKeys / kParts) + r) * kWide + i % kWide, vf{});
     for (int64_t r = 0; r < rows; r += kRows) {
       const int64_t count = std::min<int64_t>(kRows, rows - r), row = task.begin + r;
       // Panels of keys that any of these rows sees.
@@ -297,19 +358,70 @@ void attend_rows(const AttentionArgs& args, const Task& task, const Output<T>& o
       const int64_t end = up(std::min(here, s.last((row + count - 1) / group) - key), kWide);
       if (begin >= end) continue;
       for (int64_t j = begin; j < end; j += kWide)
-        tiles<false>(count, kWide, dim, q.get() + r * kStride, packed_keys.get() + j * dim, kWide, scores.get() + j, kStride);
+        tiles<Store::set, P>(count, kWide, depth, q.get() + r * kStride, packed_keys.get() + j * depth,
+                             P == Product::float32 ? 1 : scale, scores.get() + j, kStride);
       const Running some{all.maximum + r, all.total + r, all.out + r * width, width};
-      softmax(count, begin, end, scores.get(), some, [&](int64_t i, int64_t& from, int64_t& to) {
+      softmax<P>(count, begin, end, scores.get(), some, [&](int64_t i, int64_t& from, int64_t& to) {
         const int64_t query = (row + i) / group;
         from = s.first(query) - key, to = std::min(here, s.last(query) - key);
       });
       for (int64_t i = 0; i < width; i += kWide)
-        tiles<true>(count, width - i, end - begin, scores.get() + begin, packed_values.get() + (i * kKeys) + begin * kWide,
-                    kWide, some.out + i, width);
+        tiles<Store::add, P>(count, width - i, (end - begin) / kParts, scores.get() + begin / kParts,
+                             packed_values.get() + i * (kKeys / kParts) + begin / kParts * kWide, 1, some.out + i, width);
     }
   }
   for (int64_t r = 0; r < rows; ++r)
     output.write(s, head, group, task.begin + r, all.maximum[r], all.total[r], out.get() + r * width);
+}
+
+// scores [R, kLanes] = q [R, width] times `count` of k's rows, of which there is at least one.
+template <int R, class K>
+inline void dot_products(const float* q, int64_t width, const K* k, int64_t k_stride, int64_t count, float* scores) {
+  constexpr int kGroup = 4;  // rows of k at a time: as many sums as hide a multiply-add's latency
+  vf dots[R][kLanes];
+#pragma GCC unroll 4
+  for (int first = 0; first < kLanes; first += kGroup) {
+    const K* rows[kGroup];
+    for (int j = 0; j < kGroup; ++j) rows[j] = k + std::min<int64_t>(first + j, count - 1) * k_stride;
+    vf sums[R][kGroup] = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      vf x[R];
+      for (int r = 0; r < R; ++r) x[r] = load(q + r * width + i);
+      for (int j = 0; j < kGroup; ++j) {
+        const vf y = load(rows[j] + i);
+        for (int r = 0; r < R; ++r) sums[r][j] = fma(x[r], y, sums[r][j]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < kGroup; ++j) dots[r][first + j] = sums[r][j];
+  }
+  for (int r = 0; r < R; ++r) {
+    transpose(dots[r]);
+    vf score = dots[r][0];
+#pragma GCC unroll 16
+    for (int lane = 1; lane < kLanes; ++lane) score += dots[r][lane];
+    store(scores + r * kStride, score);
+  }
+}
+
+// out [rows, columns] += weights [rows, count] v [count, columns], v's rows v_stride apart.
+template <class V>
+inline void add_weighted(int64_t rows, int64_t columns, int64_t count, const float* weights, const V* v, int64_t v_stride,
+                         float* out, int64_t out_stride) {
+  int64_t r = 0;
+  const auto pairs = [&]<int R>() {
+    for (; r + R <= rows; r += R)
+      for (int64_t i = 0; i < columns;) {
+        const auto some = [&]<int N>() {
+          tile<R, N, kStride, 1, Store::add, Product::float32>(count, weights + r * kStride, v + i, v_stride, 1,
+                                                               out + r * out_stride + i, out_stride);
+          i += N * kLanes;
+        };
+        columns - i >= 4 * kLanes ? some.template operator()<4>() : some.template operator()<1>();
+      }
+  };
+  pairs.template operator()<2>();
+  pairs.template operator()<1>();
 }
 
 // Few rows, such as one new token: keys [begin, end) and their values are read once, in place.
@@ -321,41 +433,33 @@ void attend_keys(const AttentionArgs& args, const Task& task, Running running) {
   const int64_t width = up(dim, kLanes);
   const Rows<T> queries(args.q, s.q_batch, s.q_first, head, group);
   const Rows<T> keys(args.k, s.k_batch, s.k_first, task.kv_head, 1), values(args.v, s.k_batch, s.k_first, task.kv_head, 1);
-  const bool in_place = std::is_same_v<T, float> && dim % kLanes == 0;
+  const bool in_place = dim % kLanes == 0;  // else its rows are widened first, with zeros up to whole vectors
   Scratch<float> q(rows * width), scores(rows * kStride), wide(in_place ? 1 : kBlock * width);
   start(args, head, group, 0, rows, false, running);
   for (int64_t r = 0; r < rows; ++r)
     widen(queries.at(r), dim, static_cast<float>(args.scale * kLog2e), q.get() + r * width);
-  const auto block = [&](const Rows<T>& from, int64_t key, int64_t count) {
-    if (in_place) return std::pair(reinterpret_cast<const float*>(from.at(key)), from.token);
+  const auto block = [&](const Rows<T>& from, int64_t key, int64_t count, auto&& f) {
+    if (in_place) return f(from.at(key), from.token);
     for (int64_t j = 0; j < count; ++j) widen(from.at(key + j), dim, 1, wide.get() + j * width);
-    return std::pair(static_cast<const float*>(wide.get()), width);
+    f(static_cast<const float*>(wide.get()), width);
   };
   for (int64_t key = task.begin; key < task.end; key += kBlock) {
     const int64_t count = std::min(kBlock, task.end - key);
-    const auto [k, k_stride] = block(keys, key, count);
-    for (int64_t j = 0; j < count; j += kLanes)
-      for (int64_t r = 0; r < rows; ++r) {
-        vf dots[kLanes];
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const float* of = k + std::min<int64_t>(j + lane, count - 1) * k_stride;
-          vf dot = {};
-          for (int64_t i = 0; i < width; i += kLanes) dot = fma(load(q.get() + r * width + i), load(of + i), dot);
-          dots[lane] = dot;
-        }
-        transpose(dots);
-        vf score = dots[0];
-#pragma GCC unroll 16
-        for (int lane = 1; lane < kLanes; ++lane) score += dots[lane];
-        store(scores.get() + r * kStride + j, score);
+    block(keys, key, count, [&](const auto* k, int64_t stride) {
+      for (int64_t j = 0; j < count; j += kLanes) {
+        int64_t r = 0;
+        for (; r + 2 <= rows; r += 2)
+          dot_products<2>(q.get() + r * width, width, k + j * stride, stride, count - j, scores.get() + r * kStride + j);
+        if (r < rows)
+          dot_products<1>(q.get() + r * width, width, k + j * stride, stride, count - j, scores.get() + r * kStride + j);
       }
+    });
     softmax(rows, 0, up(count, kLanes), scores.get(), running, [&](int64_t r, int64_t& from, int64_t& to) {
       from = s.first(r / group) - key, to = std::min(count, s.last(r / group) - key);
     });
-    const auto [v, v_stride] = block(values, key, count);
-    for (int64_t i = 0; i < width; i += kWide)
-      tiles<true>(rows, width - i, count, scores.get(), v + i, v_stride, running.out + i, width);
+    block(values, key, count, [&](const auto* v, int64_t stride) {
+      add_weighted(rows, width, count, scores.get(), v, stride, running.out, width);
+    });
   }
 }
 
@@ -387,7 +491,14 @@ void attention(const AttentionArgs& args, T* out, float* lse) {
       }
     }
   }
-  if (!whole.empty()) over_tasks(whole, [&](const Task& task) { attend_rows<T>(args, task, output); });
+  if (!whole.empty())
+    over_tasks(whole, [&](const Task& task) {
+#if IVL_VECTOR_BYTES == 64
+      if constexpr (std::is_same_v<T, bfloat16>)
+        if (dot_bf16() && args.k.token % 2 == 0) return attend_rows<T, Product::bf16_pairs>(args, task, output);
+#endif
+      attend_rows<T>(args, task, output);
+    });
   if (merged.empty()) return;
   // Of each part: maximum, total and unfinished result of its rows.
   const int64_t size = kFewRows * (2 + width);
@@ -479,8 +590,8 @@ void backward_head(const AttentionArgs& args, const AttentionGrads& grads, const
         pack(upstream.at(row + r), 0, 1, dim, kQueries, dout_across.get() + r * kWide);
       }
       for (int64_t j = begin; j < end; j += kWide) {
-        tiles<false>(count, kWide, dim, q.get(), keys_down.get() + j * dim, kWide, weights.get() + j, kStride);
-        tiles<false>(count, kWide, dim, dout.get(), values_down.get() + j * dim, kWide, changes.get() + j, kStride);
+        tiles<Store::set>(count, kWide, dim, q.get(), keys_down.get() + j * dim, 1, weights.get() + j, kStride);
+        tiles<Store::set>(count, kWide, dim, dout.get(), values_down.get() + j * dim, 1, changes.get() + j, kStride);
       }
       for (int64_t r = 0; r < count; ++r) {
         float *p = weights.get() + r * kStride, *ds = changes.get() + r * kStride;
@@ -499,12 +610,12 @@ void backward_head(const AttentionArgs& args, const AttentionGrads& grads, const
         }
       }
       for (int64_t i = 0; i < width; i += kWide) {
-        tiles<true>(count, width - i, end - begin, changes.get() + begin, keys_across.get() + i * kKeys + begin * kWide, kWide,
-                    dq.get() + row * width + i, width);
-        tiles<true, true>(end - begin, width - i, count, weights.get() + begin, dout_across.get() + i * kQueries, kWide,
-                          dv.get() + begin * width + i, width);
-        tiles<true, true>(end - begin, width - i, count, changes.get() + begin, q_across.get() + i * kQueries, kWide,
-                          dk.get() + begin * width + i, width);
+        tiles<Store::add>(count, width - i, end - begin, changes.get() + begin, keys_across.get() + i * kKeys + begin * kWide, 1,
+                          dq.get() + row * width + i, width);
+        tiles<Store::add, Product::float32, true>(end - begin, width - i, count, weights.get() + begin,
+                                                  dout_across.get() + i * kQueries, 1, dv.get() + begin * width + i, width);
+        tiles<Store::add, Product::float32, true>(end - begin, width - i, count, changes.get() + begin,
+                                                  q_across.get() + i * kQueries, 1, dk.get() + begin * width + i, width);
       }
     }
     for (int64_t j = 0; j < here; ++j) {
