@@ -20,7 +20,7 @@
 #include "ivl/scratch.h"
 #include "ivl/types.h"
 
-#define IVL_KERNELS "ivl/attention_isa.h"
+#define IVL_KERNELS "ivl/attention_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {

@@ -17,7 +17,7 @@
 #include "ivl/scratch.h"
 #include "ivl/types.h"
 
-#define IVL_KERNELS "ivl/norm_isa.h"
+#define IVL_KERNELS "ivl/norm_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {

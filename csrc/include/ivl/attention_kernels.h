@@ -1,5 +1,4 @@
 // Attention for one instruction set, block by block with an online softmax: no [queries, keys] matrix in memory.
-// Needs vec_kernels.h, ivl/attention.h, ivl/parallel.h, ivl/scratch.h.
 //
 // A row is a query of one head; the rows of a key head are its queries with all the heads that share it, so that keys
 // are never repeated. Both products are tiles of c [R, kWide] = a [R, depth] b [depth, kWide]: a in rows kStride apart, b

@@ -1,5 +1,4 @@
 // Kernels of the norms for one instruction set: a row is read once from memory, and again from the first-level cache.
-// Needs vec_kernels.h, ivl/norm.h, ivl/parallel.h, ivl/scratch.h.
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
@@ -15,15 +14,6 @@ inline vf get(const T* p, int64_t n) {
 template <class T>
 inline void put(T* p, vf v, int64_t n) {
   n >= kLanes ? store(p, v) : store_some(p, v, n);
-}
-
-// The value after a trip through T.
-template <class T>
-inline vf rounded(vf v) {
-  if constexpr (std::is_same_v<T, float>) return v;
-  T narrow[kLanes];
-  store(narrow, v);
-  return load(narrow);
 }
 
 // Calls f(i, chain, n) for each vector of a row: n elements from i on.
@@ -96,8 +86,8 @@ void norm(const NormArgs& args) {
         T* added = static_cast<T*>(args.sum) + r * width;
         over(width, [&](int64_t i, int, int64_t n) {
           vf v = get(x + i, n);
-          if (scale) v = rounded<T>(v * get(scale + i, n));
-          v = rounded<T>(get(residual + i, n) + v);
+          if (scale) v = rounded<T, kLanes, float, true>(v * get(scale + i, n));
+          v = rounded<T, kLanes, float, true>(get(residual + i, n) + v);
           put(added + i, v, n);
           put(wide.get() + i, v, n);
         });
@@ -109,7 +99,7 @@ void norm(const NormArgs& args) {
       const Moments m = moments(row, width, args.eps, args.center);
       over(width, [&](int64_t i, int, int64_t n) {
         vf v = m(get(row + i, n));
-        if (args.round) v = rounded<T>(v);
+        if (args.round) v = rounded<T, kLanes, float, true>(v);
         v = v * get(weight + i, n);
         if (bias) v = v + get(bias + i, n);
         put(y + i, v, n);
