@@ -49,7 +49,7 @@ class Sample:
 
 def samples(large: bool = False) -> Iterator[Sample]:
     """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
-    yield from _linear(large)
+    yield from _linear_layer(large)
     yield from _projector(large)
     yield from _router(large)
     yield from _packing(large)
@@ -267,7 +267,7 @@ def _rotary(large: bool) -> Iterator[Sample]:
     )
 
 
-def _linear(large: bool) -> Iterator[Sample]:
+def _linear_layer(large: bool) -> Iterator[Sample]:
     rows, inputs, outputs = (1025, 1024, 4096) if large else (70, 48, 33)
     yield Sample(
         "linear",
