@@ -1,6 +1,6 @@
 // Rows times panels of weights, by the form of tiles.h that suits their number. All accumulate in float32.
-// A is the type of the inputs: float, or bfloat16 when the processor multiplies that itself; then two neighbouring k form
-// one 32-bit unit, held in a float's bits, and vectors of units are multiplied by dot products.
+// A is the type of the inputs: float, or bfloat16 when the processor multiplies that itself; then two neighbouring k
+// form one 32-bit unit, held in a float's bits, and vectors of units are multiplied by dot products.
 #include "ivl/gemm/panels.h"
 #include "ivl/gemm/tiles.h"
 
@@ -130,8 +130,8 @@ void multiply_dot(const A* const* rows, int64_t count, int64_t depth, int64_t pa
 }
 
 template <class A, class Source, class Finish>
-void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t panels, int64_t columns, Source& source,
-                     Finish& finish, const ElementOf<Source>* after) {
+void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t panels, int64_t columns,
+                     Source& source, Finish& finish, const ElementOf<Source>* after) {
   const auto front = source(0);
   const Scratch<float> sums(count * columns), wide(std::is_same_v<A, float> ? 0 : count * depth);
   const float* a[kStreamRows];
@@ -155,9 +155,9 @@ void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t
 }
 
 // Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
-// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: they are
-// fetched while the last are multiplied. Up to `few` rows are not packed; 0: every row's sums are in the same order,
-// whatever the number of rows.
+// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: they
+// are fetched while the last are multiplied. Up to `few` rows are not packed; 0: every row's sums are in the same
+// order, whatever the number of rows.
 template <class A, class Source, class Finish>
 void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source&& source, Finish&& finish,
               const ElementOf<Source>* after = nullptr, int64_t few = kDotLimit) {

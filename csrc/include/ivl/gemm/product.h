@@ -118,7 +118,8 @@ void matmul_in(const Product<T>& p) {
   for (int64_t m = 0; m < chunk; ++m) rows[m] = copy.get() + m * stride;
   for (int64_t first = 0; first < p.m; first += chunk) {
     const int64_t here = std::min(chunk, p.m - first);
-    copy_rows(StridedMatrix<T>{p.a.data + first * p.a.row_stride, p.a.row_stride, p.a.column_stride}, here, p.k, copy.get());
+    copy_rows(StridedMatrix<T>{p.a.data + first * p.a.row_stride, p.a.row_stride, p.a.column_stride}, here, p.k,
+              copy.get());
     product_of(rows.get(), here, p.k, p.b, p.n, p.form, write_from(first));
   }
 }
