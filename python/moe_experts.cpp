@@ -49,8 +49,8 @@ void dispatch(const Tensor& hidden, F&& f) {
 }
 
 void forward(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor gate_up, Tensor down,
-             Maybe gate_up_bias, Maybe down_bias, bool gpt_oss, double alpha, double limit, bool interleaved, Tensor result,
-             Maybe pre) {
+             Maybe gate_up_bias, Maybe down_bias, bool gpt_oss, double alpha, double limit, bool interleaved,
+             Tensor result, Maybe pre) {
   const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
   dispatch(hidden, [&](auto zero) {
     using T = decltype(zero);
@@ -62,10 +62,10 @@ void forward(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, 
   });
 }
 
-void backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor gate_up,
-              Tensor down, Maybe gate_up_bias, Maybe down_bias, Tensor pre, bool gpt_oss, double alpha, double limit,
-              bool interleaved, Maybe grad_hidden, Maybe grad_weights, Maybe grad_gate_up, Maybe grad_down,
-              Maybe grad_gate_up_bias, Maybe grad_down_bias) {
+void backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets,
+              Tensor gate_up, Tensor down, Maybe gate_up_bias, Maybe down_bias, Tensor pre, bool gpt_oss, double alpha,
+              double limit, bool interleaved, Maybe grad_hidden, Maybe grad_weights, Maybe grad_gate_up,
+              Maybe grad_down, Maybe grad_gate_up_bias, Maybe grad_down_bias) {
   const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
   dispatch(hidden, [&](auto zero) {
     using T = decltype(zero);
@@ -133,8 +133,8 @@ void backward_list(Tensor grad, Tensor hidden, Tensor weights, Tensor permutatio
                                        nullptr,
                                        nullptr};
     experts_backward<T>(shape_of_list(hidden, weights, down), options_of(false, 0, 0), in<T>(grad), in<T>(hidden),
-                        in<float>(weights), in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets), experts,
-                        in<T>(pre), gradients);
+                        in<float>(weights), in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
+                        experts, in<T>(pre), gradients);
   });
 }
 

@@ -18,7 +18,8 @@ void dispatch_routing(const Tensor& logits, F&& f) {
   });
 }
 
-void forward(Tensor logits, std::optional<Tensor> bias, bool softmax_first, bool renormalize, Tensor ids, Tensor weights) {
+void forward(Tensor logits, std::optional<Tensor> bias, bool softmax_first, bool renormalize, Tensor ids,
+             Tensor weights) {
   dispatch_routing(logits, [&](auto zero) {
     using T = decltype(zero);
     route(options_of(logits, ids, softmax_first, renormalize), in<T>(logits), bias ? in<T>(*bias) : nullptr,
@@ -35,7 +36,8 @@ void backward(Tensor grad, Tensor logits, std::optional<Tensor> bias, Tensor ids
   });
 }
 
-void dispatch(Tensor ids, int64_t tile, Tensor permutation, Tensor inverse, Tensor counts, Tensor offsets, Tensor tiles) {
+void dispatch(Tensor ids, int64_t tile, Tensor permutation, Tensor inverse, Tensor counts, Tensor offsets,
+              Tensor tiles) {
   const int64_t experts = counts.size(0);
   sort_by_expert(in<int64_t>(ids), permutation.size(0), experts, out<int32_t>(permutation), out<int32_t>(inverse),
                  out<int32_t>(counts), out<int32_t>(offsets));
@@ -49,7 +51,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "moe_routing(Tensor logits, Tensor? bias, bool softmax_first, bool renormalize, Tensor(a!) ids, "
       "Tensor(b!) weights) -> ()");
   m.def(
-      "moe_routing_backward(Tensor grad, Tensor logits, Tensor? bias, Tensor ids, bool softmax_first, bool renormalize, "
+      "moe_routing_backward(Tensor grad, Tensor logits, Tensor? bias, Tensor ids, bool softmax_first, bool "
+      "renormalize, "
       "Tensor(a!) result) -> ()");
   m.def(
       "moe_dispatch(Tensor ids, int tile, Tensor(a!) permutation, Tensor(b!) inverse, Tensor(c!) counts, "

@@ -64,7 +64,8 @@ void projector(Tensor x, Tensor norm_weight, Tensor norm_bias, std::vector<Tenso
     using T = decltype(zero);
     std::vector<LinearLayer<T>> layers;
     for (size_t i = 0; i < weights.size(); ++i)
-      layers.push_back({in<T>(weights[i]), weights[i].size(0), weights[i].size(1), weights[i].stride(0), in<T>(biases[i])});
+      layers.push_back(
+          {in<T>(weights[i]), weights[i].size(0), weights[i].size(1), weights[i].stride(0), in<T>(biases[i])});
     auto tokens = shuffled<T>(x, in<T>(x), merge, height, width, skip, transposed, tiles);
     project(tokens, rows, in<T>(norm_weight), in<T>(norm_bias), eps, layers.data(), int64_t(layers.size()),
             row_map<T>(result, tokens.cells(), starts), out_or_null<T>(pre), pre.numel() ? pre.stride(0) : 0);

@@ -7,7 +7,12 @@ namespace {
 
 template <class T>
 Tiles<T> tiles_of(const Tensor& z) {
-  return {const_cast<T*>(static_cast<const T*>(z.const_data_ptr())), z.size(0), z.size(1), z.size(2), z.stride(0), z.stride(1)};
+  return {const_cast<T*>(static_cast<const T*>(z.const_data_ptr())),
+          z.size(0),
+          z.size(1),
+          z.size(2),
+          z.stride(0),
+          z.stride(1)};
 }
 
 void pool(Tensor z, Tensor u, Tensor pooled, Tensor lse) {
@@ -49,7 +54,8 @@ void linear_transposed(Tensor x, Tensor w, Tensor result) {
 STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
   m.def("tile_pool(Tensor z, Tensor u, Tensor(a!) pooled, Tensor(b!) lse) -> ()");
   m.def(
-      "tile_pool_backward(Tensor z, Tensor u, Tensor pooled, Tensor lse, Tensor grad, Tensor(a!) du, Tensor(b!) dz) -> ()");
+      "tile_pool_backward(Tensor z, Tensor u, Tensor pooled, Tensor lse, Tensor grad, Tensor(a!) du, Tensor(b!) dz) -> "
+      "()");
   m.def("few_rows_linear(Tensor x, Tensor w, Tensor bias, Tensor(a!) out) -> ()");
   m.def("few_rows_linear_transposed(Tensor x, Tensor w, Tensor(a!) out) -> ()");
 }

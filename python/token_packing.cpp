@@ -21,16 +21,16 @@ int64_t take(Tensor embeds, Tensor ids, Tensor rows, int64_t token) {
 }
 
 int64_t embed(Tensor ids, Tensor table, Tensor result, int64_t token) {
-  return embed_text(in<int64_t>(ids), ids.numel(), token, in<char>(table), table.size(0), table.size(1) * itemsize(table),
-                    out<char>(result));
+  return embed_text(in<int64_t>(ids), ids.numel(), token, in<char>(table), table.size(0),
+                    table.size(1) * itemsize(table), out<char>(result));
 }
 
 const int64_t* in_long(const std::optional<Tensor>& t) { return t ? in<int64_t>(*t) : nullptr; }
 
 int64_t pack(Tensor ids, std::optional<Tensor> mask, Tensor compress, std::optional<Tensor> labels,
-             std::optional<Tensor> weights, int64_t token, int64_t full, int64_t small, int64_t vocabulary, int64_t padding,
-             bool capacity, int64_t pad_id, Tensor keep, Tensor status, Tensor integers, Tensor new_weights,
-             Tensor tile_rows) {
+             std::optional<Tensor> weights, int64_t token, int64_t full, int64_t small, int64_t vocabulary,
+             int64_t padding, bool capacity, int64_t pad_id, Tensor keep, Tensor status, Tensor integers,
+             Tensor new_weights, Tensor tile_rows) {
   const bool narrow = mask && mask->scalar_type() == ScalarType::Bool;
   const PackInput input{in<int64_t>(ids), narrow ? in<bool>(*mask) : nullptr, narrow ? nullptr : in_long(mask),
                         in<bool>(compress), in_long(labels), weights ? in<float>(*weights) : nullptr, ids.size(0),

@@ -9,7 +9,9 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-RopeStrides strides(const Tensor& t, int64_t heads_dim) { return {t.stride(0), t.stride(heads_dim), t.stride(3 - heads_dim)}; }
+RopeStrides strides(const Tensor& t, int64_t heads_dim) {
+  return {t.stride(0), t.stride(heads_dim), t.stride(3 - heads_dim)};
+}
 
 RopeSide side(const Tensor& in, const Tensor& out, const Optional& weight, int64_t heads_dim) {
   RopeSide s = {};
@@ -42,7 +44,8 @@ RopeArgs arguments(const Tensor& q, const Tensor& first, const Tensor& second, b
 }
 
 void rope(Tensor q, Tensor k, Tensor q_out, Tensor k_out, Tensor first, Tensor second, bool table, Optional q_weight,
-          Optional k_weight, double scale, double eps, int64_t rotary_dim, int64_t heads_dim, bool round, bool inverse) {
+          Optional k_weight, double scale, double eps, int64_t rotary_dim, int64_t heads_dim, bool round,
+          bool inverse) {
   RopeArgs args = arguments(q, first, second, table, scale, eps, rotary_dim, heads_dim, round, inverse);
   args.q = side(q, q_out, q_weight, heads_dim);
   args.k = side(k, k_out, k_weight, heads_dim);
@@ -53,7 +56,8 @@ void norm_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_ou
                    Tensor k_weight_grad, Tensor first, Tensor second, bool table, Tensor q_weight, Tensor k_weight,
                    double scale, double eps, int64_t rotary_dim, int64_t heads_dim, bool round) {
   RopeArgs args = arguments(q, first, second, table, scale, eps, rotary_dim, heads_dim, round, false);
-  const auto fill = [&](RopeSide& s, const Tensor& grad, const Tensor& x, const Tensor& out, const Tensor& weight, const Tensor& weight_grad) {
+  const auto fill = [&](RopeSide& s, const Tensor& grad, const Tensor& x, const Tensor& out, const Tensor& weight,
+                        const Tensor& weight_grad) {
     s = side(grad, out, weight, heads_dim);
     s.x = x.const_data_ptr();
     s.x_strides = strides(x, heads_dim);
@@ -64,8 +68,9 @@ void norm_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_ou
   dispatch_float(q.scalar_type(), [&](auto zero) { v2pe_rope_norm_backward<decltype(zero)>(args); });
 }
 
-void positions(Tensor ids, Optional mask, Optional cu_seqlens, int64_t token_id, Tensor deltas, bool per_row, Optional compress,
-               int64_t tile_tokens, int64_t compressed_tokens, int64_t compressed_units, Tensor result, Tensor info) {
+void positions(Tensor ids, Optional mask, Optional cu_seqlens, int64_t token_id, Tensor deltas, bool per_row,
+               Optional compress, int64_t tile_tokens, int64_t compressed_tokens, int64_t compressed_units,
+               Tensor result, Tensor info) {
   PositionArgs args = {};
   args.batch = ids.size(0);
   args.tokens = ids.size(1);
@@ -100,7 +105,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "Tensor(c!) q_weight_grad, Tensor(d!) k_weight_grad, Tensor first, Tensor second, bool table, Tensor q_weight, "
       "Tensor k_weight, float scale, float eps, int rotary_dim, int heads_dim, bool round) -> ()");
   m.def(
-      "v2pe_position_ids(Tensor input_ids, Tensor? mask, Tensor? cu_seqlens, int token_id, Tensor deltas, bool per_row, "
+      "v2pe_position_ids(Tensor input_ids, Tensor? mask, Tensor? cu_seqlens, int token_id, Tensor deltas, bool "
+      "per_row, "
       "Tensor? compress, int tile_tokens, int compressed_tokens, int compressed_units, Tensor(a!) positions, "
       "Tensor(b!) info) -> ()");
 }

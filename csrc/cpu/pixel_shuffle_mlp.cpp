@@ -19,8 +19,8 @@ void shuffle_norm_backward(ShuffledTokens<const T> tokens, int64_t first, int64_
 }
 
 template <class T>
-void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, int64_t activated_stride,
-                   T* grad, Sum<T>* dbias) {
+void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated,
+                   int64_t activated_stride, T* grad, Sum<T>* dbias) {
   IVL_CALL(gelu_backward, pre, pre_stride, rows, columns, activated, activated_stride, grad, dbias);
 }
 

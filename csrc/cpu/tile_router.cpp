@@ -39,7 +39,8 @@ struct PackedQueries {
     step = tile_stride ? each : 0;
     data.resize(each * count);
     parallel_for(count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) IVL_CALL(pack_queries<A>, u + t * tile_stride, heads, width, &data[t * each]);
+      for (int64_t t = begin; t < end; ++t)
+        IVL_CALL(pack_queries<A>, u + t * tile_stride, heads, width, &data[t * each]);
     });
   }
   const A* of(int64_t t) const { return data.data() + t * step; }
@@ -89,7 +90,8 @@ void tile_pool_backward(Tiles<const T> z, const Sum<T>* u, int64_t query_stride,
   if (z.tiles == 0) return;
   const PackedQueries<A> queries(u, query_stride, z.tiles, heads, z.width);
   const PackedQueries<A> grads(grad, heads * z.width, z.tiles, heads, z.width);
-  const int64_t padded = IVL_CALL(padded_width<A>, z.width), splits = splits_of(z.tiles, z.rows), count = z.tiles * splits;
+  const int64_t padded = IVL_CALL(padded_width<A>, z.width), splits = splits_of(z.tiles, z.rows),
+                count = z.tiles * splits;
   std::vector<A> delta(z.tiles * heads), both(z.tiles * 2 * heads * padded);
   const std::unique_ptr<A[]> sums(new A[count * heads * padded]);
   parallel_for(z.tiles * heads, 4, [&](int64_t begin, int64_t end) {
@@ -160,13 +162,14 @@ void few_rows_linear_transposed(const Sum<T>* x, const T* w, int64_t stride, int
   });
 }
 
-#define IVL_INSTANTIATE(T)                                                                                              \
-  template void tile_pool<T>(Tiles<const T>, const Sum<T>*, int64_t, int64_t, Sum<T>*, Sum<T>*);                        \
-  template void tile_pool_backward<T>(Tiles<const T>, const Sum<T>*, int64_t, int64_t, const Sum<T>*, const Sum<T>*,    \
-                                      const Sum<T>*, Sum<T>*, Tiles<T>);                                                \
-  template void few_rows_linear<T>(const Sum<T>*, const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t,      \
-                                   Sum<T>*);                                                                            \
-  template void few_rows_linear_transposed<T>(const Sum<T>*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, Sum<T>*);
+#define IVL_INSTANTIATE(T)                                                                                           \
+  template void tile_pool<T>(Tiles<const T>, const Sum<T>*, int64_t, int64_t, Sum<T>*, Sum<T>*);                     \
+  template void tile_pool_backward<T>(Tiles<const T>, const Sum<T>*, int64_t, int64_t, const Sum<T>*, const Sum<T>*, \
+                                      const Sum<T>*, Sum<T>*, Tiles<T>);                                             \
+  template void few_rows_linear<T>(const Sum<T>*, const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t,   \
+                                   Sum<T>*);                                                                         \
+  template void few_rows_linear_transposed<T>(const Sum<T>*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t,  \
+                                              Sum<T>*);
 
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(double)

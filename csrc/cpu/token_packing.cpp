@@ -74,7 +74,8 @@ void for_stretches(const RowGrid& grid, const std::vector<Run>& runs, int64_t co
   const int64_t grain = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, grid.row_bytes));
   const bool contiguous = grid.token_stride == grid.row_bytes;
   parallel_for(count, grain, [&](int64_t begin, int64_t end) {
-    auto run = std::upper_bound(runs.begin(), runs.end(), begin, [](int64_t m, const Run& r) { return m < r.first; }) - 1;
+    auto run =
+        std::upper_bound(runs.begin(), runs.end(), begin, [](int64_t m, const Run& r) { return m < r.first; }) - 1;
     for (int64_t m = begin; m < end; ++run) {
       const int64_t stop = std::min(end, run->first + run->length), step = contiguous ? stop - m : 1;
       for (; m < stop; m += step) move(grid.row(run->position + m - run->first), m, step);
@@ -125,8 +126,8 @@ int64_t take_rows(RowGrid grid, const int64_t* ids, int64_t n, int64_t token, ch
   return found;
 }
 
-int64_t embed_text(const int64_t* ids, int64_t n, int64_t token, const char* table, int64_t vocabulary, int64_t row_bytes,
-                   char* out) {
+int64_t embed_text(const int64_t* ids, int64_t n, int64_t token, const char* table, int64_t vocabulary,
+                   int64_t row_bytes, char* out) {
   std::vector<int64_t> text;
   for (int64_t i = 0; i < n; ++i) {
     if (ids[i] == token) continue;
@@ -210,7 +211,8 @@ void write_row(const PackInput& in, const Span& span, int64_t b, int64_t tile, i
 
 int64_t pack_tokens(PackInput in, Padding padding, bool capacity, int64_t pad_id, bool* keep, int64_t* status,
                     int64_t* integers, float* weights, int64_t* tile_rows) {
-  // Rows follow each other where they are few: then each knows how many tiles come before. In parallel they are counted.
+  // Rows follow each other where they are few: then each knows how many tiles come before. In parallel they are
+  // counted.
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in.columns));
   if (in.batch > grain)
     parallel_for(in.batch, grain, [&](int64_t from, int64_t to) {
@@ -237,7 +239,8 @@ int64_t pack_tokens(PackInput in, Padding padding, bool capacity, int64_t pad_id
   parallel_for(in.batch, grain, [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b)
       write_row(in, span_of(status, b, in.batch, padding, width), b, tiles_before(status, b, in.full),
-                status[kStatus * b] / in.full, pad_id, keep, integers, flat ? width : width * in.batch, weights, tile_rows);
+                status[kStatus * b] / in.full, pad_id, keep, integers, flat ? width : width * in.batch, weights,
+                tile_rows);
   });
   return width;
 }

@@ -140,15 +140,16 @@ __device__ void route(const T* logits, const T* bias, int64_t* ids, T* weights, 
 
 // Gradient of the logits; over_all: the softmax ran over all experts, otherwise over the picked ones.
 template <int N, class T>
-__device__ void route_backward(const T* grad, const T* logits, const T* bias, const int64_t* ids, T* out, int64_t tokens,
-                               int experts, int top_k, int group, bool over_all) {
+__device__ void route_backward(const T* grad, const T* logits, const T* bias, const int64_t* ids, T* out,
+                               int64_t tokens, int experts, int top_k, int group, bool over_all) {
   const Row<T, N> row(group);
   const int64_t wanted = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / group;
   const int64_t token = wanted < tokens ? wanted : tokens - 1;
   float score[N], from_out[N];
   row.load(score, logits + token * experts, bias, experts);
   const bool mine = row.lane < top_k;
-  const int my_id = mine ? static_cast<int>(__ldg(reinterpret_cast<const long long*>(ids) + token * top_k + row.lane)) : 0;
+  const int my_id =
+      mine ? static_cast<int>(__ldg(reinterpret_cast<const long long*>(ids) + token * top_k + row.lane)) : 0;
   const float my_grad = mine ? widen(grad[token * top_k + row.lane]) : 0.f;
   unsigned picked = 0;
 #pragma unroll
@@ -309,7 +310,8 @@ __device__ void dispatch_place(const I* ids, int64_t slots, int experts, int run
     permutation[place + mine.shift[mine.expert[at]]] = static_cast<int>(first + at);
   }
   const int total = mine.start[experts];
-  for (int64_t t = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; t < num_tiles; t += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t t = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; t < num_tiles;
+       t += int64_t{gridDim.x} * blockDim.x) {
     int low = 0, high = experts;  // the last expert whose first tile is at most t and that has tiles
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -343,17 +345,16 @@ ROUTING_SIZES(float32, float)
 ROUTING_SIZES(float16, __half)
 ROUTING_SIZES(bfloat16, __nv_bfloat16)
 
-#define DISPATCH(NAME, I)                                                                                             \
-  extern "C" __global__ void moe_dispatch_count_##NAME(const I* ids, int64_t slots, int64_t experts, int64_t run,     \
-                                                       int* block_counts) {                                           \
-    dispatch_count(ids, slots, static_cast<int>(experts), static_cast<int>(run), block_counts);                                         \
-  }                                                                                                                   \
-  extern "C" __global__ void moe_dispatch_place_##NAME(const I* ids, int64_t slots, int64_t experts, int64_t run,     \
-                                                       const int* block_counts, int* permutation, int* inverse,       \
-                                                       int* counts, int* offsets, int2* tiles, int64_t num_tiles,     \
-                                                       int64_t tile) {                                                \
-    dispatch_place(ids, slots, static_cast<int>(experts), static_cast<int>(run), block_counts, permutation, inverse,  \
-                   counts, offsets, tiles, num_tiles, static_cast<int>(tile));                                        \
+#define DISPATCH(NAME, I)                                                                                            \
+  extern "C" __global__ void moe_dispatch_count_##NAME(const I* ids, int64_t slots, int64_t experts, int64_t run,    \
+                                                       int* block_counts) {                                          \
+    dispatch_count(ids, slots, static_cast<int>(experts), static_cast<int>(run), block_counts);                      \
+  }                                                                                                                  \
+  extern "C" __global__ void moe_dispatch_place_##NAME(                                                              \
+      const I* ids, int64_t slots, int64_t experts, int64_t run, const int* block_counts, int* permutation,          \
+      int* inverse, int* counts, int* offsets, int2* tiles, int64_t num_tiles, int64_t tile) {                       \
+    dispatch_place(ids, slots, static_cast<int>(experts), static_cast<int>(run), block_counts, permutation, inverse, \
+                   counts, offsets, tiles, num_tiles, static_cast<int>(tile));                                       \
   }
 DISPATCH(int64, int64_t)
 DISPATCH(int32, int32_t)

@@ -49,8 +49,8 @@ __device__ int block_scan(int n, F value, int* warp_sums, int* before) {
   return base;
 }
 
-// Place in its packed row of token n, or -1; words [batch, ceil(columns / 32)]: the bits of the tokens that stay, and how
-// many do before them.
+// Place in its packed row of token n, or -1; words [batch, ceil(columns / 32)]: the bits of the tokens that stay, and
+// how many do before them.
 __device__ int place_of(const int2* words, int64_t columns, int64_t row, int64_t n) {
   const int2 word = words[row * ((columns + 31) / 32) + n / 32];
   const unsigned bit = 1u << (n % 32);
@@ -72,7 +72,8 @@ __device__ void copy_row(char* to, const char* from, int64_t bytes) {
 }
 
 __device__ void copy_row(char* to, const char* from, int64_t bytes) {
-  const uint64_t bits = reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | static_cast<uint64_t>(bytes);
+  const uint64_t bits =
+      reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | static_cast<uint64_t>(bytes);
   if (bits % 16 == 0)
     copy_row<uint4>(to, from, bytes);
   else if (bits % 4 == 0)
@@ -129,8 +130,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 
 // positions[0 .. capacity) = where ids == token, ascending; counts as count_tokens left them.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
-    list_tokens(const int64_t* ids, const int64_t* counts, int64_t* positions, int64_t columns, int64_t total, int64_t token,
-                int64_t capacity) {
+    list_tokens(const int64_t* ids, const int64_t* counts, int64_t* positions, int64_t columns, int64_t total,
+                int64_t token, int64_t capacity) {
   __shared__ int warp_counts[kWarps];
   const int64_t begin = blockIdx.x * columns, end = begin + columns < total ? begin + columns : total;
   int64_t base = sum_before(counts, blockIdx.x);
@@ -146,12 +147,12 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 
 // One block a batch row. keep [batch, columns]: whether a token stays; words: see `place_of`. status [batch, 5]:
 // placeholders, tokens kept, last column of a run that is not a multiple of `full` (or -1), column of an id outside
-// [0, vocabulary) (or -1), tokens present. tile_source [tiles]: first token of a tile. counts [batch], -1 on entry: how each
-// row tells the later ones its placeholders; a block waits for blocks before it only, which started before it.
+// [0, vocabulary) (or -1), tokens present. tile_source [tiles]: first token of a tile. counts [batch], -1 on entry: how
+// each row tells the later ones its placeholders; a block waits for blocks before it only, which started before it.
 extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)
-    pack_scan(const int64_t* ids, const bool* mask, const bool* compress, volatile int64_t* counts, bool* keep, int2* words,
-              int64_t* status, int64_t* tile_source, int64_t columns, int64_t tiles, int64_t token, int64_t full,
-              int64_t small, int64_t vocabulary) {
+    pack_scan(const int64_t* ids, const bool* mask, const bool* compress, volatile int64_t* counts, bool* keep,
+              int2* words, int64_t* status, int64_t* tile_source, int64_t columns, int64_t tiles, int64_t token,
+              int64_t full, int64_t small, int64_t vocabulary) {
   extern __shared__ unsigned shared[];
   __shared__ int warp_sums[kWarps];
   __shared__ unsigned long long bad_run, bad_id, tiles_before;
@@ -211,12 +212,13 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)
 
 // Grid (column blocks, batch). Each token that stays goes to its place, the rest of the packed buffer is padded.
 // padding: 0 left, 1 right, 2 none (rows end to end in one row of `width`). labels and weights may be null.
-extern "C" __global__ void pack_write(const int64_t* ids, const int64_t* labels, const float* weights, const int2* words,
-                                      const int64_t* status, const int64_t* tile_source, int64_t* new_ids, int64_t* new_mask,
-                                      int64_t* positions, int64_t* kept, int64_t* new_labels, float* new_weights,
-                                      int64_t* tile_rows, int64_t batch, int64_t columns, int64_t width, int64_t tiles,
-                                      int64_t padding, int64_t pad_id) {
-  const int64_t row = blockIdx.y, n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, length = status[kStatus * row + 1];
+extern "C" __global__ void pack_write(const int64_t* ids, const int64_t* labels, const float* weights,
+                                      const int2* words, const int64_t* status, const int64_t* tile_source,
+                                      int64_t* new_ids, int64_t* new_mask, int64_t* positions, int64_t* kept,
+                                      int64_t* new_labels, float* new_weights, int64_t* tile_rows, int64_t batch,
+                                      int64_t columns, int64_t width, int64_t tiles, int64_t padding, int64_t pad_id) {
+  const int64_t row = blockIdx.y, n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
+                length = status[kStatus * row + 1];
   const int64_t before = padding == 2 ? sum_before(status + 1, row, kStatus) : row * width;
   const int64_t start = padding == 0 ? before + width - length : before;
   const int p = n < columns ? place_of(words, columns, row, n) : -1;

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 
 class StandIn:
@@ -58,7 +59,8 @@ class Deferred:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return func(*map(made, args), **{name: made(value) for name, value in (kwargs or {}).items()})
+        args, kwargs = tree_map(made, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def made(value: Any) -> Any:

@@ -28,7 +28,8 @@ struct ExpertShape {
 // expert. `pre` [S * k, 2I], when not null, gets what goes into the activation (zero for slots without an expert).
 template <class T>
 void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre);
+                     const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out,
+                     T* pre);
 
 // Null pointers are gradients that are not needed. gate, up and down as in ExpertWeights.
 template <class T>

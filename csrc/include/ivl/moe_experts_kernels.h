@@ -158,7 +158,8 @@ struct UpTask {
 };
 
 // Tasks for all rows of the experts [first, last); `columns`: whether weights are column panels.
-inline std::vector<UpTask> list_tasks(const int32_t* offsets, int64_t first, int64_t last, int64_t panels, bool columns) {
+inline std::vector<UpTask> list_tasks(const int32_t* offsets, int64_t first, int64_t last, int64_t panels,
+                                      bool columns) {
   constexpr int64_t kTaskRows = 2048;
   std::vector<UpTask> tasks;
   for (int64_t e = first; e < last; ++e)
@@ -261,8 +262,8 @@ void forward(ExpertShape shape, GatedActivation options, const T* hidden, const 
 
 // result [R, C] (row stride C) = sum over m of left[m][r] * right[m][c].
 template <class A, class T>
-void outer_product(const A* const* left, const A* const* right, int64_t count, int64_t first, int64_t rows, int64_t columns,
-                   T* result) {
+void outer_product(const A* const* left, const A* const* right, int64_t count, int64_t first, int64_t rows,
+                   int64_t columns, T* result) {
   constexpr bool units = std::is_same_v<A, bfloat16>;
   const int64_t deep = units ? (count + 1) / 2 : count, stride = units ? 2 * deep : deep;
   const Scratch<A> turned(rows * stride);
@@ -448,7 +449,8 @@ struct BackwardCall {
       const Task t = tasks[i];
       const int64_t row = offsets[t.expert], rows = offsets[t.expert + 1] - row;
       if (t.kind == 3) {
-        if (T* bias = to.gate_up_bias) column_sums(changes + row, nullptr, rows, 2 * inner, bias + t.expert * 2 * inner);
+        if (T* bias = to.gate_up_bias)
+          column_sums(changes + row, nullptr, rows, 2 * inner, bias + t.expert * 2 * inner);
         if (T* bias = to.down_bias) column_sums(grads + row, scales + row, rows, width, bias + t.expert * width);
         return;
       }
@@ -520,15 +522,17 @@ void backward_with(ExpertShape shape, GatedActivation options, const A* grad, co
 
 template <class T>
 void backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-              const int32_t* permutation, const int32_t* inverse, const int32_t* offsets, const ExpertWeights<T>& experts,
-              const T* pre, const ExpertGradients<T>& to) {
+              const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
+              const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
   if constexpr (std::is_same_v<T, float>) {
-    return backward_with<T, float>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, to);
+    return backward_with<T, float>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre,
+                                   to);
   } else {
 #if IVL_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, bfloat16>)
       if (use_units(shape))
-        return backward_with<T, T>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, to);
+        return backward_with<T, T>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre,
+                                   to);
 #endif
     const int64_t size = shape.tokens * shape.width;
     const Scratch<float> wide_grad(size), wide_hidden(size);

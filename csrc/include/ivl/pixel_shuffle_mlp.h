@@ -59,11 +59,11 @@ template <class T>
 void shuffle_norm_backward(ShuffledTokens<const T> tokens, int64_t first, int64_t count, const T* weight, double eps,
                            const T* grad, ShuffledTokens<T> dx, Sum<T>* sums);
 
-// activated (null: skip; may be `pre`) = gelu(pre); grad (null: skip) *= gelu'(pre), in place; dbias (null: skip) += its
-// column sums.
+// activated (null: skip; may be `pre`) = gelu(pre); grad (null: skip) *= gelu'(pre), in place; dbias (null: skip) +=
+// its column sums.
 template <class T>
-void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, int64_t activated_stride,
-                   T* grad, Sum<T>* dbias);
+void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated,
+                   int64_t activated_stride, T* grad, Sum<T>* dbias);
 
 // The whole forward by our own matrix product, float32 inside. T: float, bfloat16, float16.
 template <class T>

@@ -183,8 +183,8 @@ void shuffle_norm_backward(ShuffledTokens<const T> tokens, int64_t first, int64_
 }
 
 template <class T, class S>
-void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated, int64_t activated_stride,
-                   T* grad, S* dbias) {
+void gelu_backward(const T* pre, int64_t pre_stride, int64_t rows, int64_t columns, T* activated,
+                   int64_t activated_stride, T* grad, S* dbias) {
   sum_slabs(rows, columns, dbias, [&](int64_t begin, int64_t end, S* partial) {
     for (int64_t m = begin; m < end; ++m) {
       const T* z = pre + m * pre_stride;

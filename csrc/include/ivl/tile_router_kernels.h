@@ -65,7 +65,8 @@ void score_rows(const A* z, int64_t z_stride, const A* ut, int64_t rows, int64_t
   }
 }
 
-// sums[h][c] = scale[h] sums[h][c] + sum over r of weight[r][h] z[r][c], for HEADS heads and VECTORS vectors of channels.
+// sums[h][c] = scale[h] sums[h][c] + sum over r of weight[r][h] z[r][c], for HEADS heads and VECTORS vectors of
+// channels.
 template <int HEADS, int VECTORS, class A>
 inline void pool_block(const A* z, int64_t z_stride, const A* weight, int64_t weight_stride, const A* scale,
                        int64_t rows, A* sums, int64_t sum_stride, const char* ahead, int64_t ahead_stride) {
@@ -102,11 +103,14 @@ void pool_rows(const A* z, int64_t z_stride, const A* weight, int64_t weight_str
       A* s = sums + h * width + c;
       const bool many = h + kPoolHeads <= heads;
       if (many && wide)
-        pool_block<kPoolHeads, kPoolVectors>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next, ahead_stride);
+        pool_block<kPoolHeads, kPoolVectors>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width,
+                                             next, ahead_stride);
       else if (many)
-        pool_block<kPoolHeads, 1>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next, ahead_stride);
+        pool_block<kPoolHeads, 1>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next,
+                                  ahead_stride);
       else if (wide)
-        pool_block<1, kPoolVectors>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next, ahead_stride);
+        pool_block<1, kPoolVectors>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next,
+                                    ahead_stride);
       else
         pool_block<1, 1>(z + c, z_stride, weight + h, weight_stride, scale + h, rows, s, width, next, ahead_stride);
       h += many ? kPoolHeads : 1;
@@ -115,10 +119,11 @@ void pool_rows(const A* z, int64_t z_stride, const A* weight, int64_t weight_str
   }
 }
 
-// Widen a block of z into rows of z_stride elements, padded with zeros to `padded` channels. The copy's odd stride keeps
-// the rows out of each other's cache sets, which rows of 4 KB would share.
+// Widen a block of z into rows of z_stride elements, padded with zeros to `padded` channels. The copy's odd stride
+// keeps the rows out of each other's cache sets, which rows of 4 KB would share.
 template <class T, class A>
-void load_block(const T* z, int64_t stride, int64_t rows, int64_t width, int64_t padded, A* block, int64_t block_stride) {
+void load_block(const T* z, int64_t stride, int64_t rows, int64_t width, int64_t padded, A* block,
+                int64_t block_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t c = 0;
     for (; c + lanes<A> <= width; c += lanes<A>) store(block + r * block_stride + c, load(z + r * stride + c));
@@ -169,7 +174,8 @@ void pool_range(const T* z, int64_t stride, int64_t rows, int64_t width, const A
       store(largest + h, top);
       store(denominator + h, sum);
     }
-    const char* ahead = r0 + 2 * kBlockRows <= rows ? reinterpret_cast<const char*>(z + (r0 + kBlockRows) * stride) : nullptr;
+    const char* ahead =
+        r0 + 2 * kBlockRows <= rows ? reinterpret_cast<const char*>(z + (r0 + kBlockRows) * stride) : nullptr;
     pool_rows(block.data(), block_stride, weight.data(), all, scale.data(), n, heads, padded, sums, ahead,
               stride * static_cast<int64_t>(sizeof(T)), static_cast<int64_t>(sizeof(T)));
   }
@@ -187,8 +193,8 @@ void combine_row(const A* sums, int64_t step, const A* factor, int64_t splits, i
 
 // out[r][c] = sum over h of weight[r][h] matrix[h][c], for ROWS rows and VECTORS vectors of channels.
 template <int ROWS, int VECTORS, class A>
-inline void expand_block(const A* weight, int64_t weight_stride, const A* const* matrix, int64_t heads, int64_t c, A* out,
-                         int64_t out_stride) {
+inline void expand_block(const A* weight, int64_t weight_stride, const A* const* matrix, int64_t heads, int64_t c,
+                         A* out, int64_t out_stride) {
   Vec<A> sums[ROWS][VECTORS] = {};
   for (int64_t h = 0; h < heads; ++h) {
     Vec<A> x[VECTORS];
@@ -207,8 +213,9 @@ inline void expand_block(const A* weight, int64_t weight_stride, const A* const*
 // Gradients of `rows` rows: du [heads, padded width] is overwritten, dz (null: not wanted) too. `rows_of` points at the
 // 2 * heads rows (gradient of the pooled rows, then u) of `padded` channels that dz is a combination of.
 template <class T, class A>
-void pool_backward_range(const T* z, int64_t stride, int64_t rows, int64_t width, const A* ut, const A* gt, int64_t heads,
-                         const A* lse, const A* delta, const A* const* rows_of, A* du, T* dz, int64_t dz_stride) {
+void pool_backward_range(const T* z, int64_t stride, int64_t rows, int64_t width, const A* ut, const A* gt,
+                         int64_t heads, const A* lse, const A* delta, const A* const* rows_of, A* du, T* dz,
+                         int64_t dz_stride) {
   const int64_t padded = round_up(width, lanes<A>), all = padded_heads<A>(heads), block_stride = padded + lanes<A>;
   std::vector<A> block(kBlockRows * block_stride), p(kBlockRows * all), ds(kBlockRows * all), one(all, A(1));
   std::vector<A> both(kBlockRows * 2 * heads);
@@ -338,8 +345,8 @@ inline void dot_rows(const T* w, int64_t stride, const A* packed, int64_t rows, 
 
 // out[m][n] for n in [begin, end) of one group, x packed.
 template <class T, class A>
-void linear_range(const T* w, int64_t stride, const A* bias, const A* packed, int64_t rows, int64_t width, int64_t begin,
-                  int64_t end, A* out, int64_t out_stride) {
+void linear_range(const T* w, int64_t stride, const A* bias, const A* packed, int64_t rows, int64_t width,
+                  int64_t begin, int64_t end, A* out, int64_t out_stride) {
   for (int64_t n = begin; n < end;) {
     const T* block = w + n * stride;
     if (n + kWeightRows <= end) {

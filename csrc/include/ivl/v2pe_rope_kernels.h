@@ -15,7 +15,8 @@ inline void sincos(Vec<double, N> x, Vec<double, N>& sine, Vec<double, N>& cosin
   const D r = (x - k * 1.57079632673412561417e+00) - k * 6.07710050650619224932e-11;
   const D z = r * r;
   const D s = r + r * z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800)))));
-  const D c = 1 - 0.5 * z + z * z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 + z * (1.0 / 479001600)))));
+  const D c = 1 - 0.5 * z +
+              z * z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 + z * (1.0 / 479001600)))));
   const I odd = (quadrant & 1) != 0;
   const I sine_bits = same_bits<I>(odd ? c : s) ^ ((quadrant & 2) << 62);
   const I cosine_bits = same_bits<I>(odd ? s : c) ^ (((quadrant + 1) & 2) << 62);
@@ -117,7 +118,8 @@ inline void rotate_row(Row<T, A> row, const A* weight, A rstd, int64_t half, int
     store<N, kAnyNan>(y + i + half, through.template operator()<N>(b * c) + through.template operator()<N>(a * s));
   });
   if (Norm || x != y)
-    over<lanes<A>>(2 * half, width, [&]<int N>(int64_t i) { store<N, kAnyNan>(y + i, value.template operator()<N>(i)); });
+    over<lanes<A>>(2 * half, width,
+                   [&]<int N>(int64_t i) { store<N, kAnyNan>(y + i, value.template operator()<N>(i)); });
 }
 
 constexpr int kRows = 16;  // whose norms are computed together: square root and division are slow one by one
@@ -173,13 +175,15 @@ void rope_as(const RopeArgs& args) {
     for (const RopeSide* side : {&args.q, &args.k}) {
       A weight[kMaxHeadDim];
       if (side->weight)
-        over<lanes<A>>(0, width, [&]<int N>(int64_t i) { store<N>(weight + i, load<N>(static_cast<const T*>(side->weight) + i)); });
+        over<lanes<A>>(0, width, [&]<int N>(int64_t i) {
+          store<N>(weight + i, load<N>(static_cast<const T*>(side->weight) + i));
+        });
       const A* norm = side->weight ? weight : nullptr;
       Row<T, A> rows[kRows];
       int filled = 0;
       over_rows(*side, count, [&](int64_t n, int64_t h) {
-        rows[filled++] = {row<T>(side->in, side->in_strides, b, h, first + n), row<T>(side->out, side->out_strides, b, h, first + n),
-                          cosine + n * half, sine + n * half};
+        rows[filled++] = {row<T>(side->in, side->in_strides, b, h, first + n),
+                          row<T>(side->out, side->out_strides, b, h, first + n), cosine + n * half, sine + n * half};
         if (filled == kRows) rotate_rows<T, Round, A>(rows, filled, norm, args.eps, half, width), filled = 0;
       });
       rotate_rows<T, Round, A>(rows, filled, norm, args.eps, half, width);
@@ -198,8 +202,8 @@ void rope(const RopeArgs& args) {
 
 // Gradients of one row: `g` gets the gradient before the norm; adds to the weight's gradient.
 template <class T, class A>
-inline void norm_backward_row(const T* grad, const T* x, T* out, const T* weight, A* grad_weight, const A* cosine, const A* sine,
-                              int64_t half, int64_t width, double eps) {
+inline void norm_backward_row(const T* grad, const T* x, T* out, const T* weight, A* grad_weight, const A* cosine,
+                              const A* sine, int64_t half, int64_t width, double eps) {
   A g[kMaxHeadDim];
   over<lanes<A>>(0, half, [&]<int N>(int64_t i) {
     const Vec<A, N> a = load<N>(grad + i), b = load<N>(grad + i + half), c = load<N>(cosine + i), s = load<N>(sine + i);
@@ -246,9 +250,10 @@ void rope_norm_backward(const RopeArgs& args) {
         rows = 0;
       };
       over_rows(*side, count, [&](int64_t n, int64_t h) {
-        norm_backward_row<T, A>(row<T>(side->in, side->in_strides, b, h, first + n), row<T>(side->x, side->x_strides, b, h, first + n),
-                                row<T>(side->out, side->out_strides, b, h, first + n), static_cast<const T*>(side->weight), recent,
-                                cosine + n * half, sine + n * half, half, width, args.eps);
+        norm_backward_row<T, A>(
+            row<T>(side->in, side->in_strides, b, h, first + n), row<T>(side->x, side->x_strides, b, h, first + n),
+            row<T>(side->out, side->out_strides, b, h, first + n), static_cast<const T*>(side->weight), recent,
+            cosine + n * half, sine + n * half, half, width, args.eps);
         if (++rows == kRows) flush();
       });
       flush();

@@ -1,6 +1,6 @@
 // Rows times panels of weights, by the form of tiles.h that suits their number. All accumulate in float32.
-// A is the type of the inputs: float, or bfloat16 when the processor multiplies that itself; then two neighbouring k form
-// one 32-bit unit, held in a float's bits, and vectors of units are multiplied by dot products.
+// A is the type of the inputs: float, or bfloat16 when the processor multiplies that itself; then two neighbouring k
+// form one 32-bit unit, held in a float's bits, and vectors of units are multiplied by dot products.
 #include "ivl/gemm/panels.h"
 #include "ivl/gemm/tiles.h"
 
@@ -8,15 +8,15 @@ namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int64_t kDotBytes = 2048;  // of a row, in a block of several tiles of dot products
-constexpr int64_t kDotLimit = 64;    // rows up to which dot products beat packing
+constexpr int64_t kDotLimit = 64;    // rows that dot products may have
 
-// Packed weights [depth, panels * kPanel] and sums [chunk, panels * kPanel] together fit the L2 cache; `step` rows of
-// a panel are packed before the next panel's.
+// Packed weights [depth, panels * kPanel] and sums [rows, panels * kPanel] together fit the L2 cache; `step` rows of a
+// panel are packed before the next panel's.
 struct Blocking {
-  int64_t depth, chunk, step;
+  int64_t depth, rows, step;
 };
 template <class Panel>
-constexpr Blocking kBlocking = Panel::kRows ? Blocking{1024, 512, 1024} : Blocking{256, 256, 2};
+constexpr Blocking kBlocking = Panel::kRows ? Blocking{1024, 1152, 1024} : Blocking{256, 256, 2};
 
 // The share of call `call` of `calls` in fetching the next block of weights, which begins at `from`: whole rows of row
 // panels, one line of every row of column panels. `unit`: the k of a step.
@@ -54,7 +54,7 @@ void multiply_packed(const A* const* rows, int64_t count, int64_t depth, int64_t
   using T = typename Panel::Element;
   constexpr Blocking block = kBlocking<Panel>;
   constexpr int64_t unit = std::is_same_v<A, bfloat16> ? 2 : 1;
-  const int64_t chunk = std::min(block.chunk, count);
+  const int64_t chunks = (count + block.rows - 1) / block.rows, chunk = (count + chunks - 1) / chunks;
   const Scratch<float> packed(panels * block.depth / unit * kPanel), sums(panels * chunk * kPanel);
   const Panel front = source(0);
   for (int64_t first = 0; first < count; first += chunk) {
@@ -130,8 +130,8 @@ void multiply_dot(const A* const* rows, int64_t count, int64_t depth, int64_t pa
 }
 
 template <class A, class Source, class Finish>
-void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t panels, int64_t columns, Source& source,
-                     Finish& finish, const ElementOf<Source>* after) {
+void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t panels, int64_t columns,
+                     Source& source, Finish& finish, const ElementOf<Source>* after) {
   const auto front = source(0);
   const Scratch<float> sums(count * columns), wide(std::is_same_v<A, float> ? 0 : count * depth);
   const float* a[kStreamRows];
@@ -155,14 +155,15 @@ void multiply_stream(const A* const* rows, int64_t count, int64_t depth, int64_t
 }
 
 // Rows [count] of length `depth` times the panels source(0) ... source(panels - 1); finish(row, rows, panel, c) gets
-// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: they are
-// fetched while the last are multiplied.
+// every tile of sums, c [rows, kPanel]. `after`, when not null, is where the weights of the next product begin: they
+// are fetched while the last are multiplied. Up to `few` rows are not packed; 0: every row's sums are in the same
+// order, whatever the number of rows.
 template <class A, class Source, class Finish>
 void multiply(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source&& source, Finish&& finish,
-              const ElementOf<Source>* after = nullptr, Form form = Form::best) {
-  if (form == Form::best) {
+              const ElementOf<Source>* after = nullptr, int64_t few = kDotLimit) {
+  if (count <= few) {
     if constexpr (PanelOf<Source>::kRows) {
-      if (count <= kDotLimit && depth % (std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes) == 0)
+      if (depth % (std::is_same_v<A, bfloat16> ? 2 * kLanes : kLanes) == 0)
         return multiply_dot(rows, count, depth, panels, source, finish, after);
     } else {
       int64_t columns = 0;

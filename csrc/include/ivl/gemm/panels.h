@@ -1,11 +1,11 @@
-// The weight operand of a product, in panels of kPanel columns, and how they are packed: widened and, with bfloat16 inputs,
-// two neighbouring k to a unit. A new kind of weight is a new pack().
+// The weight operand of a product, in panels of kPanel columns, and how they are packed: widened and, with bfloat16
+// inputs, two neighbouring k to a unit. A new kind of weight is a new pack().
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int kParts = kLanes == 16 ? 4 : 2;  // vectors of a panel's row
-constexpr int64_t kPanel = kParts * kLanes;   // columns of a panel; of gated experts the first half are gates, the second ups
+constexpr int64_t kPanel = kParts * kLanes;   // columns of a panel; of gated experts one half are gates, one ups
 constexpr int64_t kHalf = kPanel / 2;
 constexpr int64_t kAhead = 8;  // rows of column panels to prefetch
 

@@ -5,7 +5,6 @@ namespace ivl::IVL_NAMESPACE {
 namespace {
 
 constexpr int64_t kCopiedBytes = int64_t{16} << 20;  // of rows copied at a time
-constexpr int64_t kBlockRows = 1024;                 // rows of a task
 
 // Elements from row to row of a copy: whole vectors, and an odd number of cache lines, so that neighbouring rows fall
 // into different cache sets.
@@ -17,12 +16,18 @@ constexpr int64_t padded_stride(int64_t depth) {
 
 inline int64_t panel_count(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// Rows [count] of length `depth` times all the panels; finish and form as in multiply().
+// Rows up to which weights are not packed: twice a tile's, and more where packing widens.
+template <class A, class T>
+constexpr int64_t kFewRows = std::is_same_v<A, T> || kLanes < 16 ? 11 : 40;
+
+// Rows [count] of length `depth` times all the panels; finish as in multiply().
 template <class A, class Source, class Finish>
 void product(const A* const* rows, int64_t count, int64_t depth, int64_t panels, Source&& source, Finish&& finish,
              Form form = Form::best) {
   constexpr bool columns = !PanelOf<Source>::kRows;
-  const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
+  constexpr int64_t most = kBlocking<PanelOf<Source>>.rows;
+  const int64_t blocks = (count + most - 1) / most;
+  const int64_t few = form == Form::packed ? 0 : kFewRows<A, ElementOf<Source>>;
   const Groups groups(panels, !columns ? 1 : count <= kStreamRows ? 8 : 4);
   const int64_t tasks = blocks * groups.count;
   run_small_tasks(tasks, [&](int64_t i, int64_t then) {
@@ -31,7 +36,7 @@ void product(const A* const* rows, int64_t count, int64_t depth, int64_t panels,
     const ElementOf<Source>* after = then < tasks ? start(source(groups.begin(then % groups.count)), 0) : nullptr;
     multiply(
         rows + first, last - first, depth, end - panel, [&](int64_t p) { return source(panel + p); },
-        [&](int64_t row, int64_t n, int64_t p, const float* c) { finish(first + row, n, panel + p, c); }, after, form);
+        [&](int64_t row, int64_t n, int64_t p, const float* c) { finish(first + row, n, panel + p, c); }, after, few);
   });
 }
 
@@ -113,7 +118,8 @@ void matmul_in(const Product<T>& p) {
   for (int64_t m = 0; m < chunk; ++m) rows[m] = copy.get() + m * stride;
   for (int64_t first = 0; first < p.m; first += chunk) {
     const int64_t here = std::min(chunk, p.m - first);
-    copy_rows(StridedMatrix<T>{p.a.data + first * p.a.row_stride, p.a.row_stride, p.a.column_stride}, here, p.k, copy.get());
+    copy_rows(StridedMatrix<T>{p.a.data + first * p.a.row_stride, p.a.row_stride, p.a.column_stride}, here, p.k,
+              copy.get());
     product_of(rows.get(), here, p.k, p.b, p.n, p.form, write_from(first));
   }
 }
