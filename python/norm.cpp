@@ -80,7 +80,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "norm(Tensor x, Tensor? residual, Tensor? layer_scale, Tensor weight, Tensor? bias, float eps, bool center, "
       "bool round, Tensor(a!) y, Tensor(b!) sum) -> ()");
   m.def(
-      "norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? x, Tensor? layer_scale, Tensor weight, float eps, "
+      "norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? x, Tensor? layer_scale, Tensor weight, float "
+      "eps, "
       "bool center, Tensor(a!) ds, Tensor(b!) dx, Tensor(c!) dscale, Tensor(d!) dweight, Tensor(e!) dbias) -> ()");
 }
 

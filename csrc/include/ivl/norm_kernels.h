@@ -161,11 +161,13 @@ void norm_backward(const NormBackwardArgs& args) {
         over(width, [&](int64_t i, int, int64_t n) {
           vf d = get(products.get() + i, n) - shift - get(wide.get() + i, n) * dot;
           d = d * splat(m.rstd);
-          if (args.grad_sum.data) d = d + get(static_cast<const T*>(args.grad_sum.data) + r * args.grad_sum.stride + i, n);
+          if (args.grad_sum.data)
+            d = d + get(static_cast<const T*>(args.grad_sum.data) + r * args.grad_sum.stride + i, n);
           put(static_cast<T*>(args.ds) + r * width + i, d, n);
           if (args.dx) put(static_cast<T*>(args.dx) + r * width + i, d * get(scale + i, n), n);
           if (args.dscale)
-            put(dscale + i, fma(d, get(static_cast<const T*>(args.x.data) + r * args.x.stride + i, n), get(dscale + i, n)), n);
+            put(dscale + i,
+                fma(d, get(static_cast<const T*>(args.x.data) + r * args.x.stride + i, n), get(dscale + i, n)), n);
         });
       }
     }
