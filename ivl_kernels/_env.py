@@ -19,7 +19,7 @@ class Variable:
 BACKEND = Variable(
     "IVL_BACKEND",
     "",
-    "Force one backend for every op: `native`, `cuda`, `triton` or `reference`. Empty: the best for the call.",
+    "Force one backend for every op: `native`, `cuda`, `triton`, `torch` or `reference`. Empty: the best for the call.",
 )
 CPU_ISA = Variable(
     "IVL_CPU_ISA",

@@ -52,7 +52,8 @@ void forward(Tensor q, Tensor k, Tensor v, Optional cu_q, Optional cu_k, Optiona
 }
 
 void backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor result, Tensor lse, Optional cu_q, Optional cu_k,
-              Optional sinks, double scale, bool causal, int64_t window, Tensor dq, Tensor dk, Tensor dv, Tensor dsinks) {
+              Optional sinks, double scale, bool causal, int64_t window, Tensor dq, Tensor dk, Tensor dv,
+              Tensor dsinks) {
   const AttentionArgs args = arguments(q, k, v, cu_q, cu_k, sinks, scale, causal, window);
   AttentionGrads grads = {};
   grads.grad = side(grad);
@@ -72,7 +73,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? sinks, float scale, bool causal, "
       "int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_q, Tensor? cu_k, "
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_q, Tensor? "
+      "cu_k, "
       "Tensor? sinks, float scale, bool causal, int window, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
       "Tensor(d!) dsinks) -> ()");
 }

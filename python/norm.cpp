@@ -10,7 +10,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-NormRows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+// Of a tensor of any shape that is contiguous, or of rows [R, C].
+NormRows rows(const Tensor& t) { return {t.const_data_ptr(), t.dim() > 1 ? t.stride(t.dim() - 2) : t.numel()}; }
 NormRows rows(const Optional& t) { return t ? rows(*t) : NormRows{}; }
 
 NormVector vector(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Float}; }
@@ -36,8 +37,8 @@ void dispatch(ScalarType type, F&& f) {
 void forward(Tensor x, Optional residual, Optional layer_scale, Tensor weight, Optional bias, double eps, bool center,
              bool round, Tensor y, Tensor sum) {
   NormArgs args = {};
-  args.rows = x.size(0);
-  args.width = x.size(1);
+  args.width = x.size(x.dim() - 1);
+  args.rows = x.numel() / args.width;
   args.x = rows(x);
   args.residual = rows(residual);
   args.layer_scale = vector(layer_scale);
@@ -54,8 +55,8 @@ void forward(Tensor x, Optional residual, Optional layer_scale, Tensor weight, O
 void backward(Tensor grad, Optional grad_sum, Tensor sum, Optional x, Optional layer_scale, Tensor weight, double eps,
               bool center, Tensor ds, Tensor dx, Tensor dscale, Tensor dweight, Tensor dbias) {
   NormBackwardArgs args = {};
-  args.rows = sum.size(0);
-  args.width = sum.size(1);
+  args.width = sum.size(sum.dim() - 1);
+  args.rows = sum.numel() / args.width;
   args.grad = rows(grad);
   args.grad_sum = rows(grad_sum);
   args.sum = rows(sum);
@@ -79,7 +80,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "norm(Tensor x, Tensor? residual, Tensor? layer_scale, Tensor weight, Tensor? bias, float eps, bool center, "
       "bool round, Tensor(a!) y, Tensor(b!) sum) -> ()");
   m.def(
-      "norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? x, Tensor? layer_scale, Tensor weight, float eps, "
+      "norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? x, Tensor? layer_scale, Tensor weight, float "
+      "eps, "
       "bool center, Tensor(a!) ds, Tensor(b!) dx, Tensor(c!) dscale, Tensor(d!) dweight, Tensor(e!) dbias) -> ()");
 }
 

@@ -101,7 +101,7 @@ def _write(folder: Path, environment: dict[str, Any], results: list[Result], ben
 
 def _guard(check: str, subject: str, function: Callable[[], str]) -> Result:
     """Run one check; what it returns is the detail, what it raises the failure."""
-    from . import _dispatch
+    from .. import _dispatch
 
     start = time.perf_counter()
     try:

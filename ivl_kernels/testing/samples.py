@@ -296,7 +296,7 @@ def _norms(large: bool) -> Iterator[Sample]:
 
 
 def _attention(large: bool) -> Iterator[Sample]:
-    heads, kv_heads, width, lengths = (16, 8, 128, (1025, 300, 1)) if large else (4, 2, 24, (13, 30, 1))
+    heads, kv_heads, width, lengths = (16, 8, 128, (1025, 300, 1)) if large else (4, 2, 24, (45, 70, 1))
 
     def make(g: torch.Generator) -> dict[str, Any]:
         tokens = sum(lengths)

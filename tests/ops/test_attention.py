@@ -239,6 +239,14 @@ def test_sequences_never_see_each_other(backend, options, lengths, dtype):
                 assert torch.equal(got[outside], same[outside])
 
 
+def test_odd_strides():
+    """No pair of bfloat16 starts at a multiple of 4 bytes."""
+    q, k, v = (torch.randn(40, 2 * 17 + 1).bfloat16()[:, 1:].unflatten(1, (2, 17))[..., :16] for _ in range(3))
+    got = attention(q, k, v, backend="native")
+    cu = offsets([40])
+    assert_accurate(got, plain(*wide(q, k, v), cu, cu), plain(q, k, v, cu, cu))
+
+
 @BACKENDS
 def test_nan_stays_in_its_row(backend):
     q, k, v, cu_q, cu_k = make([40], [40])

@@ -14,7 +14,7 @@ struct AttentionSide {
 
 struct AttentionArgs {
   int64_t batch, q_tokens, k_tokens, q_heads, kv_heads, dim;
-  const int64_t *q_offsets, *k_offsets;  // [sequences + 1] when packed (batch is 1 then); null: a sequence is a batch row
+  const int64_t *q_offsets, *k_offsets;  // [sequences + 1] when packed, batch is 1 then; null: batch rows are sequences
   int64_t sequences;
   AttentionSide q, k, v;
   const float* sinks;  // [q_heads], or null
@@ -23,8 +23,9 @@ struct AttentionArgs {
   int64_t window;  // keys that a query sees, its own included; 0: no limit
 };
 
+// out [batch, q_tokens, q_heads, dim], lse [q_heads, batch * q_tokens]
 template <class T>
-void attention(const AttentionArgs& args, T* out, float* lse);  // [batch, q_tokens, q_heads, dim], [q_heads, batch * q_tokens]
+void attention(const AttentionArgs& args, T* out, float* lse);
 
 struct AttentionGrads {
   AttentionSide grad;  // of out

@@ -1,21 +1,21 @@
 // Attention for one instruction set, block by block with an online softmax: no [queries, keys] matrix in memory.
 //
 // A row is a query of one head; the rows of a key head are its queries with all the heads that share it, so that keys
-// are never repeated. Both products are tiles of c [R, kWide] = a [R, depth] b [depth, kWide]: a in rows kStride apart, b
-// in panels [depth][kWide] made from keys or values. Scores are in units of log2, and the softmax is of powers of 2.
+// are never repeated. Both products are tiles of c [R, kWide] = a [R, depth] b [depth, kWide]: a in rows kStride apart,
+// b in panels [depth][kWide] made from keys or values. Scores are in units of log2, and the softmax is of powers of 2.
 
 namespace ivl::IVL_NAMESPACE {
 namespace {
 
-constexpr int kWide = 2 * kLanes;               // columns of a tile: two vectors
-constexpr int kRows = kLanes == 16 ? 12 : 6;    // rows of a tile, as the registers allow
-constexpr int64_t kKeys = 256;                  // keys of a block
-constexpr int64_t kStride = kKeys + 16;         // between rows: a little more, so that they fall into different cache sets
-constexpr int64_t kTaskRows = 32 * 12;          // rows that one task keeps in the second-level cache
-constexpr int64_t kQueries = 48;                // rows of a block of the backward
-constexpr int64_t kFewRows = 16;                // up to this, keys and values are read in place, and split over threads
-constexpr int64_t kSplit = 512;                 // keys of such a part
-constexpr float kNothing = -1e30f;              // a maximum before any key
+constexpr int kWide = 2 * kLanes;             // columns of a tile: two vectors
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // rows of a tile, as the registers allow
+constexpr int64_t kKeys = 256;                // keys of a block
+constexpr int64_t kStride = kKeys + 16;  // between rows: a little more, so that they fall into different cache sets
+constexpr int64_t kTaskRows = 32 * 12;   // rows that one task keeps in the second-level cache
+constexpr int64_t kQueries = 48;         // rows of a block of the backward
+constexpr int64_t kFewRows = 16;         // up to this, keys and values are read in place, and split over threads
+constexpr int64_t kSplit = 512;          // keys of such a part
+constexpr float kNothing = -1e30f;       // a maximum before any key
 constexpr double kLog2e = 1.4426950408889634;
 
 static_assert(kMaxHeadDim <= kKeys);
@@ -94,7 +94,8 @@ enum class Store { set, add };
 // c [R, V vectors] = factor a [R, depth] b, or += a b. Row r of a at a[r * RowStride + k * DepthStride], row k of b at
 // b[k * b_stride].
 template <int R, int V, int64_t RowStride, int64_t DepthStride, Store S, Product P, class B>
-inline void tile(int64_t depth, const float* a, const B* b, int64_t b_stride, float factor, float* c, int64_t c_stride) {
+inline void tile(int64_t depth, const float* a, const B* b, int64_t b_stride, float factor, float* c,
+                 int64_t c_stride) {
   vf sums[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -176,10 +177,12 @@ void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t column
 }
 
 // Panels [columns / kWide][rows / 2][kWide] of pairs of rows of a bfloat16 matrix; a row that is missing is zero.
-inline void pack_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t panel_rows, float* to) {
+inline void pack_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t panel_rows,
+                       float* to) {
   for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
     for (int64_t i = 0; i < columns; i += kLanes) {
-      const vu first = (vu)get(from + i, columns - i), second = r + 1 < rows ? (vu)get(from + stride + i, columns - i) : vu{};
+      const vu first = (vu)get(from + i, columns - i),
+               second = r + 1 < rows ? (vu)get(from + stride + i, columns - i) : vu{};
       store(to + (i / kWide * panel_rows + r / 2) * kWide + i % kWide, (vf)(first >> 16 | second));
     }
 }
@@ -200,9 +203,7 @@ struct Sequence {
     shift = keys - queries;
   }
   // Keys [first(query), last(query)) are visible.
-  int64_t last(int64_t query) const {
-    return causal ? std::clamp<int64_t>(query + shift + 1, 0, keys) : keys;
-  }
+  int64_t last(int64_t query) const { return causal ? std::clamp<int64_t>(query + shift + 1, 0, keys) : keys; }
   int64_t first(int64_t query) const {
     return window > 0 ? std::clamp<int64_t>(query + shift + 1 - window, 0, keys) : 0;
   }
@@ -214,8 +215,28 @@ struct Rows {
   int64_t token, head, group;  // strides; heads that share a key head
   Rows(const AttentionSide& side, int64_t batch, int64_t first, int64_t head_index, int64_t group)
       : data(static_cast<const T*>(side.data) + batch * side.batch + first * side.token + head_index * side.head),
-        token(side.token), head(side.head), group(group) {}
+        token(side.token),
+        head(side.head),
+        group(group) {}
   const T* at(int64_t row) const { return data + row / group * token + row % group * head; }
+};
+
+// A key head of one sequence, and the queries of the heads that share it.
+template <class T>
+struct Head {
+  Sequence s;
+  int64_t group, first, dim, width, rows;  // first: of the query heads; width: dim up to whole vectors
+  Rows<T> queries, keys, values;
+  Head(const AttentionArgs& args, int64_t sequence, int64_t kv_head)
+      : s(args, sequence),
+        group(args.q_heads / args.kv_heads),
+        first(kv_head * group),
+        dim(args.dim),
+        width(up(dim, kLanes)),
+        rows(s.queries * group),
+        queries(args.q, s.q_batch, s.q_first, first, group),
+        keys(args.k, s.k_batch, s.k_first, kv_head, 1),
+        values(args.v, s.k_batch, s.k_first, kv_head, 1) {}
 };
 
 // Softmax of the rows of a block so far.
@@ -285,7 +306,8 @@ struct Output {
   float* lse;
   const AttentionArgs& args;
   // `row` of the rows of `head` and those that share its keys.
-  void write(const Sequence& s, int64_t head, int64_t group, int64_t row, float maximum, float total, const float* from) const {
+  void write(const Sequence& s, int64_t head, int64_t group, int64_t row, float maximum, float total,
+             const float* from) const {
     const int64_t token = s.q_batch * args.q_tokens + s.q_first + row / group, h = head + row % group;
     T* to = out + (token * args.q_heads + h) * args.dim;
     const vf inverse = splat(total > 0 ? 1 / total : total == 0 ? 0.0f : total);  // NaN stays NaN
@@ -318,11 +340,8 @@ void over_tasks(std::vector<Task>& tasks, F&& f) {
 template <class T, Product P = Product::float32>
 void attend_rows(const AttentionArgs& args, const Task& task, const Output<T>& output) {
   constexpr int64_t kParts = P == Product::float32 ? 1 : 2;  // numbers in 32 bits of an operand
-  const Sequence s(args, task.sequence);
-  const int64_t group = args.q_heads / args.kv_heads, head = task.kv_head * group, dim = args.dim, rows = task.end - task.begin;
-  const int64_t width = up(dim, kLanes), depth = dim / kParts;
-  const Rows<T> queries(args.q, s.q_batch, s.q_first, head, group);
-  const Rows<T> keys(args.k, s.k_batch, s.k_first, task.kv_head, 1), values(args.v, s.k_batch, s.k_first, task.kv_head, 1);
+  const auto [s, group, head, dim, width, all_rows, queries, keys, values] = Head<T>(args, task.sequence, task.kv_head);
+  const int64_t rows = task.end - task.begin, depth = dim / kParts;
   Scratch<float> q(rows * kStride), packed_keys(kKeys * depth), packed_values(kKeys / kParts * up(dim, kWide));
   Scratch<float> scores(kRows * kStride), out(rows * width), statistics(2 * rows);
   const Running all{statistics.get(), statistics.get() + rows, out.get(), width};
@@ -366,7 +385,8 @@ void attend_rows(const AttentionArgs& args, const Task& task, const Output<T>& o
       });
       for (int64_t i = 0; i < width; i += kWide)
         tiles<Store::add, P>(count, width - i, (end - begin) / kParts, scores.get() + begin / kParts,
-                             packed_values.get() + i * (kKeys / kParts) + begin / kParts * kWide, 1, some.out + i, width);
+                             packed_values.get() + i * (kKeys / kParts) + begin / kParts * kWide, 1, some.out + i,
+                             width);
     }
   }
   for (int64_t r = 0; r < rows; ++r)
@@ -405,8 +425,8 @@ inline void dot_products(const float* q, int64_t width, const K* k, int64_t k_st
 
 // out [rows, columns] += weights [rows, count] v [count, columns], v's rows v_stride apart.
 template <class V>
-inline void add_weighted(int64_t rows, int64_t columns, int64_t count, const float* weights, const V* v, int64_t v_stride,
-                         float* out, int64_t out_stride) {
+inline void add_weighted(int64_t rows, int64_t columns, int64_t count, const float* weights, const V* v,
+                         int64_t v_stride, float* out, int64_t out_stride) {
   int64_t r = 0;
   const auto pairs = [&]<int R>() {
     for (; r + R <= rows; r += R)
@@ -427,11 +447,7 @@ inline void add_weighted(int64_t rows, int64_t columns, int64_t count, const flo
 template <class T>
 void attend_keys(const AttentionArgs& args, const Task& task, Running running) {
   constexpr int64_t kBlock = 2 * kWide;
-  const Sequence s(args, task.sequence);
-  const int64_t group = args.q_heads / args.kv_heads, head = task.kv_head * group, dim = args.dim, rows = s.queries * group;
-  const int64_t width = up(dim, kLanes);
-  const Rows<T> queries(args.q, s.q_batch, s.q_first, head, group);
-  const Rows<T> keys(args.k, s.k_batch, s.k_first, task.kv_head, 1), values(args.v, s.k_batch, s.k_first, task.kv_head, 1);
+  const auto [s, group, head, dim, width, rows, queries, keys, values] = Head<T>(args, task.sequence, task.kv_head);
   const bool in_place = dim % kLanes == 0;  // else its rows are widened first, with zeros up to whole vectors
   Scratch<float> q(rows * width), scores(rows * kStride), wide(in_place ? 1 : kBlock * width);
   start(args, head, group, 0, rows, false, running);
@@ -448,9 +464,11 @@ void attend_keys(const AttentionArgs& args, const Task& task, Running running) {
       for (int64_t j = 0; j < count; j += kLanes) {
         int64_t r = 0;
         for (; r + 2 <= rows; r += 2)
-          dot_products<2>(q.get() + r * width, width, k + j * stride, stride, count - j, scores.get() + r * kStride + j);
+          dot_products<2>(q.get() + r * width, width, k + j * stride, stride, count - j,
+                          scores.get() + r * kStride + j);
         if (r < rows)
-          dot_products<1>(q.get() + r * width, width, k + j * stride, stride, count - j, scores.get() + r * kStride + j);
+          dot_products<1>(q.get() + r * width, width, k + j * stride, stride, count - j,
+                          scores.get() + r * kStride + j);
       }
     });
     softmax(rows, 0, up(count, kLanes), scores.get(), running, [&](int64_t r, int64_t& from, int64_t& to) {
@@ -518,7 +536,8 @@ void attention(const AttentionArgs& args, T* out, float* lse) {
         float maximum, total;
         start(args, head, group, r, 1, true, {&maximum, &total, sum.get(), width});
         const float sink = maximum;
-        for (int64_t part = merged[m].begin; part < merged[m].end; ++part) maximum = std::max(maximum, running(part).maximum[r]);
+        for (int64_t part = merged[m].begin; part < merged[m].end; ++part)
+          maximum = std::max(maximum, running(part).maximum[r]);
         total *= std::exp2(sink - maximum);
         for (int64_t part = merged[m].begin; part < merged[m].end; ++part) {
           const Running from = running(part);
@@ -537,20 +556,19 @@ void attention(const AttentionArgs& args, T* out, float* lse) {
 // dq = scale ds k, dk = scale ds' q.
 template <class T>
 void backward_head(const AttentionArgs& args, const AttentionGrads& grads, const Task& task, float* dsinks) {
-  const Sequence s(args, task.sequence);
-  const int64_t group = args.q_heads / args.kv_heads, head = task.kv_head * group, dim = args.dim, rows = s.queries * group;
-  const int64_t width = up(dim, kLanes), padded = up(dim, kWide);
-  const int64_t q_row = args.q_heads * dim, first_token = s.q_batch * args.q_tokens + s.q_first;
-  const Rows<T> queries(args.q, s.q_batch, s.q_first, head, group), upstream(grads.grad, s.q_batch, s.q_first, head, group);
-  const AttentionSide results{grads.out, 0, q_row, dim};
+  const auto [s, group, head, dim, width, rows, queries, keys, values] = Head<T>(args, task.sequence, task.kv_head);
+  const int64_t padded = up(dim, kWide), first_token = s.q_batch * args.q_tokens + s.q_first;
+  const Rows<T> upstream(grads.grad, s.q_batch, s.q_first, head, group);
+  const AttentionSide results{grads.out, 0, args.q_heads * dim, dim};
   const Rows<T> out(results, 0, first_token, head, group);
-  const Rows<T> keys(args.k, s.k_batch, s.k_first, task.kv_head, 1), values(args.v, s.k_batch, s.k_first, task.kv_head, 1);
-  Scratch<float> dq(std::max<int64_t>(1, rows * width)), delta(std::max<int64_t>(1, rows)), lse(std::max<int64_t>(1, 2 * rows));
+  Scratch<float> dq(std::max<int64_t>(1, rows * width)), delta(std::max<int64_t>(1, rows)),
+      lse(std::max<int64_t>(1, 2 * rows));
   std::memset(dq.get(), 0, rows * width * sizeof(float));
   for (int64_t g = 0; g < group; ++g) dsinks[g] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     vf dots = {};
-    for (int64_t i = 0; i < dim; i += kLanes) dots = fma(get(upstream.at(r) + i, dim - i), get(out.at(r) + i, dim - i), dots);
+    for (int64_t i = 0; i < dim; i += kLanes)
+      dots = fma(get(upstream.at(r) + i, dim - i), get(out.at(r) + i, dim - i), dots);
     delta[r] = added(dots);
     const int64_t h = head + r % group;
     const float natural = grads.lse[h * args.batch * args.q_tokens + first_token + r / group];
@@ -558,8 +576,8 @@ void backward_head(const AttentionArgs& args, const AttentionGrads& grads, const
     lse[2 * r] = static_cast<float>(natural * kLog2e);
     lse[2 * r + 1] = static_cast<float>(natural * kLog2e - lse[2 * r]);  // what rounding left of it
   }
-  const auto write = [&](void* to, int64_t batch, int64_t tokens, int64_t token, int64_t heads, int64_t h, const float* from,
-                         float scale) {
+  const auto write = [&](void* to, int64_t batch, int64_t tokens, int64_t token, int64_t heads, int64_t h,
+                         const float* from, float scale) {
     T* row = static_cast<T*>(to) + ((batch * tokens + token) * heads + h) * dim;
     for (int64_t i = 0; i < dim; i += kLanes) {
       const vf v = load(from + i) * splat(scale);
@@ -567,7 +585,8 @@ void backward_head(const AttentionArgs& args, const AttentionGrads& grads, const
     }
   };
   Scratch<float> keys_down(kKeys * dim), values_down(kKeys * dim), keys_across(kKeys * padded);
-  Scratch<float> q(kQueries * kStride), dout(kQueries * kStride), q_across(kQueries * padded), dout_across(kQueries * padded);
+  Scratch<float> q(kQueries * kStride), dout(kQueries * kStride), q_across(kQueries * padded),
+      dout_across(kQueries * padded);
   Scratch<float> weights(kQueries * kStride), changes(kQueries * kStride), dk(kKeys * width), dv(kKeys * width);
   for (int64_t key = 0; key < s.keys; key += kKeys) {
     const int64_t here = std::min(kKeys, s.keys - key);
@@ -609,23 +628,26 @@ void backward_head(const AttentionArgs& args, const AttentionGrads& grads, const
         }
       }
       for (int64_t i = 0; i < width; i += kWide) {
-        tiles<Store::add>(count, width - i, end - begin, changes.get() + begin, keys_across.get() + i * kKeys + begin * kWide, 1,
-                          dq.get() + row * width + i, width);
+        tiles<Store::add>(count, width - i, end - begin, changes.get() + begin,
+                          keys_across.get() + i * kKeys + begin * kWide, 1, dq.get() + row * width + i, width);
         tiles<Store::add, Product::float32, true>(end - begin, width - i, count, weights.get() + begin,
-                                                  dout_across.get() + i * kQueries, 1, dv.get() + begin * width + i, width);
+                                                  dout_across.get() + i * kQueries, 1, dv.get() + begin * width + i,
+                                                  width);
         tiles<Store::add, Product::float32, true>(end - begin, width - i, count, changes.get() + begin,
-                                                  q_across.get() + i * kQueries, 1, dk.get() + begin * width + i, width);
+                                                  q_across.get() + i * kQueries, 1, dk.get() + begin * width + i,
+                                                  width);
       }
     }
     for (int64_t j = 0; j < here; ++j) {
       const int64_t token = s.k_first + key + j;
-      write(grads.dk, s.k_batch, args.k_tokens, token, args.kv_heads, task.kv_head, dk.get() + j * width, static_cast<float>(args.scale));
+      write(grads.dk, s.k_batch, args.k_tokens, token, args.kv_heads, task.kv_head, dk.get() + j * width,
+            static_cast<float>(args.scale));
       write(grads.dv, s.k_batch, args.k_tokens, token, args.kv_heads, task.kv_head, dv.get() + j * width, 1);
     }
   }
   for (int64_t r = 0; r < rows; ++r)
-    write(grads.dq, s.q_batch, args.q_tokens, s.q_first + r / group, args.q_heads, head + r % group, dq.get() + r * width,
-          static_cast<float>(args.scale));
+    write(grads.dq, s.q_batch, args.q_tokens, s.q_first + r / group, args.q_heads, head + r % group,
+          dq.get() + r * width, static_cast<float>(args.scale));
 }
 
 template <class T>

@@ -20,8 +20,8 @@ struct NormArgs {
   NormRows x, residual;
   NormVector layer_scale, weight, bias;
   double eps;
-  bool center;  // LayerNorm
-  bool round;   // normalised values go through the type of the rows before the weight
+  bool center;    // LayerNorm
+  bool round;     // normalised values go through the type of the rows before the weight
   void *y, *sum;  // contiguous rows; sum = residual + layer_scale * x, or null
 };
 

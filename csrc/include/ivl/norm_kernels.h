@@ -44,27 +44,26 @@ struct Moments {
   vf operator()(vf x) const { return (x - splat(mean) - splat(shift)) * splat(rstd); }
 };
 
-inline Moments moments(const float* row, int64_t width, double eps, bool center) {
+// What the first pass over a row adds up.
+inline vf term(vf x, vf before, bool center) { return center ? before + x : fma(x, x, before); }
+
+// From the row and the sum of its terms.
+inline Moments moments(const float* row, int64_t width, double eps, bool center, float sum) {
   Moments m = {};
-  vf squares[kChains] = {};
+  float squares = sum;
   if (center) {
-    vf sums[kChains] = {}, rests[kChains] = {};
-    over(width, [&](int64_t i, int chain, int64_t n) { sums[chain] += get(row + i, n); });
-    m.mean = total(sums) / width;
+    m.mean = sum / width;
+    vf powers[kChains] = {}, rests[kChains] = {};
     over(width, [&](int64_t i, int chain, int64_t n) {
       vf d = get(row + i, n) - splat(m.mean);
       for (int64_t lane = n; lane < kLanes; ++lane) d[lane] = 0;
       rests[chain] += d;
-      squares[chain] = fma(d, d, squares[chain]);
+      powers[chain] = fma(d, d, powers[chain]);
     });
     m.shift = total(rests) / width;
-  } else {
-    over(width, [&](int64_t i, int chain, int64_t n) {
-      const vf d = get(row + i, n);
-      squares[chain] = fma(d, d, squares[chain]);
-    });
+    squares = total(powers);
   }
-  m.rstd = 1 / std::sqrt(total(squares) / width - m.shift * m.shift + static_cast<float>(eps));
+  m.rstd = 1 / std::sqrt(squares / width - m.shift * m.shift + static_cast<float>(eps));
   return m;
 }
 
@@ -81,22 +80,27 @@ void norm(const NormArgs& args) {
       const T* x = static_cast<const T*>(args.x.data) + r * args.x.stride;
       T* y = static_cast<T*>(args.y) + r * width;
       const float* row = wide.get();
+      vf sums[kChains] = {};
       if (args.residual.data) {
         const T* residual = static_cast<const T*>(args.residual.data) + r * args.residual.stride;
         T* added = static_cast<T*>(args.sum) + r * width;
-        over(width, [&](int64_t i, int, int64_t n) {
+        over(width, [&](int64_t i, int chain, int64_t n) {
           vf v = get(x + i, n);
           if (scale) v = rounded<T, kLanes, float, true>(v * get(scale + i, n));
-          v = rounded<T, kLanes, float, true>(get(residual + i, n) + v);
-          put(added + i, v, n);
+          put(added + i, get(residual + i, n) + v, n);
+          v = get(added + i, n);  // as it was rounded
           put(wide.get() + i, v, n);
+          sums[chain] = term(v, sums[chain], args.center);
         });
-      } else if constexpr (std::is_same_v<T, float>) {
-        row = x;
       } else {
-        over(width, [&](int64_t i, int, int64_t n) { put(wide.get() + i, get(x + i, n), n); });
+        if constexpr (std::is_same_v<T, float>) row = x;
+        over(width, [&](int64_t i, int chain, int64_t n) {
+          const vf v = get(x + i, n);
+          if constexpr (!std::is_same_v<T, float>) put(wide.get() + i, v, n);
+          sums[chain] = term(v, sums[chain], args.center);
+        });
       }
-      const Moments m = moments(row, width, args.eps, args.center);
+      const Moments m = moments(row, width, args.eps, args.center, total(sums));
       over(width, [&](int64_t i, int, int64_t n) {
         vf v = m(get(row + i, n));
         if (args.round) v = rounded<T, kLanes, float, true>(v);
@@ -125,8 +129,13 @@ void norm_backward(const NormBackwardArgs& args) {
       for (int64_t r = chunk * kGradRows; r < std::min(args.rows, (chunk + 1) * kGradRows); ++r) {
         const T* grad = static_cast<const T*>(args.grad.data) + r * args.grad.stride;
         const T* added = static_cast<const T*>(args.sum.data) + r * args.sum.stride;
-        over(width, [&](int64_t i, int, int64_t n) { put(wide.get() + i, get(added + i, n), n); });
-        const Moments m = moments(wide.get(), width, args.eps, args.center);
+        vf terms[kChains] = {};
+        over(width, [&](int64_t i, int chain, int64_t n) {
+          const vf v = get(added + i, n);
+          put(wide.get() + i, v, n);
+          terms[chain] = term(v, terms[chain], args.center);
+        });
+        const Moments m = moments(wide.get(), width, args.eps, args.center, total(terms));
         vf dots[kChains] = {}, sums[kChains] = {};
         over(width, [&](int64_t i, int chain, int64_t n) {
           const vf g = get(grad + i, n), normed = m(get(wide.get() + i, n));
@@ -142,11 +151,13 @@ void norm_backward(const NormBackwardArgs& args) {
         over(width, [&](int64_t i, int, int64_t n) {
           vf d = get(products.get() + i, n) - shift - get(wide.get() + i, n) * dot;
           d = d * splat(m.rstd);
-          if (args.grad_sum.data) d = d + get(static_cast<const T*>(args.grad_sum.data) + r * args.grad_sum.stride + i, n);
+          if (args.grad_sum.data)
+            d = d + get(static_cast<const T*>(args.grad_sum.data) + r * args.grad_sum.stride + i, n);
           put(static_cast<T*>(args.ds) + r * width + i, d, n);
           if (args.dx) put(static_cast<T*>(args.dx) + r * width + i, d * get(scale + i, n), n);
           if (args.dscale)
-            put(dscale + i, fma(d, get(static_cast<const T*>(args.x.data) + r * args.x.stride + i, n), get(dscale + i, n)), n);
+            put(dscale + i,
+                fma(d, get(static_cast<const T*>(args.x.data) + r * args.x.stride + i, n), get(dscale + i, n)), n);
         });
       }
     }

@@ -17,9 +17,15 @@ def _kernel(name: str) -> Any:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[R, C] with adjacent columns; a copy only where the strides leave no other way."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    """Contiguous as it is, or [R, C] with adjacent columns; a copy only where the strides leave no other way."""
+    if x.is_contiguous():
+        return x
+    rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.is_contiguous() else x.contiguous()
 
 
 def norm(
@@ -32,11 +38,11 @@ def norm(
     center: bool,
     round: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    total = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype)
-    vectors = [None if v is None else v.contiguous() for v in (layer_scale, weight, bias)]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty(0, dtype=x.dtype) if residual is None else torch.empty_like(y)
     _kernel("norm")(
-        _rows(x), None if residual is None else _rows(residual), *vectors, eps, center, round, y, total
+        _rows(x), None if residual is None else _rows(residual), _vector(layer_scale), _vector(weight), _vector(bias),
+        eps, center, round, y, total,
     )  # fmt: skip
     return y, total
 
@@ -58,7 +64,7 @@ def norm_backward(
     dscale, dweight, dbias = (torch.empty(width if given else 0) for given in (x is not None, True, bias))
     _kernel("norm_backward")(
         _rows(grad), None if grad_total is None else _rows(grad_total), _rows(total), None if x is None else _rows(x),
-        None if layer_scale is None else layer_scale.contiguous(), weight.contiguous(), eps, center,
+        _vector(layer_scale), _vector(weight), eps, center,
         ds, dx, dscale, dweight, dbias,
     )  # fmt: skip
     return ds, dx, dscale, dweight, dbias

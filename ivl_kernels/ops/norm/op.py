@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
+from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, describe
 from ..._dispatch import Implementation
 from ..._library import Op
 
@@ -115,6 +115,20 @@ class _Norm(torch.autograd.Function):
         )
 
 
+def _alike(tensor: Tensor, x: Tensor, shape: torch.Size) -> bool:
+    """The usual case, asked at once: a call for one token is mostly checks."""
+    fits = isinstance(tensor, Tensor) and tensor.dtype == x.dtype
+    return fits and tensor.shape == shape and tensor.device == x.device
+
+
+def _check_vector(name: str, vector: Tensor, x: Tensor, wide: bool) -> None:
+    """[C], in the dtype of x, or where `wide` in float32."""
+    if not _alike(vector, x, x.shape[-1:]):
+        check_shape(name, vector, x.shape[-1:])
+        check_same(name, vector, "x", x, dtype=False)
+        check_dtype(name, vector, (x.dtype, torch.float32) if wide else (x.dtype,))
+
+
 def norm(
     x: Tensor,
     weight: Tensor,
@@ -126,26 +140,23 @@ def norm(
     rounding: str,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    check_dtype("x", x, FLOATS)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        check_dtype("x", x, FLOATS)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got {describe(x)}, expected [..., C] with C > 0")
     if rounding not in ("before_weight", "after_weight"):
         raise ValueError(f"rounding: got {rounding!r}, expected 'before_weight' or 'after_weight'")
     round = rounding == "before_weight"
-    width = x.shape[-1]
-    vectors = (("weight", weight, not round), ("bias", bias, True), ("layer_scale", layer_scale, False))
-    for name, vector, wide in vectors:
-        if vector is None and name != "weight":
-            continue
-        check_shape(name, vector, (width,))
-        check_same(name, vector, "x", x, dtype=False)
-        check_dtype(name, vector, (x.dtype, torch.float32) if wide else (x.dtype,))
-    if residual is not None:
+    _check_vector("weight", weight, x, not round)
+    if bias is not None:
+        _check_vector("bias", bias, x, True)
+    if layer_scale is not None:
+        _check_vector("layer_scale", layer_scale, x, False)
+        if residual is None:
+            raise ValueError("layer_scale: got one without residual, expected both (residual + layer_scale * x)")
+    if residual is not None and not _alike(residual, x, x.shape):
         check_shape("residual", residual, x.shape)
         check_same("residual", residual, "x", x)
-    elif layer_scale is not None:
-        check_tensor("layer_scale", layer_scale)
-        raise ValueError("layer_scale: got one without residual, expected both (y = norm(residual + layer_scale * x))")
     tensors = [t for t in (x, residual, layer_scale, weight, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         y, total = _Norm.apply(x, residual, layer_scale, weight, bias, (eps, center, round, backend))
