@@ -282,7 +282,8 @@ def patch(model: nn.Module, *, strict: bool = False, backend: str = "", **featur
     # Whoever asks for other answers must know that he does not get them.
     missed = [row for row in rows if features.get(row.feature) and wanted[row.feature].default is not True]
     if missed:
-        warnings.warn("patch: not there: " + "; ".join(map(_problem, missed)), PatchWarning, stacklevel=2)
+        why = "; ".join(map(_problem, missed))
+        warnings.warn(f"patch: {why}: the answers are the stock ones", PatchWarning, stacklevel=2)
     return handle
 
 
