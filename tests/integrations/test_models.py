@@ -499,6 +499,23 @@ def test_refusals():
         patch(model, strict=True)
 
 
+def test_rotary_function_that_is_a_module(monkeypatch):
+    """As with Hugging Face kernels: the module's function is an nn.Module that calls it."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    class Func(nn.Module):
+        def forward(self, *args, **kwargs):
+            return original(*args, **kwargs)
+
+    original = modeling_qwen3.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", Func())
+    model = native_model("qwen3")
+    expected = model(**inputs(TILES)).logits
+    handle = patch(model)
+    assert {r.state for r in handle.report().rows if r.feature in ("projector", "packing")} == {"patched"}
+    torch.testing.assert_close(model(**inputs(TILES)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_model_inside_a_wrapper_and_part_of_a_model():
     model = native_model()
     wrapper = nn.Sequential(nn.Identity(), model)

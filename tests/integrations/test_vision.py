@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from integrations.test_models import BOTH, batch_for, generate, make, projector
 from torch import nn
 from torch.nn.utils import prune
@@ -411,8 +412,9 @@ class Keeps(nn.Embedding):
 
     def forward(self, ids):
         if not hasattr(self, "kept"):
-            self.kept = super().forward(ids)
-        return self.kept
+            out = super().forward(ids)
+            self.kept = [(out, out.clone())]
+        return self.kept[0][0]
 
 
 class Scaled(nn.Embedding):
@@ -425,8 +427,15 @@ def keeps(embedding):
 
 
 def keeps_by_instance(embedding):
-    forward, kept = embedding.forward, {}
-    embedding.forward = lambda ids: kept.setdefault("out", forward(ids)) if "out" not in kept else kept["out"]
+    forward, embedding.kept = embedding.forward, []
+
+    def kept(ids):
+        if not embedding.kept:
+            out = forward(ids)
+            embedding.kept.append((out, out.clone()))
+        return embedding.kept[0][0]
+
+    embedding.forward = kept
 
 
 def scaled(embedding):
@@ -474,9 +483,8 @@ def test_rows_are_not_written_into_what_somebody_holds(name, change, entry, infe
                 handle.remove()
     for one, other in zip(outcomes[:2], outcomes[2:]):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
-    if "hook" in change.__name__:
-        for out, then in model.get_input_embeddings().kept:
-            assert torch.equal(out, then)
+    for out, then in getattr(model.get_input_embeddings(), "kept", ()):
+        assert torch.equal(out, then)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -531,8 +539,12 @@ def test_trace(name, gradients, tmp_path):
     model = make(name)
     batch = batch_for(model, ((2, 1),))
     args = [batch[key] for key in ("input_ids", "attention_mask", "pixel_values")]
-    patch(model, strict=True, projector=True, packing=True)
     module = Positional(model, batch.get("image_flags"))
+    try:
+        torch.jit.trace(module, tuple(args), check_trace=False)
+    except RuntimeError as error:
+        pytest.skip(f"transformers {transformers.__version__}: the plain model cannot be traced: {error}")
+    patch(model, strict=True, projector=True, packing=True)
     with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(module, tuple(args), check_trace=False)
         args[0], args[2] = torch.where(args[0] < 280, (args[0] * 7) % 280, args[0]), args[2].flip(0)

@@ -55,6 +55,20 @@ def test_strided(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("gap", [0, 1, 3])
+def test_runs_end_with_the_batch_row(backend, gap):
+    """Whole rows one after the other in memory, with a gap between batch rows in which nothing may be written."""
+    embeds, ids, _ = make(3, 6, 8)
+    ids[:, 0] = ids[:, -2:] = TOKEN  # a run at each end: it looks as if it went on in the next batch row
+    rows = torch.randn(int((ids == TOKEN).sum()), 8)
+    wide = torch.full((3, 6 + gap, 8), 9.0)
+    view = wide[:, :6].copy_(embeds)
+    assert torch.equal(place_rows(view, ids, rows, TOKEN, inplace=True, backend=backend), plain(embeds, ids, rows))
+    assert (wide[:, 6:] == 9).all()
+    assert torch.equal(torch.ops.ivl.take_rows(view, ids, len(rows), TOKEN, backend), rows)
+
+
+@BACKENDS
 @pytest.mark.parametrize("width", [0, 2100])
 def test_empty_and_wide_rows(backend, width):
     embeds, ids, rows = make(1, 5, width, torch.bfloat16)
