@@ -71,9 +71,9 @@ class FlashAdapter(Adapter):
 
     def serving(self, site: Site) -> str:
         m: Any = site.module
-        weight = (m if is_chat_model(m) else m.flash).mlp2[1].weight
+        mlp2 = (m if is_chat_model(m) else m.flash).mlp2
         on = m.flash_mode if is_chat_model(m) else getattr(m.config, "flash_mode", False)
-        return serving("tile_pool", weight) + ("" if on else "; idle while flash_mode is off")
+        return serving("tile_pool", mlp2) + ("" if on else "; idle while flash_mode is off")
 
 
 def _problem(model: nn.Module) -> str:

@@ -163,6 +163,13 @@ def _is_list_block(module: Any) -> bool:
     return type(module).__name__ == _BLOCK and isinstance(getattr(module, "experts", None), nn.ModuleList)
 
 
+def _stacked_elsewhere(module: nn.Module) -> bool:
+    """Stacked experts of a class that is not upstream's: Liger-Kernel's, in models made after it was applied."""
+    named = any(base.__name__ in (*_STACKED, *_QUANTIZED) for base in type(module).__mro__)
+    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return not named and all(stack is not None and stack.dim() == 3 for stack in stacks)
+
+
 def _problem(experts: Any) -> str:
     """Why a module of stacked experts is left alone, or ""."""
     names = ["gate_up_proj", "down_proj"] + (["gate_up_proj_bias", "down_proj_bias"] if _is_gpt_oss(experts) else [])
@@ -201,6 +208,9 @@ class Moe(Adapter):
             if type(module).__name__ in _QUANTIZED:
                 reason = f"{type(module).__name__}: quantised experts are served by their own kernels"
                 yield Site("moe", path, module, "experts", reason)
+            if _stacked_elsewhere(module):
+                reason = f"unknown experts: {type(module).__module__}.{type(module).__name__}"
+                yield Site("moe", path, module, "experts", reason)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
         experts: Any = site.module
@@ -216,6 +226,8 @@ class Moe(Adapter):
         edit.attribute(experts, "config", _ConfigView(experts.config, options["backend"]))
 
     def serving(self, site: Site) -> str:
+        if replaced_before(site.module, "forward"):
+            return replaced_before(site.module, "forward")
         if _is_list_block(site.module):
             return serving("moe_experts_list", site.module.experts[0].gate_proj.weight)
         return serving("moe_experts", site.module.gate_up_proj)
