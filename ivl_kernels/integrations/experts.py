@@ -475,6 +475,13 @@ def _is_list_block(module: Any) -> bool:
     return named and isinstance(getattr(module, "experts", None), nn.ModuleList) and len(module.experts) > 0
 
 
+def _stacked_elsewhere(module: nn.Module) -> bool:
+    """Stacked experts of a class that is not upstream's: Liger-Kernel's, in models made after it was applied."""
+    named = any(base.__name__ in (*_STACKED, *_QUANTIZED) for base in type(module).__mro__)
+    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return not named and all(stack is not None and stack.dim() == 3 for stack in stacks)
+
+
 class Experts(Adapter):
     features = {FEATURE: Feature(True, "experts: gather, grouped products, activation and weighted sum in one op")}
 
@@ -490,6 +497,9 @@ class Experts(Adapter):
         for path, module in model.named_modules():
             if _is_list_block(module):
                 yield Site(FEATURE, path, module, "experts", _block_problem(module, id(module) in whole))
+            if _stacked_elsewhere(module):
+                reason = f"unknown experts: {type(module).__module__}.{type(module).__name__}"
+                yield Site(FEATURE, path, module, "experts", reason)
         for path, module in _holders(model, served):
             yield Site(FEATURE, path, module, f"{_CHOOSE}: a later choice counts")
 
@@ -523,6 +533,7 @@ class Experts(Adapter):
             why = form if isinstance(form, str) else _weights(module, form)[1]
             why = _choice_problem(module, _replaced(module)) or why
             op, weight = "moe_experts", getattr(module, "gate_up_proj", None)
+        why = replaced_before(module, forward_name(module)) or why
         return _text(op, weight, why) + _in_place_of(module)
 
 

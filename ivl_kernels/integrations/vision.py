@@ -54,7 +54,7 @@ def _shuffle_problem(core: Any) -> str:
     if not family.merge:
         return "the ratio of the pixel shuffle is not one over an integer"
     if attachment(family.projector) is None:
-        return "the projector is another one since"
+        return f"the projector is another one since, a {type(family.projector).__name__}"
     why = watched(family.projector)
     return f"the projector {why}" if why else ""
 

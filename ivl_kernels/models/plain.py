@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+import types
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from .._library import transformed
-from .upstream import StandIn, class_of, describe, forward_name, replaced_before
+from .upstream import class_of, describe, forward_name, replaced_before
 
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
@@ -34,10 +33,13 @@ def watched(module: nn.Module) -> str:
     return "is seen by global module hooks" if any(_GLOBAL_HOOKS) else ""
 
 
-def _gathers(hook: Callable[..., Any]) -> bool:
+def _gathers(hook: Any) -> bool:
     """A hook of `fully_shard`, which only gathers and shards parameters."""
-    owner = getattr(inspect.unwrap(hook), "__self__", None)
-    return type(owner).__module__.startswith("torch.distributed.fsdp._fully_shard.")
+    while hook is not None:  # decorated, and for a group of modules wrapped once more
+        if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp._fully_shard."):
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False
 
 
 def gathered_later(module: nn.Module) -> bool:
@@ -139,7 +141,8 @@ def _order(container: nn.Module) -> tuple[str, ...]:
     if key not in _ORDERS:
         start = _Step("")
         try:
-            value = kind.forward(StandIn(container, **{name: _Step(name) for name in names}), start)
+            # With nothing but the layers: a wrapper's forward (FSDP1) must not touch its module.
+            value = kind.forward(types.SimpleNamespace(**{name: _Step(name) for name in names}), start)
             order: list[str] = []
             while value is not start:
                 order.insert(0, value.name)
