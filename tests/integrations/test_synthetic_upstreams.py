@@ -62,8 +62,8 @@ class Kind:
         return model
 
 
-def attention(*changes, family="qwen3", **options):
-    return edit(*changes, within=f"{PREFIX[family]}Attention", **options)
+def attention(*changes, family="qwen3"):
+    return edit(*changes, within=f"{PREFIX[family]}Attention")
 
 
 def layer(*changes, family="qwen3"):
@@ -74,8 +74,8 @@ def text_model(*changes, family="qwen3"):
     return edit(*changes, within=f"{PREFIX[family]}Model")
 
 
-def core(*changes, **options):
-    return edit(*changes, within="InternVLModel", **options)
+def core(*changes):
+    return edit(*changes, within="InternVLModel")
 
 
 def appended(code):
