@@ -814,7 +814,7 @@ BODY = "recognised by its class name: the body is not asked what it computes"
 SIGNATURE = "the stand-in's part has a signature of its own"
 FAULTS = {
     "test_defaults": {
-        "norm_after_rotation": "a Deferred in a list of a torch function is handed on unmade, without end",
+        "norm_after_rotation": "a Deferred in a list of a torch function is handed on unmade, without end: the process may die",
         "norm_applied_twice": "a Deferred of a Deferred reaches the op",
         "queries_alone": "q and k of one memory are rotated in place twice",
         "body_keeps_projections": IN_PLACE,
@@ -853,7 +853,7 @@ FAULTS = {
 
 def kinds(test, names):
     faults = FAULTS.get(test, {})
-    marks = {name: pytest.mark.xfail(reason=why, strict=True) for name, why in faults.items()}
+    marks = {name: pytest.mark.xfail(reason=why, strict=True, run="may die" not in why) for name, why in faults.items()}
     return [pytest.param(name, marks=marks[name]) if name in marks else name for name in names]
 
 
