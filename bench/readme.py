@@ -128,7 +128,7 @@ def versions(results: dict[str, Any] | None = None) -> str:
         for texts, same in rows.items():
             who = "all" if len(rows) == 1 else ", ".join(same)
             lines.append(f"| {feature} | {who} | {' | '.join(map(cell, texts))} |")
-    lines += ["", f"Models: {', '.join(models)}.", ""]
+    lines += ["", f"Models: {', '.join(models)}; the last are remote code.", ""]
     lines += [f"[{i}] {text.replace('|', '/')}  " for i, text in enumerate(notes, 1)]
     tests = ran(found)
     return "\n".join([*lines, "", "Tests that ran:", "", *tests] if tests else lines)

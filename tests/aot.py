@@ -6,6 +6,7 @@ Launchers may be given meta tensors of any size; nothing runs.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from ivl_kernels._targets import TARGETS as LIMITS
 TARGETS = (80, 90, 100, 120, "gfx942")
 # Shared memory a block can have, in bytes.
 SHARED_LIMIT = {capability or "gfx942": target.shared_block for capability, target in LIMITS.items()}
+# Bytes that a float32 kernel may spill: none with the Triton it was tuned on; older ones spill up to 24 registers.
+SPILL_LIMIT = 0 if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9) else 96
 
 
 @dataclass

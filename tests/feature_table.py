@@ -31,9 +31,9 @@ MODELS = {
     "Qwen3": ("native", "qwen3"),
     "Qwen3-MoE": ("native", "qwen3_moe"),
     "GPT-OSS": ("native", "gpt_oss"),
-    "remote code, GitHub (Qwen2)": ("repo", "qwen2"),
-    "remote code, checkpoints (Qwen3)": ("hub", "qwen3"),
-    "remote code, checkpoints (Qwen3-MoE)": ("hub", "qwen3_moe"),
+    "GitHub code (Qwen2)": ("repo", "qwen2"),
+    "checkpoint code (Qwen3)": ("hub", "qwen3"),
+    "checkpoint code (Qwen3-MoE)": ("hub", "qwen3_moe"),
 }
 TOLERANCE = 5e-5
 
