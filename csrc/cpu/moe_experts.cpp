@@ -1,6 +1,6 @@
 #include "ivl/moe_experts.h"
 
-#define IVL_KERNELS "ivl/moe_experts_kernels.h"
+#define IVL_KERNELS "ivl/moe_experts_backward_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {
