@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model
+from models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model, randomize
 from transformers import DynamicCache
 
 import ivl_kernels
 from ivl_kernels.integrations._patch import PatchError, PatchWarning
 from ivl_kernels.integrations._patch import features as registered
 from ivl_kernels.models import families
+from ivl_kernels.nn import FlashVision
 from ivl_kernels.ops import v2pe_position_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
@@ -521,6 +522,29 @@ def test_an_assistant():
     patch(helper, v2pe=0.25)
     expected = model.generate(**options)
     assert torch.equal(model.generate(**options, assistant_model=helper), expected)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(transformers.__version__.startswith(("5.0.", "5.1.")), reason="no second turn of Flash there")
+def test_turns_of_flash():
+    """Text is where it is without compression, also in a second turn with another image."""
+    model = native_model("qwen3")
+    randomize(flash := FlashVision(32, 48, 0.3, 0.1), seed=3)
+    flash.attach(model)
+    model.generation_config.eos_token_id = None
+    first, new = inputs(((3,),)), inputs(((2,),), seed=5)
+    patch(model, v2pe=0.25, flash=True)
+    seen = Seen(model)
+    result = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    ids = torch.cat((result.sequences, new["input_ids"]), 1)
+    second = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=new["pixel_values"])
+    whole = model.generate(**second, past_key_values=result.past_key_values, **GREEDY)
+    got = torch.cat(list(seen), 1)[0].tolist()
+    assert len(got) < whole.shape[1] - 1  # tiles were compressed, and nothing was computed twice
+    at = v2pe_position_ids(whole, IMAGE_TOKEN, 0.25)[0, :-1]
+    text = at[whole[0, :-1] != IMAGE_TOKEN].tolist()
+    assert [p for p in got if p in text] == sorted(p for p in got if p in text) and set(text) <= set(got)
+    assert got[-1] == text[-1]
 
 
 @torch.no_grad()
