@@ -99,6 +99,10 @@ def test_a_token_of_one_row_moves_no_other(family, attention, flash_attention):
             model(**batch)
         return
     assert not refused
+    # transformers' own products over experts round by where a token comes to lie among the others.
+    ours = any(row.feature == "moe" for row in handle.report().patched)
+    exact = ours or family != "qwen3_moe"
+    tolerance = dict(rtol=0, atol=0) if exact else dict(rtol=1e-3, atol=1e-3)
     changed = {**batch, "input_ids": batch["input_ids"].clone()}
     where = int((changed["attention_mask"][1] == 0).sum()) + 2
     changed["input_ids"][1, where] = 7 + (changed["input_ids"][1, where] == 7)
@@ -116,10 +120,12 @@ def test_a_token_of_one_row_moves_no_other(family, attention, flash_attention):
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((rows, grads))
     (rows, grads), (others, other_grads) = found
-    assert torch.equal(rows[0], others[0]) and torch.equal(rows[2], others[2]) and not torch.equal(rows[1], others[1])
+    for b in (0, 2):
+        torch.testing.assert_close(rows[b], others[b], **tolerance)
+    assert (rows[1] - others[1]).abs().max() > 1e-3
     assert grads.keys() == other_grads.keys()
     for name, grad in grads.items():
-        assert torch.equal(grad, other_grads[name]), name
+        torch.testing.assert_close(grad, other_grads[name], **tolerance, msg=name)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -74,7 +74,8 @@ def test_each_row_as_if_alone(family, padding):
     firsts = [0, 2, 2, 6]
     expected = [expected_tokens(model, batch, b, firsts[b], sum(tiles[b])) for b in range(4)]
     plain = model.generate(**batch, **GREEDY) if padding == "left" else None
-    handle = ivl_kernels.patch(model, flash=True, strict=True)
+    handle = ivl_kernels.patch(model, flash=True)
+    assert "flash" in {row.feature for row in handle.report().patched}
     out = model.generate(**batch, **GREEDY)
     length = batch["input_ids"].shape[1]
     assert torch.equal(out[:, :length], batch["input_ids"])
