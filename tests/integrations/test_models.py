@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import weakref
 
@@ -387,10 +388,11 @@ def test_native_details():
         assert list(ours.keys()) == list(theirs.keys())
         torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
         expected = plain(**batch)
-        text = {k: v for k, v in batch.items() if k != "pixel_values"}
-        out = model(**text, mm_encoder_outputs={"image": ours})
-        torch.testing.assert_close(out.logits, expected.logits, **close)
-        torch.testing.assert_close(out.image_hidden_states, expected.image_hidden_states, **close)
+        if "mm_encoder_outputs" in inspect.signature(type(model.model).forward).parameters:  # newer versions
+            text = {k: v for k, v in batch.items() if k != "pixel_values"}
+            out = model(**text, mm_encoder_outputs={"image": ours})
+            torch.testing.assert_close(out.logits, expected.logits, **close)
+            torch.testing.assert_close(out.image_hidden_states, expected.image_hidden_states, **close)
         as_tuple, expected_tuple = (m.model(**batch, return_dict=False) for m in (model, plain))
         assert isinstance(as_tuple, tuple) and len(as_tuple) == len(expected_tuple)
         for layer in (-2, [-1, -2]):
