@@ -1,6 +1,7 @@
 """Traffic, instructions and machine code of the GPU kernels against the committed baseline and Liger-Kernel."""
 
 import dataclasses
+import importlib.metadata
 import json
 
 import pytest
@@ -23,6 +24,9 @@ def counted(baseline):
 QUICK = [name for name in tool.SUBJECTS if not name.startswith(("liger", "pixel", "tile"))]
 
 
+@pytest.mark.skipif(
+    not importlib.metadata.version("triton").startswith("3.9."), reason="the baseline is of Triton 3.9's machine code"
+)
 @pytest.mark.parametrize("name", QUICK)
 def test_no_worse_than_the_baseline(name, baseline):
     """The last of an op's shapes, all of its backends, forward and backward; `make inspect` does all shapes."""

@@ -66,7 +66,7 @@ def test_missing_barrier_or_wait_is_found(ns):
     assert err < 1e-3 and rep.shared_races == 0 and rep.uninit_shared_reads == 0
     bars = list(re.finditer(r'bar\.sync[^\n]*', ptx)); found = 0
     for m in bars: found += go(ptx[:m.start()] + ptx[m.end():])[0].shared_races > 0
-    assert found >= len(bars) - 1                        # one barrier of the pipelined loop is redundant
+    assert found >= len(bars) - 2                        # one barrier of the pipelined loop is redundant, two with Triton 3.8
     rep, err = go(re.sub(r'cp\.async\.wait_group\s+\d+', 'cp.async.wait_group 9', ptx))
     assert err > 0.1 and rep.uninit_shared_reads > 0     # without the waits the copies never arrive
 
