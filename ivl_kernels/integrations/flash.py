@@ -33,6 +33,7 @@ from ._edit import Editor, attachment, note
 from ._patch import Adapter, Feature, Site
 from ._report import serving
 from .v2pe import announce
+from .vision import shuffle_refused
 
 FindParts = Callable[[nn.Module], FlashParts]
 FORWARDS = (False, True, "unpadded")
@@ -116,6 +117,9 @@ def _problem(family: Family) -> str:
         return f"unknown structure: no {', '.join(missing)}"
     if isinstance(family, RemoteCode) and not callable(getattr(model, "generate_flash", None)):
         return "it has no generate_flash"
+    why = next(filter(None, (shuffle_refused(family, merge) for merge in (2, 4))), "")
+    if why:
+        return why
     width, hidden = family.vision.config.hidden_size, family.text.config.hidden_size
     for name, module, merge in (("the projector", family.projector, 2), ("mlp2", holder.mlp2, 4)):
         stack = linear_stack(module)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .._library import transformed
 from ..models.families import text_stacks
-from ..models.plain import gives_new_memory, not_plain, rms_norm
+from ..models.plain import not_plain, rms_norm
 from ..models.upstream import (
     Deferred,
     StandIn,
@@ -27,7 +27,7 @@ from ..models.upstream import (
     replaced_before,
     uses,
 )
-from ..ops import v2pe_rope, v2pe_rope_
+from ..ops import v2pe_rope
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
 from ._report import serving
@@ -38,8 +38,8 @@ _ROTARY = "apply_rotary_pos_emb"
 class DeferredNorm(Deferred):
     """Stands for `norm(x)` between upstream's norm and its rotation, which then does both at once."""
 
-    def __init__(self, norm: Any, x: torch.Tensor) -> None:
-        self.norm, self.x = norm, x
+    def __init__(self, norm: Any, x: Any) -> None:
+        self.norm, self.x = norm, made(x)
 
     def tensor(self) -> torch.Tensor:
         return self.norm(self.x)
@@ -105,8 +105,8 @@ def _norm_problem(norm: nn.Module) -> str:
     return rms_norm(kind)[1] or not_plain(norm, kind, kind.__name__, later=True)
 
 
-def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> Callable[..., Any]:
-    """What takes the place of `stock`, the module's rotary function."""
+def _rotate(stock: Any, eps: str, backend: str) -> Callable[..., Any]:
+    """What takes the place of `stock`, the module's rotary function; like it, never in place."""
     widths = _angles(stock)
 
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,11 +119,11 @@ def _rotate(stock: Any, eps: str, backend: str, rotate: Callable[..., Any]) -> C
         if args or kwargs or not known or not fusable or transformed():
             return stock(made(q), made(k), cos, sin, *args, **kwargs)
         if not deferred:
-            return rotate(x, made(k), cos=cos, sin=sin, backend=backend)
+            return v2pe_rope(x, made(k), cos=cos, sin=sin, backend=backend)
         if any(norm.weight.dtype != x.dtype or norm.weight.device != x.device for norm in (q.norm, k.norm)):
             return stock(made(q), made(k), cos, sin)
         weights = {"q_weight": q.norm.weight, "k_weight": k.norm.weight, "eps": getattr(q.norm, eps)}
-        return rotate(x, k.x, cos=cos, sin=sin, **weights, backend=backend)
+        return v2pe_rope(x, k.x, cos=cos, sin=sin, **weights, backend=backend)
 
     return apply_rotary_pos_emb
 
@@ -137,25 +137,19 @@ def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]
     stock = kind.forward
     rotary = _rotation(kind)[0]
     eps = rms_norm(norm)[0] if norm else ""
-    in_place, copied = (
-        renamed(stock, **{_ROTARY: _rotate(rotary, eps, backend, rotate)}) for rotate in (v2pe_rope_, v2pe_rope)
-    )
+    body = renamed(stock, **{_ROTARY: _rotate(rotary, eps, backend)})
 
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         if class_of(self) is not kind or kind.forward is not stock or torch.jit.is_tracing():
             return inner(self, *args, **kwargs)
         me = self
-        alone = not torch.is_grad_enabled() and not torch.jit.is_tracing()
-        alone = alone and all(gives_new_memory(getattr(self, name, None)) for name in ("q_proj", "k_proj"))
         if eps and norm and _fusable(self.q_norm, self.k_norm, norm, eps):
             norms = {
                 name: functools.partial(DeferredNorm, module)
                 for name, module in (("q_norm", self.q_norm), ("k_norm", self.k_norm))
             }
             me = StandIn(self, **norms)
-        elif norm:
-            alone = False  # a norm that is called may keep what it returns
-        return (in_place if alone else copied)(me, *args, **kwargs)
+        return body(me, *args, **kwargs)
 
     return forward
 
@@ -182,7 +176,7 @@ class Rope(Adapter):
         layer = site.module.layers[0].self_attn  # type: ignore[union-attr, index]
         norms = [getattr(layer, name) for name in ("q_norm", "k_norm") if hasattr(layer, name)]
         problem = next(filter(None, map(_norm_problem, norms)), "")
-        text = serving("v2pe_rope_", layer, site.module)
+        text = serving("v2pe_rope", layer, site.module)
         return f"{text}; q/k norm as upstream: {problem}" if problem else text
 
 

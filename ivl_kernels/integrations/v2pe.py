@@ -207,9 +207,13 @@ def _stack_forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     me = self
     if shift is not None:
 
-        def rotary_emb(x: torch.Tensor, position_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            position_ids = (position_ids + shift.to(position_ids.device)).float()
-            return self.rotary_emb(x, position_ids, *rest, **named)
+        def rotary_emb(*rest: Any, **named: Any) -> Any:
+            # Whatever they are called and wherever they stand: the only integers among the tensors.
+            given = [*rest, *named.values()]
+            (stock,) = [v for v in given if isinstance(v, torch.Tensor) and not v.is_floating_point()]
+            moved = (stock + shift.to(stock.device)).float()
+            rest = tuple(moved if value is stock else value for value in rest)
+            return self.rotary_emb(*rest, **{k: moved if v is stock else v for k, v in named.items()})
 
         me = StandIn(self, rotary_emb=rotary_emb)
     output = inner(me, *args, **kwargs)

@@ -29,6 +29,7 @@ from ..models.upstream import (
     forward_name,
     named_instances,
     replaced_before,
+    signature,
 )
 from ..ops.pixel_shuffle_mlp import reference
 from ._deferred import DeferredEmbeddings, DeferredMask, DeferredShuffle, place
@@ -64,8 +65,13 @@ def _features(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if _tracing() or _shuffle_problem(self):
         return inner(self, *args, **kwargs)
 
-    def pixel_shuffle(x: torch.Tensor, scale_factor: float = 0.5) -> DeferredShuffle:
-        return DeferredShuffle(x, scale_factor, self.pixel_shuffle, _family(self).order)
+    def pixel_shuffle(*rest: Any, **named: Any) -> Any:
+        bound = signature(class_of(self).pixel_shuffle).bind(self, *rest, **named)
+        bound.apply_defaults()
+        _, x, ratio, *others = bound.arguments.values()
+        if others or not isinstance(x, torch.Tensor) or not isinstance(ratio, float):
+            return self.pixel_shuffle(*rest, **named)
+        return DeferredShuffle(x, ratio, self.pixel_shuffle, _family(self).order)
 
     return inner(StandIn(self, pixel_shuffle=pixel_shuffle), *args, **kwargs)
 
@@ -102,9 +108,8 @@ def _masked(backend: str) -> Any:
             ids = arguments(self.get_placeholder_mask, *rest, **named).get("input_ids")
 
             def write(embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-                given = any(value is embeds for value in (*args, *kwargs.values()))
-                ours = not given and gives_new_memory(_family(self).embedding)
-                return place(embeds, ids, rows, _family(self).token_id, backend, ours=ours)  # type: ignore[arg-type]
+                # As the scatter: the embeddings stay what they were.
+                return place(embeds, ids, rows, _family(self).token_id, backend, ours=False)  # type: ignore[arg-type]
 
             return mask() if ids is None else DeferredMask(mask, write)
 
@@ -185,12 +190,18 @@ def _projector_refused(family: Family) -> str:
     # Hooks come and go: while there are any, upstream's code serves.
     stack = linear_stack(projector, later=True) if not any(map(watched, projector.modules())) else ""
     why = why or (stack if isinstance(stack, str) else "") or _not_called(core, family.features_name, "pixel_shuffle")
-    if why or not merge:
-        return why or "the ratio of the pixel shuffle is not one over an integer"
+    return why or shuffle_refused(family, merge)
+
+
+def shuffle_refused(family: Family, merge: int) -> str:
+    """Why upstream's pixel shuffle, judged by what it computes, is not ours, or ""."""
+    core = family.core
+    if not merge:
+        return "the ratio of the pixel shuffle is not one over an integer"
     with torch.device("cpu"), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # v1's
         x = torch.arange(8.0 * merge * merge).view(1, 2 * merge, 2 * merge, 2)
-        got = core.pixel_shuffle(x, scale_factor=1 / merge).flatten(1, 2)
+        got = core.pixel_shuffle(x, 1 / merge).flatten(1, 2)
         expected = reference.shuffle(x.flatten(1, 2), merge, 2 * merge, 2 * merge, 0, family.order == "v1")
     same = got.shape == expected.shape and torch.equal(got, expected)
     return "" if same else f"unknown structure: pixel_shuffle of {type(core).__name__} computes something else"

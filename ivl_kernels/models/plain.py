@@ -47,19 +47,10 @@ def gathered_later(module: nn.Module) -> bool:
     return class_of(module) is type(module) and getattr(module, "_is_fsdp_managed_module", False)
 
 
-def _only_moves(hook: Any) -> bool:
-    """A hook of accelerate that moves inputs and weights to where the layer runs, and nothing else."""
-    hooks = hook.hooks if type(hook).__name__ == "SequentialHook" else (hook,)
-    return all(type(each).__name__ == "AlignDevicesHook" for each in hooks)
-
-
 def intercepted(module: nn.Module, name: str) -> str:
     """Who would run besides the class's own forward if `module` were called; "" for nobody."""
     if replaced_before(module, forward_name(module)):
         return f"{name}.forward was replaced by {describe(module.__dict__[forward_name(module)])}"
-    hook = module.__dict__.get("_hf_hook")
-    if hook is not None and not _only_moves(hook):
-        return f"{name} has accelerate's {type(hook).__name__}"
     why = watched(module)
     return f"{name} {why}" if why else ""
 

@@ -809,54 +809,6 @@ assert len(BY_NAME) == len(KINDS)
 FLOOR = 5e-5
 
 # Wrong or raising, with the cause; a fix takes its line out (an unexpected pass fails).
-IN_PLACE = "in place on the projections' memory, which the body still holds"
-BODY = "recognised by its class name: the body is not asked what it computes"
-SIGNATURE = "the stand-in's part has a signature of its own"
-FAULTS = {
-    "test_defaults": {
-        "norm_after_rotation": "a Deferred in a list of a torch function is handed on unmade, without end: the process may die",
-        "norm_applied_twice": "a Deferred of a Deferred reaches the op",
-        "queries_alone": "q and k of one memory are rotated in place twice",
-        "body_keeps_projections": IN_PLACE,
-        "body_keeps_normed": IN_PLACE,
-        "no_norm_keeps_projections": IN_PLACE,
-        "pixel_shuffle_by_keyword": SIGNATURE,
-        "pixel_shuffle_renamed_ratio": SIGNATURE,
-        "mask_keywords": SIGNATURE,
-        "mask_reordered": SIGNATURE,
-        "mask_and_count": "the deferred mask cannot be unpacked",
-        "rows_added": "rows are placed in the embeddings that the body still holds",
-        "projector_tanh_in_the_body": BODY,
-        "projector_scaled": BODY,
-        "projector_without_norm": BODY,
-        "shuffle_transposed": BODY,
-        "experts_renamed": SIGNATURE,
-        "experts_dense_scores": BODY,
-        "experts_scaled": BODY,
-        "experts_interleaved": BODY,
-        "experts_weight_first": BODY,
-        "gpt_oss_gate": BODY,
-    },
-    "test_v2pe": {
-        "cache_renamed": "the cache is read under one name",
-        "core_signature_hidden": "the ids are read by the class's signature",
-        "rotary_emb_reordered": "position_ids is taken to be the second argument",
-        "text_output_renamed": "the cache of the output is read under one name",
-    },
-    "test_flash": {
-        "projector_tanh": "Flash reads the projector without asking for its activation",
-        "projector_tanh_in_the_body": BODY,
-        "shuffle_transposed": BODY,
-    },
-}
-
-
-def kinds(test, names):
-    faults = FAULTS.get(test, {})
-    marks = {name: pytest.mark.xfail(reason=why, strict=True, run="may die" not in why) for name, why in faults.items()}
-    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in names]
-
-
 OTHERS = {n: False for n, f in features().items() if n != "v2pe" and not f.option}
 
 
@@ -898,7 +850,7 @@ def compare(kind, model, fractional=False):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", kinds("test_defaults", BY_NAME))
+@pytest.mark.parametrize("name", BY_NAME)
 def test_defaults(name):
     """Forward, and two turns on a cache, with every default feature."""
     kind = BY_NAME[name]
@@ -921,7 +873,7 @@ def test_defaults(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", kinds("test_v2pe", BY_NAME))
+@pytest.mark.parametrize("name", BY_NAME)
 def test_v2pe(name):
     """New tokens go on where the prompt ended, on both turns; or the feature is refused, or raises."""
     kind = BY_NAME[name]
@@ -956,7 +908,7 @@ FLASH = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", kinds("test_flash", FLASH))
+@pytest.mark.parametrize("name", FLASH)
 def test_flash(name):
     """Two turns on one cache: the tokens, and the positions that the cache holds."""
     kind, batch = BY_NAME[name], inputs(((3,),))
