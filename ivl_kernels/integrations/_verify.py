@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from ..models.families import families_in, family_of
+from ..models.upstream import forward_name
+from ._edit import Editor
 from ._patch import patched
 from ._report import PatchReport
 from ._stages import PLACEMENT, PROJECTOR, STAGES, can_measure_memory, stage_memory, stage_times
@@ -197,7 +200,7 @@ def verify(
         with torch.no_grad():
             say("plain forward")
             kept: dict[str, list[torch.Tensor]] = {}
-            with _hooks(model, lambda name, out: kept.setdefault(name, []).append(out)):
+            with _observed(model, lambda name, out: kept.setdefault(name, []).append(out)):
                 forward()
             plain_tokens = patched_tokens = None
             if max_new_tokens:
@@ -207,7 +210,7 @@ def verify(
                 say("patched forward")
                 report = VerifyReport(handle.report())
                 compare = _Comparer(kept, report.layers, tolerance)
-                with _hooks(model, compare):
+                with _observed(model, compare):
                     forward()
                 compare.finish()
                 if max_new_tokens:
@@ -274,25 +277,27 @@ def _output(out: Any) -> torch.Tensor | None:
     return first if isinstance(first, torch.Tensor) else None
 
 
-class _hooks:
-    def __init__(self, model: nn.Module, take: Callable[[str, torch.Tensor], Any]) -> None:
-        self._handles = [module.register_forward_hook(self._hook(path, take)) for path, module in _layers(model)]
+@contextlib.contextmanager
+def _observed(model: nn.Module, take: Callable[[str, torch.Tensor], Any]) -> Iterator[None]:
+    """Hands every layer's output to `take`. Not by hooks: whoever looks by a hook is shown upstream's own code."""
 
-    @staticmethod
-    def _hook(path: str, take: Callable[[str, torch.Tensor], Any]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+    def seen(path: str) -> Callable[..., Any]:
+        def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = inner(self, *args, **kwargs)
             tensor = _output(out)
             if tensor is not None:
                 take(path, tensor.detach())
+            return out
 
-        return hook
+        return forward
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+    edit = Editor(("verify", ""))
+    try:
+        for path, module in _layers(model):
+            edit.method(module, forward_name(module), seen(path))
+        yield
+    finally:
+        edit.roll_back()
 
 
 class _Comparer:
