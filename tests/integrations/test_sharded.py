@@ -298,7 +298,9 @@ def tensor_parallel(name):
     CALLS.clear()
     got = step(model, batch)
     result = {"rows": served(handle), "calls": dict(CALLS), **distance(got, expected)}
-    result["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters())
+    whole = {name: p.numel() for name, p in plain.named_parameters()}
+    local = {name: getattr(p, "to_local", lambda p=p: p)().numel() for name, p in model.named_parameters()}
+    result["sharded"] = sum(local[name] < count for name, count in whole.items())
     return result
 
 
