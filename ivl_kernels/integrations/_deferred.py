@@ -36,7 +36,7 @@ class DeferredShuffle(Deferred):
         return (tiles, *((rows * columns,) if self.flat else (rows, columns)), int(channels / (scale * scale)))
 
     def tensor(self) -> torch.Tensor:
-        shuffled = self.shuffle(self.x, scale_factor=self.scale_factor)
+        shuffled = self.shuffle(self.x, self.scale_factor)
         return shuffled.flatten(1, 2) if self.flat else shuffled
 
     def reshape(self, *sizes: int) -> Any:

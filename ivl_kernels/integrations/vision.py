@@ -29,7 +29,6 @@ from ..models.upstream import (
     forward_name,
     named_instances,
     replaced_before,
-    signature,
 )
 from ..ops.pixel_shuffle_mlp import reference
 from ._deferred import DeferredEmbeddings, DeferredMask, DeferredShuffle, place
@@ -66,11 +65,10 @@ def _features(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return inner(self, *args, **kwargs)
 
     def pixel_shuffle(*rest: Any, **named: Any) -> Any:
-        bound = signature(class_of(self).pixel_shuffle).bind(self, *rest, **named)
-        bound.apply_defaults()
-        _, x, ratio, *others = bound.arguments.values()
-        if others or not isinstance(x, torch.Tensor) or not isinstance(ratio, float):
+        given = [*rest, *named.values()]
+        if [isinstance(value, torch.Tensor) for value in given] != [True, False] or not isinstance(given[1], float):
             return self.pixel_shuffle(*rest, **named)
+        x, ratio = given
         return DeferredShuffle(x, ratio, self.pixel_shuffle, _family(self).order)
 
     return inner(StandIn(self, pixel_shuffle=pixel_shuffle), *args, **kwargs)

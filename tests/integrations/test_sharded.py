@@ -59,8 +59,7 @@ class Calls(dict):
 
         for name in ("pixel_shuffle_mlp", "place_rows"):
             setattr(ops, name, self._counted(getattr(ops, name), name))
-        for name in ("v2pe_rope", "v2pe_rope_"):
-            setattr(rope, name, self._counted(getattr(rope, name), "rope", "q_weight"))
+        rope.v2pe_rope = self._counted(rope.v2pe_rope, "rope", "q_weight")
 
     def _counted(self, function, name, keyword=None):
         def call(*args, **kwargs):
@@ -360,6 +359,7 @@ def seen(tmp_path_factory):
     finally:
         for worker in workers:
             worker.kill()
+    assert all((folder / f"{rank}.pt").exists() for rank in range(RANKS)), output[0][-3000:]
     results = [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
     assert len(results[0]) == len(SCENARIOS), output[0][-3000:]
     return results

@@ -488,7 +488,7 @@ def test_rows_are_not_written_into_what_somebody_holds(name, change, entry, infe
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_place_where_the_memory_is_ours(name, monkeypatch):
+def test_in_place_where_upstream_writes_in_place(name, monkeypatch):
     model = make(name)
     written = []
     original = ops.place_rows
@@ -498,9 +498,10 @@ def test_in_place_where_the_memory_is_ours(name, monkeypatch):
         generate(model, batch_for(model), max_new_tokens=1)
     with torch.inference_mode():
         generate(model, batch_for(model), max_new_tokens=1)
-    assert written == [True, True]
+    scatters = hasattr(model, "get_placeholder_mask") or hasattr(model, "model")
+    assert written == [not scatters] * 2
     model(**batch_for(model))
-    assert written == [True, True, False]
+    assert written == [not scatters] * 2 + [False]
 
 
 def test_given_embeddings_are_not_written():
