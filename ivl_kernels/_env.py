@@ -27,6 +27,12 @@ CPU_ISA = Variable(
     "Highest instruction set of the C++ kernels: `portable`, `avx2`, `avx512` or `avx512_bf16`. "
     "Empty: the best the processor has.",
 )
+CPU_LINEAR = Variable(
+    "IVL_CPU_LINEAR",
+    "auto",
+    "Whose product serves `patch(model, linear=True)` on a CPU: `own`, `blas`, or `auto`: by a measurement, once a "
+    "process.",
+)
 ONEDNN_MAX_CPU_ISA = Variable(
     "ONEDNN_MAX_CPU_ISA",
     "",
@@ -41,7 +47,7 @@ BUILD_CUDA = Variable(
     "At build time: `1` requires the CUDA C++ kernels, `0` skips them. Empty: built if nvcc is there.",
 )
 
-VARIABLES = (BACKEND, CPU_ISA, ONEDNN_MAX_CPU_ISA, BUILD_CPU, BUILD_CUDA)
+VARIABLES = (BACKEND, CPU_ISA, CPU_LINEAR, ONEDNN_MAX_CPU_ISA, BUILD_CPU, BUILD_CUDA)
 
 
 def markdown_table() -> str:

@@ -1,0 +1,85 @@
+"""The linear layers of the vision and language models on the package's own matrix product, where it is the faster one.
+
+What a layer is, and which product is faster for this many rows, is asked at every call; anything but a plain layer on
+CPU tensors of its own dtype is upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _native
+from .._checks import KERNEL_DTYPES
+from .._library import transformed
+from ..models.families import families_in, text_stacks
+from ..models.upstream import forward_name, replaced_before
+from ..ops import linear
+from ..ops.linear import choice
+from ._edit import Editor
+from ._patch import Adapter, Feature, Site
+
+
+def _forward(backend: str) -> Any:
+    def forward(inner: Any, self: Any, x: Any) -> torch.Tensor:
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        return linear(x, weight, bias, backend=backend) if _serves(x, weight, bias) else inner(self, x)
+
+    return forward
+
+
+def _serves(x: Any, weight: Any, bias: Any) -> bool:
+    plain = type(x) is torch.Tensor and type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    if not plain or x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype != weight.dtype:
+        return False
+    if bias is not None and bias.dtype != x.dtype or str(x.dtype).removeprefix("torch.") not in KERNEL_DTYPES:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dim() > 0 and x.shape[-1] == weight.shape[1] and choice.own(x.dtype, x.numel() // max(x.shape[-1], 1))
+
+
+def _layers(root: nn.Module) -> list[Any]:
+    return [m for m in root.modules() if type(m) is nn.Linear and not replaced_before(m, forward_name(m))]
+
+
+def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the vision transformers, language models and heads; of a language model alone, the whole."""
+    names = {id(module): path for path, module in model.named_modules()}
+    families = list(families_in(model))
+    for _, family in families:
+        seen: set[int] = set()
+        for part in (family.vision, family.language, family.head):
+            if part is not None and id(part) not in seen:
+                seen |= {id(module) for module in part.modules()}
+                yield names[id(part)], part
+    if not families and any(True for _ in text_stacks(model)):
+        yield "", model
+
+
+class Linear(Adapter):
+    features = {
+        "linear": Feature(False, "linear layers on the package's own matrix product where it is faster (CPU)"),
+    }
+
+    def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
+        for path, root in _roots(model):
+            layers = _layers(root)
+            reason = _native.problem() or ("" if layers else "no plain linear layer")
+            if layers and all(layer.weight.device.type not in ("cpu", "meta") for layer in layers):
+                reason = f"on {layers[0].weight.device.type} the BLAS serves"
+            yield Site("linear", path, root, f"{len(layers)} linear layers", reason or "")
+
+    def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
+        for layer in _layers(site.module):
+            edit.method(layer, forward_name(layer), _forward(options["backend"]))
+
+    def serving(self, site: Site) -> str:
+        dtypes = sorted({layer.weight.dtype for layer in _layers(site.module)}, key=str)
+        return "; ".join(f"{str(dtype).removeprefix('torch.')}: {choice.explained(dtype)}" for dtype in dtypes)
+
+
+ADAPTER = Linear()
