@@ -113,6 +113,7 @@ def run(rank, path):
     inside.down_proj = nn.Parameter(distribute_tensor(inside.down_proj.detach(), mesh, [Shard(0)]))
     with pytest.raises(PatchError, match="down_proj is a DTensor: sharded"):
         patch(model, strict=True, **MOE)
+    dist.barrier()
     dist.destroy_process_group()
 
 
