@@ -53,6 +53,15 @@ def test_equals_transformers(backend, convention, tokens, experts, share, dtype,
     assert_accurate(weights, truth, expected)
 
 
+@backends("native", "reference")
+def test_nan_is_the_largest(backend):
+    logits = torch.randn(3, 40)
+    logits[0, 7], logits[1, 39], logits[2, 0] = torch.nan, -torch.nan, torch.inf
+    ids, _ = moe_routing(logits, 3, scoring="topk_then_softmax", backend=backend)
+    assert torch.equal(ids[:, 0], torch.tensor([7, 39, 0]))
+    assert torch.equal(ids, logits.topk(3).indices)
+
+
 @BACKENDS
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_equal_scores_take_the_lower_expert(backend, convention):
