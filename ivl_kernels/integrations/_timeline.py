@@ -65,6 +65,7 @@ class Timeline:
         shift: [B, L + 1] float64, what V2PE adds to the position of each token, and to that of text after them.
         span: [B] float64, positions that the first L tokens take.
         seen: tokens that have passed, at least L.
+        keys: the cache's keys of token L - 1, by which its rows are known again; None where they cannot be read.
     """
 
     tokens: Tokens
@@ -73,6 +74,7 @@ class Timeline:
     shift: torch.Tensor
     span: torch.Tensor
     seen: int
+    keys: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -83,7 +85,8 @@ class Timeline:
         if count == self.present.shape[0]:
             return self
         many = {name: repeated(getattr(self, name), count) for name in ("present", "step", "shift", "span")}
-        return replace(self, tokens=self.tokens.rows(count), **many)
+        keys = None if self.keys is None else repeated(self.keys, count)
+        return replace(self, tokens=self.tokens.rows(count), keys=keys, **many)
 
     def extended(
         self,

@@ -17,7 +17,7 @@ from .. import _native
 from .._checks import KERNEL_DTYPES
 from .._library import transformed
 from ..models.families import families_in
-from ..models.upstream import class_of, forward_name, renamed, replaced_before, uses
+from ..models.upstream import class_of, forward_name, renamed, replaced_before, unchanged, uses
 from ..ops import attention
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
@@ -43,7 +43,8 @@ class _Table:
         return self._ours(name, self._stock.get_interface(name, default))
 
     def _ours(self, name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
-        return _attend(stock, self._backend) if name == _SERVED else stock
+        own = getattr(stock, "__module__", "") == "transformers.integrations.sdpa_attention"
+        return _attend(stock, self._backend) if name == _SERVED and own else stock
 
 
 def _attend(stock: Callable[..., Any], backend: str) -> Callable[..., Any]:
@@ -73,7 +74,7 @@ def _forward(kind: Any, backend: str) -> Callable[..., Any]:
     body = renamed(stock, **{_TABLE: _Table(inspect.unwrap(stock).__globals__[_TABLE], backend)})
 
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        if class_of(self) is not kind or kind.forward is not stock:
+        if class_of(self) is not kind or kind.forward is not stock or not unchanged(body, stock):
             return inner(self, *args, **kwargs)
         return body(self, *args, **kwargs)
 

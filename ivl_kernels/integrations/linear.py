@@ -22,11 +22,16 @@ from ..ops.linear import choice
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
 
+_STOCK = nn.Linear.forward
+
 
 def _forward(backend: str) -> Any:
-    def forward(inner: Any, self: Any, x: Any) -> torch.Tensor:
+    def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = args[0] if args else kwargs.get("input")
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        return linear(x, weight, bias, backend=backend) if _serves(x, weight, bias) else inner(self, x)
+        if len(args) + len(kwargs) != 1 or not _serves(x, weight, bias):
+            return inner(self, *args, **kwargs)
+        return linear(x, weight, bias, backend=backend)
 
     return forward
 
@@ -38,6 +43,11 @@ def _serves(x: Any, weight: Any, bias: Any) -> bool:
     if bias is not None and bias.dtype != x.dtype or str(x.dtype).removeprefix("torch.") not in KERNEL_DTYPES:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    # A class or a call that somebody else has changed or counts.
+    if nn.Linear.forward is not _STOCK or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return False
+    if bias is not None and bias.shape != weight.shape[:1]:
         return False
     return x.dim() > 0 and x.shape[-1] == weight.shape[1] and choice.own(x.dtype, x.numel() // max(x.shape[-1], 1))
 

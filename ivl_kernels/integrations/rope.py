@@ -25,6 +25,7 @@ from ..models.upstream import (
     made,
     renamed,
     replaced_before,
+    unchanged,
     uses,
 )
 from ..ops import v2pe_rope
@@ -140,7 +141,8 @@ def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]
     body = renamed(stock, **{_ROTARY: _rotate(rotary, eps, backend)})
 
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        if class_of(self) is not kind or kind.forward is not stock or torch.jit.is_tracing():
+        ours = class_of(self) is kind and kind.forward is stock and unchanged(body, stock)
+        if not ours or torch.jit.is_tracing():
             return inner(self, *args, **kwargs)
         me = self
         if eps and norm and _fusable(self.q_norm, self.k_norm, norm, eps):

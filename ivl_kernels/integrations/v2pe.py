@@ -27,6 +27,7 @@ from ..models.upstream import (
     filled,
     forward_name,
     is_cache,
+    keys_at,
     replaced_before,
 )
 from ..ops.v2pe_rope.op import parse_delta
@@ -121,6 +122,8 @@ class _State:
             return None, None  # upstream raises
         rows, count, device = tokens.shape[0], tokens.shape[1], tokens.device
         before = self._carried(cache, seen).rows(rows) if seen else empty(rows, device)
+        if seen:
+            _check_rows(before, cache)
         new = self._tokens(call, ids, rows, seen, count, device)
         if seen and seen >= before.length and not bool(new.visual.any()):
             shift = before.shift[:, -1:]
@@ -221,11 +224,23 @@ def _stack_forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+def _check_rows(before: Timeline, cache: Any) -> None:
+    now = None if before.keys is None else keys_at(cache, before.length - 1)
+    if now is not None and not torch.equal(now, before.keys.to(now.device)):  # type: ignore[union-attr]
+        raise ValueError(
+            "cache: got one whose rows are not those that calls with v2pe left in it, or in another order; expected a "
+            "cache that is only continued, cropped, or repeated row by row"
+        )
+
+
 @torch.compiler.disable
 def _carry(timeline: Timeline | None, given: Mapping[str, Any], output: Any) -> None:
     fields = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     for value in (*given.values(), *fields):
         if is_cache(value):
+            if timeline is not None and timeline.keys is None and timeline.length:
+                keys = keys_at(value, timeline.length - 1)
+                timeline = replace(timeline, keys=None if keys is None else keys.detach().clone())
             setattr(value, _ATTRIBUTE, timeline)
 
 

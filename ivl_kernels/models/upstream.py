@@ -127,6 +127,8 @@ def renamed(function: Any, **names: Any) -> Any:
         copy = types.FunctionType(
             function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
         )
+        used = [name for name in function.__code__.co_names if name in function.__globals__]
+        copy.__dict__["_ivl_names"] = {name: function.__globals__[name] for name in used}
     else:
         cells = function.__closure__ or ()
         if not any(_holds(cell, inside) for cell in cells):
@@ -140,6 +142,14 @@ def renamed(function: Any, **names: Any) -> Any:
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
     return copy
+
+
+def unchanged(copy: Any, function: Any) -> bool:
+    """Whether the module of `function` still has, under the names its body uses, what it had when it was `renamed`."""
+    if torch.compiler.is_compiling():
+        return True
+    now = inspect.unwrap(function).__globals__
+    return all(now.get(name) is value for name, value in inspect.unwrap(copy).__dict__["_ivl_names"].items())
 
 
 def _holds(cell: types.CellType, value: Any) -> bool:

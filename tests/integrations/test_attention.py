@@ -92,3 +92,29 @@ def test_tokens_with_everything():
     tokens = model.generate(**batch, **options)
     ivl_kernels.patch(model, attention=True, linear=True)
     assert torch.equal(model.generate(**batch, **options), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [True, False])
+def test_a_function_of_somebody_else_under_this_name(before, calls, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = native_model("qwen3")
+    pixels = inputs(BATCH)["pixel_values"]
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def twice(*args, **kwargs):
+        out, weights = stock(*args, **kwargs)
+        return 2 * out, weights
+
+    if not before:
+        patch(model)
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", twice)
+    try:
+        if before:
+            patch(model)
+        got = model.model.vision_tower(pixel_values=pixels).last_hidden_state
+        expected = native_model("qwen3").model.vision_tower(pixel_values=pixels).last_hidden_state
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", stock)
+    assert torch.equal(got, expected) and not calls

@@ -158,3 +158,36 @@ def test_a_language_model_alone_and_nothing_to_serve():
     torch.testing.assert_close(text(ids).logits, expected, rtol=0, atol=1e-5)
     with pytest.raises(ivl_kernels.integrations.PatchError, match="linear"):
         patch(nn.Linear(2, 2), strict=True)
+
+
+def test_a_layer_takes_what_it_took():
+    model, _ = make("qwen3")
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    x = torch.randn(2, 3, 48)
+    plain = layer(x)
+    patch(model)
+    torch.testing.assert_close(layer(input=x), plain, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        out = layer(x)
+    out.mul_(torch.ones(1, requires_grad=True)).sum().backward()
+    y = layer(x.requires_grad_()).pow(3).sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_who_changes_or_counts_layers_is_respected(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = make("qwen3")
+
+    def flops():
+        with FlopCounterMode(display=False) as counter:
+            model(**batch)
+        return counter.get_total_flops()
+
+    plain = flops()
+    patch(model)
+    assert flops() == plain
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.ones(*x.shape[:-1], self.out_features))
+    assert bool((model.lm_head(torch.randn(2, 48)) == 1).all())

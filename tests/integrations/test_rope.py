@@ -327,3 +327,23 @@ def test_only_this_instance():
     only_rope(model)
     assert vars(modeling_qwen3) == before[0] and modeling_qwen3.Qwen3Attention.forward is before[1]
     assert "forward" not in vars(other.model.language_model.layers[0].self_attn)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "eager_attention_forward"])
+def test_names_of_the_module_that_change_after_patching_count(name, monkeypatch):
+    from transformers.models.qwen3 import modeling_qwen3
+
+    stock = getattr(modeling_qwen3, name)
+
+    def other(*args, **kwargs):
+        first, second = stock(*args, **kwargs)
+        return 2 * first, second
+
+    model, batch = native_model("qwen3"), inputs(BATCH)
+    model.set_attn_implementation("eager")
+    only_rope(model)
+    monkeypatch.setattr(modeling_qwen3, name, other)
+    plain = native_model("qwen3")
+    plain.set_attn_implementation("eager")
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)

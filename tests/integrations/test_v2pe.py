@@ -650,3 +650,21 @@ def test_compiled():
         torch.testing.assert_close(compiled(ids, use_cache=False).last_hidden_state, right, rtol=0, atol=2e-5)
         counts.append(len(graphs))
     assert counts[0] and counts[-1] == counts[0]  # nothing is compiled again for the shift of another call
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [[1, 0], [1, 1], [0, 1]])
+def test_rows_of_a_cache_in_another_order_are_refused(order):
+    model, batch = native_model("qwen3"), inputs(((2,), (1,)))
+    patch(model, v2pe="1/16")
+    cache = DynamicCache(config=model.config.get_text_config())
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    model(**batch, **{name: cache}, use_cache=True)
+    cache.reorder_cache(torch.tensor(order))
+    ids = torch.tensor([[5, 6], [7, 8]])
+    mask = torch.cat((batch["attention_mask"], torch.ones_like(ids)), 1)
+    if order == [0, 1]:
+        model(input_ids=ids, attention_mask=mask, **{name: cache})
+    else:
+        with pytest.raises(ValueError, match="in another order"):
+            model(input_ids=ids, attention_mask=mask, **{name: cache})

@@ -1,6 +1,7 @@
 """The projector and the placement of visual rows where something else has a say: hooks, dtypes, memory, tracing."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -553,3 +554,32 @@ def test_trace(name, gradients, tmp_path):
     torch.jit.save(traced, tmp_path / "traced.pt")
     text = str(traced.inlined_graph)
     assert "ivl::" not in text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_class", [False, True])
+@pytest.mark.parametrize("part", ["pixel_shuffle", "get_placeholder_mask"])
+def test_a_part_that_is_replaced_after_patching_counts(part, of_class, monkeypatch):
+    def changed(model):
+        core = model.model
+        stock = getattr(type(core), part)
+
+        def other(self, *args, **kwargs):
+            return stock(self, *args, **kwargs).flip(1)
+
+        if of_class:
+            monkeypatch.setattr(type(core), part, other)
+        else:
+            core.__dict__[part] = types.MethodType(other, core)
+
+    model = make("native qwen3")
+    patch(model)
+    batch = batch_for(model)
+    before = model(**batch).logits
+    changed(model)
+    got = model(**batch).logits
+    other = make("native qwen3")
+    if not of_class:
+        changed(other)
+    assert torch.equal(got, other(**batch).logits) or (got - other(**batch).logits).abs().max() < 2e-5
+    assert not torch.equal(got, before)

@@ -27,8 +27,9 @@ def linear(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.
 
-    Gradients flow to `x`, `weight` and `bias`; only those needed are computed. Deterministic; on a CPU the result does
-    not depend on the number of threads, but a row's last digits may on the number of rows.
+    Gradients flow to `x`, `weight` and `bias`, once (no double backward); only those needed are computed.
+    Deterministic; on a CPU the result does not depend on the number of threads, but a row's last digits may
+    on the number of rows.
 
     Example:
         >>> import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..._checks import (
     FLOATS,
@@ -70,6 +71,7 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, bias, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         found = _linear_backward(grads[0], *ctx.saved_tensors, *needs, ctx.backend)
@@ -89,4 +91,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bac
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    return _Linear.apply(rows, weight, bias, backend).view(*x.shape[:-1], weight.shape[0])
+    out = _Linear.apply(rows, weight, bias, backend)
+    # As torch's own: no view, so that what was made without gradients may be written to with them.
+    return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
