@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ivl_kernels.models.plain import LinearStack, linear_stack
+from ivl_kernels.models.plain import LinearStack, linear_stack, rms_norm
 from models import chat_model, native_model
 
 
@@ -109,3 +109,12 @@ def test_inside_torch_compile():
         compiled = torch.compile(forward, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), x + linear_stack(projector).linears[0].weight.sum())
         torch._dynamo.reset()
+
+
+def test_an_rms_norm_is_judged_by_what_it_computes():
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    assert rms_norm(Qwen3RMSNorm) == ("variance_epsilon", "")
+    assert "computes something else" in rms_norm(GptOssRMSNorm)[1]  # the same in float32
+    assert rms_norm(nn.LayerNorm)[1]
