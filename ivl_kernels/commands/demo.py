@@ -108,18 +108,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _summary(name: str, report: VerifyReport) -> str:
+    import torch
+
     whole = report.stages[-1]
     plain, ours = (median(times) for times in (whole.plain, whole.patched))
     return (
-        f"\nIn all, {name} on this machine, {torch_threads()} threads: plain {plain:.2f} s, patched {ours:.2f} s, "
-        f"{whole.ratio:.2f}x"
+        f"\nIn all, {name} on this machine, {torch.get_num_threads()} threads: plain {plain:.2f} s, "
+        f"patched {ours:.2f} s, {whole.ratio:.2f}x"
     )
-
-
-def torch_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _flash_run(subject: Subject, inputs: dict[str, Any], tokens: int, device: str) -> dict[str, Any]:

@@ -116,15 +116,14 @@ def _rotate(stock: Any, eps: str, backend: str) -> Callable[..., Any]:
         # Autocast, axes of several positions and transforms are upstream's, and so is a layout that was asked for.
         known = cos.dim() == 3 and cos.dtype == x.dtype and any(x.shape[-1] == n * cos.shape[-1] for n in widths)
         # A norm of another dtype gives another dtype than its input's; in float64 upstream's rounds to float32 inside.
-        fusable = not deferred or (q.norm.weight.dtype == k.norm.weight.dtype == x.dtype != torch.float64)
+        weights: tuple[Any, ...] = (q.norm.weight, k.norm.weight) if deferred else ()
+        fusable = all(w.dtype == x.dtype != torch.float64 and w.device == x.device for w in weights)
         if args or kwargs or not known or not fusable or transformed():
             return stock(made(q), made(k), cos, sin, *args, **kwargs)
         if not deferred:
             return v2pe_rope(x, made(k), cos=cos, sin=sin, backend=backend)
-        if any(norm.weight.dtype != x.dtype or norm.weight.device != x.device for norm in (q.norm, k.norm)):
-            return stock(made(q), made(k), cos, sin)
-        weights = {"q_weight": q.norm.weight, "k_weight": k.norm.weight, "eps": getattr(q.norm, eps)}
-        return v2pe_rope(x, k.x, cos=cos, sin=sin, **weights, backend=backend)
+        norms = {"q_weight": weights[0], "k_weight": weights[1], "eps": getattr(q.norm, eps)}
+        return v2pe_rope(x, k.x, cos=cos, sin=sin, **norms, backend=backend)
 
     return apply_rotary_pos_emb
 
