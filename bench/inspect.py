@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,6 @@ from ivl_kernels.testing.catalogue import MODELS, ModelShape
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "bench" / "results" / "inspect.json"
-sys.path.insert(0, str(ROOT / "tests"))  # the simulator is a tool of the tests
 
 # GB/s, dense bf16 tensor-core TFLOP/s; NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024),
 # HGX B200 (2024; the sparse figure halved).
@@ -509,7 +507,7 @@ def directions(job: Job) -> tuple[str, ...]:
 
 def counters(job: Job, backend: str, direction: str, call: Callable[[], Any] | None = None) -> list[dict[str, Any]]:
     """One row a launch, from the simulator."""
-    from gpu import simulated_gpu
+    from tests.simulator.gpu import simulated_gpu
 
     with simulated_gpu(preferred=True) as log, forced(backend):
         return [_counted(report) for report in run(job, call or job.call, direction, log)]
@@ -670,9 +668,8 @@ def no_products() -> Iterator[None]:
 
 def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[Any]:
     """What would be launched: rows of kernels in CUDA C++, `aot.Launch` for those in Triton."""
-    import aot
-
     from ivl_kernels import _gpu
+    from tests.simulator import aot
 
     log: list[Any] = []
 
@@ -726,8 +723,8 @@ def _described(entry: Any, target: Any) -> dict[str, Any]:
 @functools.cache
 def cuda_resources(source: str, target: int) -> dict[str, dict[str, Any]]:
     """kernel -> registers, spills, static shared bytes and access widths of csrc/cuda/<source>.cu."""
-    from gpu import cuda_ptx
-    from ptxsim.frontend import resources
+    from tests.simulator.gpu import cuda_ptx
+    from tests.simulator.ptxsim.frontend import resources
 
     ptx = cuda_ptx(source, f"sm_{target}")
     entries = {re.match(r"\w+", part)[0]: part for part in ptx.split(".entry ")[1:]}  # type: ignore[index]

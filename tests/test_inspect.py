@@ -126,7 +126,7 @@ def test_nothing_spills(baseline):
 
 
 def test_shared_memory_fits(baseline):
-    from aot import SHARED_LIMIT
+    from tests.simulator.aot import SHARED_LIMIT
 
     for row in baseline["machine"]:
         assert row["shared"] <= SHARED_LIMIT[row["target"]], row
