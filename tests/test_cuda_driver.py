@@ -7,14 +7,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import ptxsim
 import pytest
 import torch
-from gpu import CUDA_SOURCES, cuda_ptx
-from ptxsim.sim import load_program
 
 from ivl_kernels import _cuda, _dispatch, _gpu, _library
 from ivl_kernels.ops import embed_text, moe_dispatch, moe_routing, pack_tokens, place_rows
+from tests.simulator import ptxsim
+from tests.simulator.gpu import CUDA_SOURCES, cuda_ptx
+from tests.simulator.ptxsim.sim import load_program
 
 DRIVER = """
 #include <stdio.h>

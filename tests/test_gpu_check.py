@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
-from gpu import simulated_gpu
 
 from ivl_kernels import _library, cli
 from ivl_kernels.commands import gpu_check
 from ivl_kernels.testing.samples import samples
+from tests.simulator.gpu import simulated_gpu
 
 
 def test_rehearsal(tmp_path, capsys):

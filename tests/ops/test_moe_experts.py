@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gpu import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels import _native
 from ivl_kernels.ops import moe_experts, moe_experts_list
 from ivl_kernels.testing import assert_accurate, poisoned
+from tests.simulator.gpu import backends
 
 BACKENDS = backends("native", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from aot import SHARED_LIMIT, SPILL_LIMIT, compiling
-from gpu import Tf32Products, simulated_gpu
-from ops.test_moe_experts import eager, make
 
 from ivl_kernels._dispatch import BackendError
 from ivl_kernels._gpu import float32_precision
 from ivl_kernels.ops import moe_dispatch, moe_routing
 from ivl_kernels.ops.moe_experts.op import tile_rows
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
+from tests.ops.test_moe_experts import eager, make
+from tests.simulator.aot import SHARED_LIMIT, SPILL_LIMIT, compiling
+from tests.simulator.gpu import Tf32Products, simulated_gpu
 
 kernels = importlib.import_module("ivl_kernels.ops.moe_experts.triton")
 dispatch_cuda, dispatch_triton = (
