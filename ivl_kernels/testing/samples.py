@@ -381,6 +381,7 @@ def _head(large: bool) -> Iterator[Sample]:
 
     def plain(v: dict[str, Any]) -> torch.Tensor:
         logits = functional.linear(v["hidden"][v["rows"]], v["weight"], v["bias"])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         return torch.log_softmax(logits, -1).gather(1, v["targets"][:, None])[:, 0]
 
     def logp(v: dict[str, Any], backend: str, save: str) -> torch.Tensor:
@@ -398,10 +399,10 @@ def _head(large: bool) -> Iterator[Sample]:
         lambda v, backend: tuple(ops.linear_logprob(**v, temperature=0.8, softcap=20.0, backend=backend)),
         names,
     )
-    for save in ("nothing", "logits"):
+    for save, title in (("nothing", "computed again"), ("logits", "kept")):
         yield Sample(
             "linear_logprob",
-            f"log-probabilities, {save} saved",
+            f"log-probabilities, logits {title}",
             make,
             partial(logp, save=save),
             names,
