@@ -15,7 +15,7 @@ import importlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # Every op that has been defined, by name: `doctor` and the tests go through it.
 OPS: dict[str, Op[Any, Any]] = {}
-
-# The type of an argument that the op writes to.
-Written = Annotated[Tensor, "written"]
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -51,7 +48,7 @@ R = TypeVar("R")
 
 @functools.cache
 def _fields(record: type) -> dict[str, Any]:
-    return typing.get_type_hints(record, include_extras=True)
+    return typing.get_type_hints(record)
 
 
 def _is_record(kind: Any) -> bool:
@@ -76,11 +73,9 @@ def _record(kind: Any, values: Iterator[Any]) -> Any:
     return kind(*(_record(k, values) if _is_record(k) else next(values) for k in _fields(kind).values()))
 
 
-def _schema(name: str, arguments: type, results: Any) -> str:
-    written = iter("abcdefgh")
-    types_ = {**_TYPES, Written: "Tensor({}!)"}
-    parts = [f"{types_[kind].format(next(written)) if kind == Written else types_[kind]} {field}"
-             for field, kind in _flat_fields(arguments)]  # fmt: skip
+def _schema(name: str, arguments: type, results: Any, written: Sequence[str]) -> str:
+    aliases = dict(zip(written, ("Tensor(a!)", "Tensor(b!)")))
+    parts = [f"{aliases.get(field, _TYPES[kind])} {field}" for field, kind in _flat_fields(arguments)]
     if _is_record(results):
         returned = f"({', '.join(f'{_TYPES[kind]} {field}' for field, kind in _fields(results).items())})"
     else:
@@ -112,13 +107,14 @@ class Op(Generic[A, R]):
 
     Args:
         name: of the operator.
-        arguments: NamedTuple class: types Tensor, Tensor | None, list[Tensor], `Written`, int, float, bool, str,
-            list[bool], or another record, whose fields stand in its place in the schema.
+        arguments: NamedTuple class: types Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[bool], or
+            another record, whose fields stand in its place in the schema.
         results: Tensor, list[Tensor], NoneType, or a NamedTuple class of Tensors and lists of them.
         key: name of the tensor argument whose device and dtype decide the backend.
         implementations: best first; the last one is the reference. Each is called with the record, and its results
             may be a plain tuple.
         fake: shapes and dtypes of the results, from a record of fake tensors.
+        written: names of the arguments that the op writes to.
     """
 
     def __init__(
@@ -130,12 +126,13 @@ class Op(Generic[A, R]):
         key: str,
         implementations: Sequence[Implementation],
         fake: Callable[[A], Any],
+        written: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.arguments, self.results = arguments, results
-        self.schema = _schema(name, arguments, results)
+        self.schema = _schema(name, arguments, results, written)
         self.implementations = tuple(implementations)
-        self.written = tuple(field for field, kind in _fields(arguments).items() if kind == Written)
+        self.written = tuple(written)
         self._functions: dict[str, Callable[[A], Any]] = {}
         # By dtype, what serves CPU tensors when nothing is forced: choosing again costs more than a small kernel.
         self._usual: dict[torch.dtype, Callable[[A], Any]] = {}
@@ -243,17 +240,23 @@ def _in_order(record: Any, found: Mapping[str, Any]) -> list[Tensor | None]:
     return each
 
 
-def _requires_grad(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_requires_grad(v) for v in value)
-    return isinstance(value, Tensor) and value.requires_grad
+def _requires_grad(record: Iterable[Any]) -> bool:
+    for value in record:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)) and _requires_grad(value):
+            return True
+    return False
 
 
 def differentiable(
     op: Op[A, R],
     save: Callable[[A, R], Any],
     gradients: Callable[..., Mapping[str, Any]],
-    **fields: Any,
+    *,
+    prepare: Callable[[A], A] | None = None,
+    zeros: bool = False,
 ) -> Callable[[A, str], R]:
     """`op`, with gradients where they are needed, once (no double backward).
 
@@ -262,8 +265,9 @@ def differentiable(
         save: what the backward needs, from the arguments and the results: a tuple or a record, of records if need be.
         gradients: called with that; `needs`, the arguments with a bool in place of each tensor; the backend; and
             the gradient, or None, of every written argument and then every result. Returns gradients of the arguments
-            by name; one that is missing or None is no gradient.
-        fields: arguments with another value when there will be a backward.
+            by name, which autograd casts to their dtypes; one that is missing or None is no gradient.
+        prepare: the arguments of a forward that will have a backward, from those of one that will not.
+        zeros: a gradient that is not there comes as zeros instead of None.
     """
 
     class Function(torch.autograd.Function):
@@ -274,7 +278,7 @@ def differentiable(
             ctx.saved, kept = _split(save(arguments, result))
             ctx.save_for_backward(*kept)
             ctx.rest, ctx.backend = rest, backend
-            ctx.set_materialize_grads(False)
+            ctx.set_materialize_grads(zeros)
             if not op.written:
                 return result
             written = [getattr(arguments, name) for name in op.written]
@@ -295,7 +299,7 @@ def differentiable(
     def call(arguments: A, backend: str) -> R:
         if not (torch.is_grad_enabled() and _requires_grad(arguments)):
             return op(arguments, backend)
-        rest, tensors = _split(cast(Any, arguments)._replace(**fields) if fields else arguments)
+        rest, tensors = _split(arguments if prepare is None else prepare(arguments))
         found: Any = Function.apply(rest, backend, *tensors)
         if op.written:
             found = found[len(op.written) :]

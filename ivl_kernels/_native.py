@@ -33,6 +33,7 @@ def module() -> ModuleType:
     return loaded
 
 
+@functools.cache
 def op(name: str) -> Any:
     """The compiled operator `torch.ops.ivl_native.<name>`."""
     import torch

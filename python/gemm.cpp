@@ -10,7 +10,8 @@ StridedMatrix<T> matrix(const Tensor& t) {
   return {in<T>(t), t.stride(0), t.stride(1)};
 }
 
-void matmul_into(Tensor a, Tensor b, Tensor bias, Tensor result, bool accumulate, bool any_rows) {
+// An empty bias: none. `any_rows`: a row's result does not depend on the number of rows.
+void matmul_into(const Tensor& a, const Tensor& b, const Tensor& bias, Tensor& result, bool accumulate, bool any_rows) {
   STD_TORCH_CHECK(b.stride(0) == 1 || b.stride(1) == 1, "b: got strides (", b.stride(0), ", ", b.stride(1),
                   "), expected one of them to be 1");
   dispatch_widened(a.scalar_type(), [&](auto zero) {
@@ -20,13 +21,7 @@ void matmul_into(Tensor a, Tensor b, Tensor bias, Tensor result, bool accumulate
   });
 }
 
+IVL_OPERATOR(matmul_into, matmul_into)
+
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
-  // An empty bias: none. `any_rows`: a row's result does not depend on the number of rows.
-  m.def("matmul_into(Tensor a, Tensor b, Tensor bias, Tensor(a!) out, bool accumulate, bool any_rows) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) { m.impl("matmul_into", TORCH_BOX(&matmul_into)); }
-
 }  // namespace ivl

@@ -39,9 +39,10 @@ void forward(const Tensor& hidden, const Tensor& weights, const Tensor& permutat
   dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Pointers<const T*> p(in<T>(gate_up), in<T>(down), shape.experts, shape.width * shape.inner);
+    const ExpertWeights<T> experts{p.gate.data(),       p.up.data(),       p.down.data(), interleaved,
+                                   in<T>(gate_up_bias), in<T>(down_bias)};
     experts_forward<T>({shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
-                        in<int32_t>(permutation), nullptr, in<int32_t>(offsets),
-                        {p.gate.data(), p.up.data(), p.down.data(), interleaved, in<T>(gate_up_bias), in<T>(down_bias)}},
+                        in<int32_t>(permutation), nullptr, in<int32_t>(offsets), experts},
                        out<T>(result), out<T>(pre));
   });
 }
@@ -58,9 +59,10 @@ void backward(const Tensor& grad, const Tensor& hidden, const Tensor& weights, c
     const int64_t size = shape.width * shape.inner;
     const Pointers<const T*> p(in<T>(gate_up), in<T>(down), shape.experts, size);
     const Pointers<T*> g(out<T>(grad_gate_up), out<T>(grad_down), shape.experts, size);
+    const ExpertWeights<T> experts{p.gate.data(),       p.up.data(),       p.down.data(), interleaved,
+                                   in<T>(gate_up_bias), in<T>(down_bias)};
     experts_backward<T>({shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
-                         in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
-                         {p.gate.data(), p.up.data(), p.down.data(), interleaved, in<T>(gate_up_bias), in<T>(down_bias)}},
+                         in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets), experts},
                         in<T>(grad), in<T>(pre),
                         {out<T>(grad_hidden), out<float>(grad_weights), grad_gate_up ? g.gate.data() : nullptr,
                          grad_gate_up ? g.up.data() : nullptr, grad_down ? g.down.data() : nullptr,

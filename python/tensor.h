@@ -43,6 +43,12 @@ T* out(const OptionalTensor& t) {
   return t ? out<T>(*t) : nullptr;
 }
 
+// Where a result goes; null when the caller does not want it and gave an empty tensor.
+template <class T>
+T* wanted(const Tensor& t) {
+  return t.numel() ? out<T>(t) : nullptr;
+}
+
 inline int64_t itemsize(const Tensor& t) { return t.element_size(); }
 
 // Calls f with a value of the tensor's element type: float, double, ivl::bfloat16 or ivl::float16.

@@ -132,7 +132,7 @@ def _router(s: Shape) -> Job:
 def _pool(s: Shape) -> Job:
     """The pooling of one round: what the router's time goes into."""
     from ivl_kernels.ops.tile_router import triton as kernels
-    from ivl_kernels.ops.tile_router.op import _Pool
+    from ivl_kernels.ops.tile_router.op import Pool, pool
 
     tiles, tokens, width, heads = s.tiles, s.side**2, s.model.vision, 16
     z, u = s.fill(tiles, tokens, width), s.fill(tiles, heads, width, dtype=torch.float32)
@@ -151,7 +151,9 @@ def _pool(s: Shape) -> Job:
     least = passes * z.numel() * s.size + 4 * tiles * heads * least
     least_backward = 2 * z.numel() * s.size + 4 * tiles * heads * least_backward
     flops = 4 * heads * z.numel()
-    return Job(lambda: _Pool.apply(z, u, ""), least, z.numel(), flops, leaves=[u, z], least_backward=least_backward)
+    return Job(
+        lambda: pool(Pool(z, u), "").pooled, least, z.numel(), flops, leaves=[u, z], least_backward=least_backward
+    )
 
 
 def _moe_routing(s: Shape) -> Job:

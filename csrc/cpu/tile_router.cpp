@@ -49,10 +49,12 @@ struct PackedQueries {
 }  // namespace
 
 template <class T>
-void tile_pool(Tiles<const T> z, const Sum<T>* u, int64_t query_stride, int64_t heads, Sum<T>* pooled, Sum<T>* lse) {
+void tile_pool(const PoolArgs<T>& args, Sum<T>* pooled, Sum<T>* lse) {
   using A = Sum<T>;
+  const Tiles<const T> z = args.z;
+  const int64_t heads = args.heads;
   if (z.tiles == 0) return;
-  const PackedQueries<A> queries(u, query_stride, z.tiles, heads, z.width);
+  const PackedQueries<A> queries(args.u, args.query_stride, z.tiles, heads, z.width);
   const int64_t padded = IVL_CALL(padded_width<A>, z.width), all = IVL_CALL(padded_heads<A>, heads);
   const int64_t splits = splits_of(z.tiles, z.rows), count = z.tiles * splits;
   std::vector<A> largest(count * all), denominator(count * all);
@@ -84,11 +86,13 @@ void tile_pool(Tiles<const T> z, const Sum<T>* u, int64_t query_stride, int64_t 
 }
 
 template <class T>
-void tile_pool_backward(Tiles<const T> z, const Sum<T>* u, int64_t query_stride, int64_t heads, const Sum<T>* pooled,
-                        const Sum<T>* lse, const Sum<T>* grad, Sum<T>* du, Tiles<T> dz) {
+void tile_pool_backward(const PoolArgs<T>& args, const Sum<T>* pooled, const Sum<T>* lse, const Sum<T>* grad,
+                        Sum<T>* du, Tiles<T> dz) {
   using A = Sum<T>;
+  const Tiles<const T> z = args.z;
+  const int64_t heads = args.heads;
   if (z.tiles == 0) return;
-  const PackedQueries<A> queries(u, query_stride, z.tiles, heads, z.width);
+  const PackedQueries<A> queries(args.u, args.query_stride, z.tiles, heads, z.width);
   const PackedQueries<A> grads(grad, heads * z.width, z.tiles, heads, z.width);
   const int64_t padded = IVL_CALL(padded_width<A>, z.width), splits = splits_of(z.tiles, z.rows),
                 count = z.tiles * splits;
@@ -104,7 +108,7 @@ void tile_pool_backward(Tiles<const T> z, const Sum<T>* u, int64_t query_stride,
       delta[i] = static_cast<A>(sum);
       A* rows = &both[t * 2 * heads * padded];
       std::copy(g, g + z.width, rows + h * padded);
-      std::copy_n(u + t * query_stride + h * z.width, z.width, rows + (heads + h) * padded);
+      std::copy_n(args.u + t * args.query_stride + h * z.width, z.width, rows + (heads + h) * padded);
     }
   });
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
@@ -127,9 +131,9 @@ void tile_pool_backward(Tiles<const T> z, const Sum<T>* u, int64_t query_stride,
 }
 
 template <class T>
-void few_rows_linear(const Sum<T>* x, const T* w, int64_t stride, const T* bias, int64_t rows, int64_t groups,
-                     int64_t outputs, int64_t width, Sum<T>* out) {
+void few_rows_linear(const Sum<T>* x, const GroupedWeights<T>& weights, const T* bias, Sum<T>* out) {
   using A = Sum<T>;
+  const int64_t rows = weights.rows, groups = weights.groups, outputs = weights.outputs, width = weights.width;
   if (rows == 0 || outputs == 0) return;
   const int64_t each = IVL_CALL(packed_inputs<A>, rows, width), per_group = outputs / groups;
   std::vector<A> packed(groups * each), b(outputs);
@@ -142,34 +146,32 @@ void few_rows_linear(const Sum<T>* x, const T* w, int64_t stride, const T* bias,
   parallel_for(outputs, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end;) {
       const int64_t g = n / per_group, stop = std::min(end, (g + 1) * per_group);
-      IVL_CALL(linear_range, w, stride, b.data(), &packed[g * each], rows, width, n, stop, out, outputs);
+      IVL_CALL(linear_range, weights.w, weights.stride, b.data(), &packed[g * each], rows, width, n, stop, out, outputs);
       n = stop;
     }
   });
 }
 
 template <class T>
-void few_rows_linear_transposed(const Sum<T>* x, const T* w, int64_t stride, int64_t rows, int64_t groups,
-                                int64_t inputs, int64_t width, Sum<T>* out) {
+void few_rows_linear_transposed(const Sum<T>* x, const GroupedWeights<T>& weights, Sum<T>* out) {
   constexpr int64_t kColumns = 512;
+  const int64_t groups = weights.groups, inputs = weights.outputs, width = weights.width, stride = weights.stride;
   const int64_t each = inputs / groups, parts = (width + kColumns - 1) / kColumns;
   parallel_for(groups * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / parts, first = i % parts * kColumns;
-      IVL_CALL(transposed_range, x + g * each, inputs, w + g * each * stride, stride, rows, each, first,
+      IVL_CALL(transposed_range, x + g * each, inputs, weights.w + g * each * stride, stride, weights.rows, each, first,
                std::min(width, first + kColumns), out + g * width, groups * width);
     }
   });
 }
 
-#define IVL_INSTANTIATE(T)                                                                                           \
-  template void tile_pool<T>(Tiles<const T>, const Sum<T>*, int64_t, int64_t, Sum<T>*, Sum<T>*);                     \
-  template void tile_pool_backward<T>(Tiles<const T>, const Sum<T>*, int64_t, int64_t, const Sum<T>*, const Sum<T>*, \
-                                      const Sum<T>*, Sum<T>*, Tiles<T>);                                             \
-  template void few_rows_linear<T>(const Sum<T>*, const T*, int64_t, const T*, int64_t, int64_t, int64_t, int64_t,   \
-                                   Sum<T>*);                                                                         \
-  template void few_rows_linear_transposed<T>(const Sum<T>*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t,  \
-                                              Sum<T>*);
+#define IVL_INSTANTIATE(T) \
+  template void tile_pool(const PoolArgs<T>&, Sum<T>*, Sum<T>*); \
+  template void tile_pool_backward(const PoolArgs<T>&, const Sum<T>*, const Sum<T>*, const Sum<T>*, Sum<T>*, \
+                                   Tiles<T>); \
+  template void few_rows_linear(const Sum<T>*, const GroupedWeights<T>&, const T*, Sum<T>*); \
+  template void few_rows_linear_transposed(const Sum<T>*, const GroupedWeights<T>&, Sum<T>*);
 
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(double)

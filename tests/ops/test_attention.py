@@ -12,6 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from ivl_kernels import _dispatch, _native
 from ivl_kernels.ops import attention
+from ivl_kernels.ops.attention.op import Attention, AttentionBackward
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends
 
@@ -325,7 +326,7 @@ def test_opcheck(backend):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for rest in ((cu_q, cu_k, sinks, 0.125, True, 5, 0, 0), (None, None, None, 0.125, False, 0, 0, 0)):
         torch.library.opcheck(torch.ops.ivl.attention.default, (q, k, v, *rest, backend), test_utils=tests)
-        args = (out, q, k, v, out, lse, *rest, backend)
+        args = (out, q, k, v, *rest, out, lse, backend)
         torch.library.opcheck(torch.ops.ivl.attention_backward.default, args, test_utils=tests)
 
 
@@ -393,7 +394,7 @@ class Flash:
         window = options["window_size_left"] + 1
         assert options["window_size_right"] == (0 if options["causal"] else -1)
         rest = (options["softmax_scale"], options["causal"], window, 0, 0)
-        out, lse = reference.attention(q[None], k[None], v[None], cu_q, cu_k, None, *rest)
+        out, lse = reference.attention(Attention(q[None], k[None], v[None], cu_q, cu_k, None, *rest))
         return out[0], lse, None, None
 
     def _flash_attn_varlen_backward(self, grad, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, **options):
@@ -402,8 +403,8 @@ class Flash:
         self.calls.append("backward")
         assert options["deterministic"]
         rest = (options["softmax_scale"], options["causal"], options["window_size_left"] + 1, 0, 0)
-        rows = [x[None] for x in (grad, q, k, v, out)]
-        found = reference.attention_backward(*rows, lse, cu_q, cu_k, None, *rest)
+        a = Attention(q[None], k[None], v[None], cu_q, cu_k, None, *rest)
+        found = reference.attention_backward(AttentionBackward(grad[None], a, out[None], lse))
         for to, x in zip((dq, dk, dv), found):
             to.copy_(x[0])
 

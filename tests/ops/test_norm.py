@@ -9,6 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from ivl_kernels import _native
 from ivl_kernels.ops import layer_norm, rms_norm
+from ivl_kernels.ops.norm.op import Norm, NormBackward
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
 from tests.simulator.gpu import backends, simulated_gpu
 
@@ -308,9 +309,9 @@ def test_compiles_for_every_gpu(target):
         x = torch.empty(300, width, device="meta", dtype=torch.bfloat16)
         vector = torch.empty(width, device="meta", dtype=torch.bfloat16)
         with aot.compiling(target) as log:
-            kernels.norm(x, x, vector, vector, vector, EPS, True, False)
-            kernels.norm(x, x, None, vector, None, EPS, False, True)
-            kernels.norm_backward(x, x, x, x, vector, vector, True, EPS, True)
+            kernels.norm(Norm(x, x, vector, vector, vector, EPS, True, False))
+            kernels.norm(Norm(x, x, None, vector, None, EPS, False, True))
+            kernels.norm_backward(NormBackward(x, x, x, x, vector, vector, True, EPS, True))
         assert len(log) == 3
         for compiled in log:
             assert compiled.spills == 0, (compiled.kernel, width, compiled.registers, compiled.spills)

@@ -283,9 +283,9 @@ def test_opcheck(backend):
         args = (x, nw, nb, weights, biases, *geometry, chosen, True, backend)
         torch.library.opcheck(torch.ops.ivl.pixel_shuffle_mlp.default, args)
         _, pre = torch.ops.ivl.pixel_shuffle_mlp(*args)
-        args = (torch.randn(2, 4, 8), x, nw, nb, weights, biases, pre, *geometry, chosen, [True] * 7, backend)
+        args = (torch.randn(2, 4, 8), *args[:-1], pre, [True] * 7, backend)
         torch.library.opcheck(torch.ops.ivl.pixel_shuffle_mlp_backward.default, args, test_utils=utils)
-    args = (torch.zeros(12, 8), x, nw, nb, weights, biases, *geometry, tiles, starts, True, backend)
+    args = (torch.zeros(12, 8), starts, x, nw, nb, weights, biases, *geometry, tiles, True, backend)
     torch.library.opcheck(torch.ops.ivl.pixel_shuffle_mlp_into_.default, args)
 
 

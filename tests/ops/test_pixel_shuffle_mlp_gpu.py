@@ -10,6 +10,7 @@ from triton.runtime.jit import JITFunction
 
 from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
+from ivl_kernels.ops.pixel_shuffle_mlp.op import Projector, ProjectorBackward, ProjectorInto
 from ivl_kernels.testing import MODELS
 from tests.ops.test_pixel_shuffle_mlp import check, flat, make
 from tests.simulator import aot
@@ -130,9 +131,11 @@ def _launches(target, dtype=torch.bfloat16):
                     x, chosen = empty(tiles, 1025, vision), empty(tiles, dtype=torch.int64)
                     args = (x, empty(widths[0]), empty(widths[0]), weights, [empty(b) for b in widths[1:]])
                     geometry = (merge, 32, 32, 1, False, 1e-5, chosen)
-                    y, pre = kernels.forward(*args, *geometry, True)
-                    kernels.forward_into(y.flatten(0, 1), *args, *geometry, chosen, True)
-                    kernels.backward(y, *args, pre, *geometry, [True] * (3 + 2 * len(weights)))
+                    a = Projector(*args, *geometry, keep=True)
+                    y, pre = kernels.pixel_shuffle_mlp(a)
+                    kernels.pixel_shuffle_mlp_into_(ProjectorInto(y.flatten(0, 1), chosen, a))
+                    needs = [True] * (3 + 2 * len(weights))
+                    kernels.pixel_shuffle_mlp_backward(ProjectorBackward(y, a, pre, needs))
     sizes = ("C", "K", "N", "HEIGHT", "WIDTH", "M", "SLAB", "MERGE")
     for kernel, bound, launch in log:
         block = bound.get("BK") or bound.get("BLOCK") or bound["BN"]

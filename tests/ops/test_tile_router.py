@@ -352,11 +352,11 @@ def test_gradcheck(backend):
 @CPU
 def test_gradcheck_of_each_op(backend):
     z, u = (t.requires_grad_() for t in pool_inputs(2, 5, 6, 3, torch.float64))
-    assert torch.autograd.gradcheck(lambda z, u: op._Pool.apply(z, u, backend), (z, u))
+    assert torch.autograd.gradcheck(lambda z, u: op.pool(op.Pool(z, u), backend).pooled, (z, u))
     x, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 5), (6, 5), (6,)))
-    assert torch.autograd.gradcheck(lambda x, w, b: op._Linear.apply(x, w, b, backend), (x, w, b))
+    assert torch.autograd.gradcheck(lambda x, w, b: op.linear(op.FewRows(x, w, b), backend), (x, w, b))
     y = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y, w: op._LinearTransposed.apply(y, w, backend), (y, w))
+    assert torch.autograd.gradcheck(lambda *a: op.linear_transposed(op.FewRowsTransposed(*a), backend), (y, w))
 
 
 @ALL

@@ -362,9 +362,9 @@ def test_does_not_depend_on_threads(function):
 def test_opcheck(backend):
     q, k, positions, inv_freq = make()
     w = torch.rand(64)
-    angles = (positions, inv_freq, False, w, w, 1.0, EPS, 64, 1, True)
+    angles = (positions, inv_freq, False, w, w, 1.0, EPS, 64, 1, True, False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.ivl.v2pe_rope.default, (q, k, *angles, False, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.ivl.v2pe_rope.default, (q, k, *angles, backend), test_utils=tests)
     torch.library.opcheck(torch.ops.ivl.v2pe_rope_.default, (q, k, *angles, backend), test_utils=tests)
     torch.library.opcheck(
         torch.ops.ivl.v2pe_rope_norm_backward.default, (q, k, q, k, *angles, backend), test_utils=tests

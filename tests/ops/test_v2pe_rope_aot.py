@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ivl_kernels.ops.v2pe_rope.op import NormBackward, Rope
 from ivl_kernels.testing import MODELS
 
 aot = pytest.importorskip("tests.simulator.aot")
@@ -24,14 +25,14 @@ def test_compiles(target, monkeypatch):
         w = torch.empty(width, device="meta", dtype=torch.bfloat16) if norm else None
         table = torch.empty(1, 256, width, device="meta", dtype=torch.bfloat16)
         positions = torch.empty(1, 256, device="meta")
-        common = (w, w, 1.0, 1e-6, width, 2, True)
+        inverse, common = inv_freq[: width // 2], (w, w, 1.0, 1e-6, width, 2, True)
         with aot.compiling(target) as log:
-            kernels.rope(q, k, table, table, True, *common, False)
-            kernels.rope(q[:, :3], k[:, :3], positions[:, :3], inv_freq[: width // 2], False, *common, False)
+            kernels.v2pe_rope(Rope(q, k, table, table, True, *common))
+            kernels.v2pe_rope(Rope(q[:, :3], k[:, :3], positions[:, :3], inverse, False, *common))
             if (q_heads, kv_heads) == (16, 8):
-                kernels.rope(q, k, positions, inv_freq[: width // 2], False, *common, False)
+                kernels.v2pe_rope(Rope(q, k, positions, inverse, False, *common))
                 if norm:
-                    kernels.norm_backward(q, k, q, k, table, table, True, *common)
+                    kernels.v2pe_rope_norm_backward(NormBackward(q, k, Rope(q, k, table, table, True, *common)))
         assert log
         for compiled in log:
             few = compiled is log[1]  # of which there are few programs

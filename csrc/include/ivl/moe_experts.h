@@ -39,7 +39,7 @@ struct ExpertsArgs {
   }
 };
 
-// out [S, H] = sum over k of weight * expert(hidden); `inverse` is not used. `pre` [S * k, 2I], when not null, gets what
+// out [S, H] = sum over k of weight * expert(hidden), without `inverse`. `pre` [S * k, 2I], when not null, gets what
 // goes into the activation (zero for slots without an expert).
 template <class T>
 void experts_forward(const ExpertsArgs<T>& args, T* out, T* pre);

@@ -17,25 +17,37 @@ struct Tiles {
   T* row(int64_t t, int64_t n) const { return data + t * tile_stride + n * row_stride; }
 };
 
-// pooled [tiles, heads, width]: softmax over the rows of z u (u [tiles or 1, heads, width], one tile `query_stride`
-// after the other) times z; lse [tiles, heads] is the logarithm of the softmax's denominator.
+// Tiles and their queries.
 template <class T>
-void tile_pool(Tiles<const T> z, const Sum<T>* u, int64_t query_stride, int64_t heads, Sum<T>* pooled, Sum<T>* lse);
+struct PoolArgs {
+  Tiles<const T> z;
+  const Sum<T>* u;               // [tiles or 1, heads, width]
+  int64_t query_stride, heads;   // query_stride: from one tile's to the next
+};
+
+// pooled [tiles, heads, width]: softmax over the rows of z u times z; lse [tiles, heads] is the logarithm of the
+// softmax's denominator.
+template <class T>
+void tile_pool(const PoolArgs<T>& args, Sum<T>* pooled, Sum<T>* lse);
 
 // Gradients of it: du [tiles, heads, width], and dz when its data is not null.
 template <class T>
-void tile_pool_backward(Tiles<const T> z, const Sum<T>* u, int64_t query_stride, int64_t heads, const Sum<T>* pooled,
-                        const Sum<T>* lse, const Sum<T>* grad, Sum<T>* du, Tiles<T> dz);
+void tile_pool_backward(const PoolArgs<T>& args, const Sum<T>* pooled, const Sum<T>* lse, const Sum<T>* grad,
+                        Sum<T>* du, Tiles<T> dz);
 
-// out [rows, outputs] = x w^T + bias; w [outputs, width] in `groups` equal blocks, block g multiplies x[:, g] of
-// x [rows, groups, width]. Rows of w are `stride` elements apart; bias may be null.
+// w [outputs, width], rows `stride` elements apart, in `groups` equal blocks; `rows` of x meet it.
 template <class T>
-void few_rows_linear(const Sum<T>* x, const T* w, int64_t stride, const T* bias, int64_t rows, int64_t groups,
-                     int64_t outputs, int64_t width, Sum<T>* out);
+struct GroupedWeights {
+  const T* w;
+  int64_t stride, rows, groups, outputs, width;
+};
 
-// out [rows, groups, width]: out[:, g] = x[:, g] w_g with x [rows, groups, inputs / groups] and w [inputs, width].
+// out [rows, outputs] = x w^T + bias; block g multiplies x[:, g] of x [rows, groups, width]; bias may be null.
 template <class T>
-void few_rows_linear_transposed(const Sum<T>* x, const T* w, int64_t stride, int64_t rows, int64_t groups,
-                                int64_t inputs, int64_t width, Sum<T>* out);
+void few_rows_linear(const Sum<T>* x, const GroupedWeights<T>& weights, const T* bias, Sum<T>* out);
+
+// out [rows, groups, width]: out[:, g] = x[:, g] w_g with x [rows, groups, outputs / groups].
+template <class T>
+void few_rows_linear_transposed(const Sum<T>* x, const GroupedWeights<T>& weights, Sum<T>* out);
 
 }  // namespace ivl

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .op import Attended, Attention, AttentionBackward, Gradients
 from .reference import sequences, visible
 
 Offsets = tuple[Tensor, Tensor, int, int]
@@ -28,11 +29,12 @@ def _flash_attn() -> Any:
     return module if hasattr(module, "_flash_attn_varlen_forward") else None
 
 
-def _offsets(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int) -> Offsets:
+def _offsets(a: Attention) -> Offsets:
     """Offsets of queries and keys as int32, and the longest sequences, read from the device where not given."""
+    cu_q, cu_k, max_q, max_k = a.cu_q, a.cu_k, a.max_q, a.max_k
     if cu_q is None or cu_k is None:
-        batch = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
-        return batch * q.shape[1], batch * k.shape[1], q.shape[1], k.shape[1]
+        batch = torch.arange(a.q.shape[0] + 1, dtype=torch.int32, device=a.q.device)
+        return batch * a.q.shape[1], batch * a.k.shape[1], a.q.shape[1], a.k.shape[1]
     if not (max_q and max_k):
         longest = torch.stack([cu_q.diff().max(), cu_k.diff().max()]).tolist() if len(cu_q) > 1 else [0, 0]
         max_q, max_k = max_q or longest[0], max_k or longest[1]
@@ -45,43 +47,36 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _left(causal: bool, window: int) -> tuple[int, int]:
+def _sides(a: Attention) -> dict[str, int]:
     """Keys before and after a query's own that it sees; -1: all."""
-    return (window - 1 if window else -1), (0 if causal else -1)
+    return dict(window_size_left=a.window - 1 if a.window else -1, window_size_right=0 if a.causal else -1)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, offsets: Offsets, scale: float, causal: bool, window: int) -> Any:
+def _flash(a: Attention, offsets: Offsets) -> Any:
     """Result [N, heads, d] and lse [heads, N], of packed tensors."""
-    left, right = _left(causal, window)
+    inputs = (_rows(a.q), _rows(a.k), _rows(a.v), *offsets)
     module = _flash_attn()
     if module is not None:
         return module._flash_attn_varlen_forward(
-            q, k, v, *offsets, dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=left,
-            window_size_right=right,
-        )[:2]  # fmt: skip
-    return torch.ops.aten._flash_attention_forward(
-        q, k, v, *offsets, 0.0, causal, False, scale=scale, window_size_left=left, window_size_right=right
-    )[:2]
+            *inputs, dropout_p=0.0, softmax_scale=a.scale, causal=a.causal, **_sides(a)
+        )[:2]
+    return torch.ops.aten._flash_attention_forward(*inputs, 0.0, a.causal, False, scale=a.scale, **_sides(a))[:2]
 
 
-def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Offsets, scale: float,
-    causal: bool, window: int,
-) -> Any:  # fmt: skip
-    left, right = _left(causal, window)
+def _flash_backward(grad: Tensor, a: Attention, out: Tensor, lse: Tensor, offsets: Offsets) -> Any:
+    inputs = (grad, _rows(a.q), _rows(a.k), _rows(a.v), out, lse)
     module = _flash_attn()
     if module is not None:
-        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grads = [torch.empty_like(x) for x in inputs[1:4]]
         module._flash_attn_varlen_backward(
-            grad, q, k, v, out, lse, *grads, *offsets, dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=left, window_size_right=right, softcap=0.0, alibi_slopes=None, deterministic=True,
+            *inputs, *grads, *offsets, dropout_p=0.0, softmax_scale=a.scale, causal=a.causal, softcap=0.0,
+            alibi_slopes=None, deterministic=True, **_sides(a),
         )  # fmt: skip
         return grads
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the random numbers that no dropout draws
+    state = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # of the random numbers that no dropout draws
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, *offsets, 0.0, causal, state, torch.empty(0, device=q.device), scale=scale,
-        window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+        *inputs, *offsets, 0.0, a.causal, state, torch.empty(0, device=grad.device), scale=a.scale, **_sides(a)
+    )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -95,44 +90,38 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
     return out if mask is None else out.masked_fill(~mask.any(1)[:, None, None], 0.0)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, sinks: Tensor | None, scale: float,
-    causal: bool, window: int, max_q: int, max_k: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attention(a: Attention) -> Attended:
+    q = a.q
     if q.dtype == torch.float32:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for b, rows, keys in sequences(q, k, cu_q, cu_k):
-            out[b, rows] = _sdpa(q[b, rows], k[b, keys], v[b, keys], scale, causal)
-        return out, out.new_zeros(q.shape[2], q.shape[0] * q.shape[1])  # which its backward does not need
-    offsets = _offsets(q, k, cu_q, cu_k, max_q, max_k)
-    out, lse = flash(_rows(q), _rows(k), _rows(v), offsets, scale, causal, window)
-    if sinks is not None:
-        sink = sinks.float()[:, None]
+        out = q.new_empty(q.shape)
+        for b, rows, keys in sequences(a):
+            out[b, rows] = _sdpa(q[b, rows], a.k[b, keys], a.v[b, keys], a.scale, a.causal)
+        return Attended(out, out.new_zeros(q.shape[2], q.shape[0] * q.shape[1]))  # which its backward does not need
+    out, lse = _flash(a, _offsets(a))
+    if a.sinks is not None:
+        sink = a.sinks.float()[:, None]
         out = (out * torch.sigmoid(lse - sink).T.unsqueeze(-1)).to(q.dtype)
         lse = torch.logaddexp(lse, sink)
-    return out.reshape(q.shape).contiguous(), lse.contiguous()
+    return Attended(out.reshape(q.shape).contiguous(), lse.contiguous())
 
 
-def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    sinks: Tensor | None, scale: float, causal: bool, window: int, max_q: int, max_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if q.dtype == torch.float32:
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        for b, rows, keys in sequences(q, k, cu_q, cu_k):
+def attention_backward(call: AttentionBackward) -> Gradients:
+    a, none = call.forward, call.lse.new_empty(0)
+    if a.q.dtype == torch.float32:
+        grads = [x.new_empty(x.shape) for x in (a.q, a.k, a.v)]
+        for b, rows, keys in sequences(a):
             with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in (q[b, rows], k[b, keys], v[b, keys])]
-                result = _sdpa(leaves[0], leaves[1], leaves[2], scale, causal)
-            parts = torch.autograd.grad(result, leaves, grad[b, rows])
+                leaves = [x.detach().requires_grad_() for x in (a.q[b, rows], a.k[b, keys], a.v[b, keys])]
+                result = _sdpa(leaves[0], leaves[1], leaves[2], a.scale, a.causal)
+            parts = torch.autograd.grad(result, leaves, call.grad[b, rows])
             for whole, where, part in zip(grads, (rows, keys, keys), parts):
                 whole[b, where] = part
-        return grads[0], grads[1], grads[2], lse.new_empty(0)
-    offsets = _offsets(q, k, cu_q, cu_k, max_q, max_k)
-    upstream, result = _rows(grad), _rows(out)
-    found = flash_backward(upstream, _rows(q), _rows(k), _rows(v), result, lse, offsets, scale, causal, window)
-    dq, dk, dv = (x.reshape(like.shape).contiguous() for x, like in zip(found, (q, k, v)))
-    if sinks is None:
-        return dq, dk, dv, lse.new_empty(0)
+        return Gradients(grads[0], grads[1], grads[2], none)
+    upstream, result = _rows(call.grad), _rows(call.out)
+    found = _flash_backward(upstream, a, result, call.lse, _offsets(a))
+    dq, dk, dv = (x.reshape(like.shape).contiguous() for x, like in zip(found, (a.q, a.k, a.v)))
+    if a.sinks is None:
+        return Gradients(dq, dk, dv, none)
     delta = (upstream.float() * result.float()).sum(-1)  # [N, heads]
-    share = torch.exp(sinks.float()[:, None] - lse)  # [heads, N]
-    return dq, dk, dv, -(share * delta.T).sum(1)
+    share = torch.exp(a.sinks.float()[:, None] - call.lse)  # [heads, N]
+    return Gradients(dq, dk, dv, -(share * delta.T).sum(1))

@@ -1,99 +1,98 @@
-"""Schemas, fakes, backends, gradients and argument checks of attention."""
+"""Records, fakes, backends, gradients and argument checks of attention."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
-from ..._positional import Implementation, Op
+from ..._dispatch import Implementation
+from ..._library import Op, differentiable
 
 MAX_HEAD_DIM = 256
 
 
-def _unfused(*args: Any) -> str | None:
-    """Why torch's fused kernels do not serve a call: its arguments are the tensors, then what `_OPTIONS` names."""
-    q, (_, _, sinks, _, _, window, _, _) = args[0], args[-8:]
-    if not q.is_cuda:
+class Attention(NamedTuple):
+    q: Tensor  # [B, N, query heads, d]
+    k: Tensor
+    v: Tensor
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    causal: bool
+    window: int  # 0: none
+    max_q: int  # 0: not known
+    max_k: int
+
+
+class Attended(NamedTuple):
+    out: Tensor
+    lse: Tensor  # [query heads, B * N], the logarithm of each softmax's denominator, in the arithmetic type
+
+
+class AttentionBackward(NamedTuple):
+    grad: Tensor
+    forward: Attention
+    out: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor  # in the arithmetic type; empty without sinks
+
+
+def _unfused(call: Attention | AttentionBackward) -> str | None:
+    """Why torch's fused kernels do not serve a call."""
+    a = call if isinstance(call, Attention) else call.forward
+    if not a.q.is_cuda:
         return "its kernels need a GPU"
-    if q.dtype == torch.float32 and (sinks is not None or window):
+    if a.q.dtype == torch.float32 and (a.sinks is not None or a.window):
         return "no fused kernel has sinks or a window in float32"
     return None
 
 
-_OPTIONS = (
-    "Tensor? cu_q, Tensor? cu_k, Tensor? sinks, float scale, bool causal, int window, int max_q, int max_k, str backend"
+_BACKENDS = (
+    Implementation("native", KERNEL_DTYPES),
+    Implementation("torch", KERNEL_DTYPES, _unfused),
+    Implementation("reference"),
 )
 
 
-def _implementations(function: str) -> tuple[Implementation, ...]:
-    return (
-        Implementation("native", f"native:{function}", ("cpu",), KERNEL_DTYPES),
-        Implementation("torch", f"gpu:{function}", ("cuda", "hip"), KERNEL_DTYPES, _unfused),
-        Implementation("reference", f"reference:{function}"),
-    )
-
-
-def _wide(q: Tensor) -> torch.dtype:
+def arithmetic(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-_attention = Op(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    package=__package__,
-    key="q",
-    implementations=_implementations("attention"),
-    fake=lambda q, *_: (
-        q.new_empty(q.shape),
-        q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=_wide(q)),
-    ),
-)
+def empty_attended(a: Attention) -> Attended:
+    """The results of the forward, to be written."""
+    batch, tokens, heads = a.q.shape[:3]
+    return Attended(a.q.new_empty(a.q.shape), a.q.new_empty(heads, batch * tokens, dtype=arithmetic(a.q)))
 
 
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Any, cu_k: Any, sinks: Any, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsinks = q.new_empty(0 if sinks is None else q.shape[2], dtype=_wide(q))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+def empty_gradients(b: AttentionBackward) -> Gradients:
+    """The results of the backward, to be written."""
+    a = b.forward
+    sinks = a.q.new_empty(0 if a.sinks is None else a.q.shape[2], dtype=arithmetic(a.q))
+    return Gradients(a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape), a.v.new_empty(a.v.shape), sinks)
 
 
+_attention = Op("attention", Attention, Attended, key="q", implementations=_BACKENDS, fake=empty_attended)
 _backward = Op(
-    f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    package=__package__,
-    key="q",
-    implementations=_implementations("attention_backward"),
-    fake=_fake_backward,
+    "attention_backward", AttentionBackward, Gradients, key="q", implementations=_BACKENDS, fake=empty_gradients
 )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> Tensor:
-        out, lse = _attention(q, k, v, cu_q, cu_k, sinks, *options)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, cu_q, cu_k)
-        ctx.options = options
-        return out
+def _gradients(saved: tuple[Attention, Tensor, Tensor], needs: Any, backend: str, grad: Tensor, _: None) -> Any:
+    return _backward(AttentionBackward(grad, *saved), backend)._asdict()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, sinks, cu_q, cu_k = ctx.saved_tensors
-        dq, dk, dv, dsinks = _backward(grad, q, k, v, out, lse, cu_q, cu_k, sinks, *ctx.options)
-        return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), None, None, None
+
+_differentiable = differentiable(_attention, lambda a, attended: (a, *attended), _gradients)
 
 
 def check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
@@ -161,10 +160,7 @@ def attention(
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    options = (scale, causal, window or 0, max_seqlen_q or 0, max_seqlen_k or 0, backend)
-    tensors = (q, k, v) if sinks is None else (q, k, v, sinks)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out = _Attention.apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, options)
-    else:
-        out, _ = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, *options)
+    longest = (max_seqlen_q or 0, max_seqlen_k or 0)
+    a = Attention(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, scale, causal, window or 0, *longest)
+    out = _differentiable(a, backend).out
     return out.squeeze(0) if packed else out

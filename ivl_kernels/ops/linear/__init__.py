@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from . import op
 
 __all__ = ["linear"]
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = ""
-) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "") -> Tensor:
     """x weight^T + bias, as `torch.nn.functional.linear`.
 
     Args:

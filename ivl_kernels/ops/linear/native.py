@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ... import _native
+from .op import Gradients, Linear, LinearBackward
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b + bias; a of any strides, b of one stride 1."""
     out = a.new_empty(a.shape[0], b.shape[1])
     if a.shape[1] == 0:
@@ -16,20 +18,18 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
     return out
 
 
-def _row_or_column(tensor: torch.Tensor) -> torch.Tensor:
+def _row_or_column(tensor: Tensor) -> Tensor:
     return tensor if 1 in tensor.stride() else tensor.contiguous()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _product(x, _row_or_column(weight).t(), bias)
+def linear(a: Linear) -> Tensor:
+    return _product(a.x, _row_or_column(a.weight).t(), a.bias)
 
 
-def linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    nothing = x.new_empty(0)
-    return (
-        _product(grad, _row_or_column(weight)) if need_x else nothing,
-        _product(grad.t(), _row_or_column(x)) if need_weight else nothing,
-        grad.sum(0, dtype=torch.float32).to(x.dtype) if need_bias else nothing,
+def linear_backward(b: LinearBackward) -> Gradients:
+    nothing = b.x.new_empty(0)
+    return Gradients(
+        _product(b.grad, _row_or_column(b.weight)) if b.need_x else nothing,
+        _product(b.grad.t(), _row_or_column(b.x)) if b.need_weight else nothing,
+        b.grad.sum(0, dtype=torch.float32).to(b.x.dtype) if b.need_bias else nothing,
     )

@@ -1,11 +1,11 @@
-"""Schemas, fakes, backends, gradients and argument checks of the linear layer."""
+"""Records, fakes, backends, gradients and argument checks of the linear layer."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from ..._checks import (
     FLOATS,
@@ -17,67 +17,66 @@ from ..._checks import (
     check_tensor,
     describe,
 )
-from ..._positional import Implementation, Op
+from ..._dispatch import Implementation
+from ..._library import Op, differentiable
 
 
-def _fake_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty(weight.shape if need_weight else (0,)),
-        x.new_empty(weight.shape[0] if need_bias else 0),
+class Linear(NamedTuple):
+    x: Tensor  # [M, K]
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LinearBackward(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    need_x: bool
+    need_weight: bool
+    need_bias: bool
+
+
+class Gradients(NamedTuple):
+    """Empty where not needed."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def _fake_backward(b: LinearBackward) -> Gradients:
+    return Gradients(
+        b.x.new_empty(b.x.shape if b.need_x else (0,)),
+        b.x.new_empty(b.weight.shape if b.need_weight else (0,)),
+        b.x.new_empty(b.weight.shape[0] if b.need_bias else 0),
     )
 
 
+_BACKENDS = (Implementation("native", KERNEL_DTYPES), Implementation("reference"))
+
 _linear = Op(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
-    package=__package__,
+    "linear",
+    Linear,
+    Tensor,
     key="x",
-    implementations=(
-        Implementation("native", "native:linear", ("cpu",), KERNEL_DTYPES),
-        Implementation("reference", "reference:linear"),
-    ),
-    fake=lambda x, weight, bias, backend: x.new_empty(x.shape[0], weight.shape[0]),
+    implementations=_BACKENDS,
+    fake=lambda a: a.x.new_empty(a.x.shape[0], a.weight.shape[0]),
 )
 
 _linear_backward = Op(
-    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias, str backend)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-    package=__package__,
-    key="x",
-    implementations=(
-        Implementation("native", "native:linear_backward", ("cpu",), KERNEL_DTYPES),
-        Implementation("reference", "reference:linear_backward"),
-    ),
-    fake=_fake_backward,
+    "linear_backward", LinearBackward, Gradients, key="x", implementations=_BACKENDS, fake=_fake_backward
 )
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.backend = backend
-        return _linear(x, weight, bias, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:3]
-        found = _linear_backward(grads[0], *ctx.saved_tensors, *needs, ctx.backend)
-        return *(value if need else None for value, need in zip(found, needs)), None
+def _gradients(saved: tuple[Tensor, Tensor], needs: Any, backend: str, grad: Tensor) -> dict[str, Tensor]:
+    b = LinearBackward(grad, *saved, needs.x, needs.weight, bool(needs.bias))
+    return _linear_backward(b, backend)._asdict()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+_differentiable = differentiable(_linear, lambda a, out: (a.x, a.weight), _gradients)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     check_dtype("x", x, FLOATS)
     check_tensor("weight", weight)
     if x.dim() == 0:
@@ -90,6 +89,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bac
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    out = _Linear.apply(rows, weight, bias, backend)
+    out = _differentiable(Linear(rows, weight, bias), backend)
     # As torch's own: no view, so that what was made without gradients may be written to with them.
     return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from .op import Gradients, Linear, LinearBackward
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    out = _wide(x) @ _wide(weight).t()
-    return (out if bias is None else out + _wide(bias)).to(x.dtype)
+def linear(a: Linear) -> Tensor:
+    out = _wide(a.x) @ _wide(a.weight).t()
+    return (out if a.bias is None else out + _wide(a.bias)).to(a.x.dtype)
 
 
-def linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias; empty where not needed."""
-    grad, nothing = _wide(grad), x.new_empty(0)
-    return (
-        (grad @ _wide(weight)).to(x.dtype) if need_x else nothing,
-        (grad.t() @ _wide(x)).to(x.dtype) if need_weight else nothing,
-        grad.sum(0).to(x.dtype) if need_bias else nothing,
+def linear_backward(b: LinearBackward) -> Gradients:
+    grad, nothing, dtype = _wide(b.grad), b.x.new_empty(0), b.x.dtype
+    return Gradients(
+        (grad @ _wide(b.weight)).to(dtype) if b.need_x else nothing,
+        (grad.t() @ _wide(b.x)).to(dtype) if b.need_weight else nothing,
+        grad.sum(0).to(dtype) if b.need_bias else nothing,
     )

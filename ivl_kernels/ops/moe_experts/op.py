@@ -183,8 +183,12 @@ def _list_gradients(
     return found | lists
 
 
-_differentiable = differentiable(_experts, lambda a, output: (a, output.pre), _gradients, keep=True)
-_differentiable_list = differentiable(_list, lambda a, output: (a, output.pre), _list_gradients, keep=True)
+def _save(a: Experts | ExpertsList, output: Output) -> tuple[Experts | ExpertsList, Tensor]:
+    return a, output.pre
+
+
+_differentiable = differentiable(_experts, _save, _gradients, prepare=lambda a: a._replace(keep=True))
+_differentiable_list = differentiable(_list, _save, _list_gradients, prepare=lambda a: a._replace(keep=True))
 
 
 def _check_tokens(hidden: Tensor, ids: Tensor, weights: Tensor) -> None:

@@ -53,7 +53,7 @@ def rms_norm(
         >>> rms_norm(x, torch.ones(2), residual=torch.zeros(1, 2))
         (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
     """
-    return op.norm(x, weight, None, eps, residual, layer_scale, False, rounding, backend)
+    return op.norm(op.Norm(x, residual, layer_scale, weight, None, eps, False, op.rounds(rounding)), backend)
 
 
 def layer_norm(
@@ -90,4 +90,4 @@ def layer_norm(
     `rms_norm`. The variance is the mean of the squared differences from the mean, so rows far from zero lose nothing.
     Source: `torch.nn.functional.layer_norm` and `InternVLVisionLayer` of transformers.
     """
-    return op.norm(x, weight, bias, eps, residual, layer_scale, True, "after_weight", backend)
+    return op.norm(op.Norm(x, residual, layer_scale, weight, bias, eps, True, False), backend)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .op import Gradients, Norm, NormBackward, Normed
+
 
 def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -19,58 +21,37 @@ def _normalised(s: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
     return s * rstd, rstd
 
 
-def norm(
-    x: Tensor,
-    residual: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    center: bool,
-    round: bool,
-) -> tuple[Tensor, Tensor]:
-    """`round`: the normalised rows are rounded to the dtype of x before the weight."""
-    total = x.new_empty(0)
-    s = x
-    if residual is not None:
-        s = total = (residual + (x if layer_scale is None else layer_scale * x)).contiguous()
-    y, _ = _normalised(s, eps, center)
-    if round:
-        y = y.to(x.dtype).to(y.dtype)
-    y = y * weight.to(y.dtype)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    return y.to(x.dtype).contiguous(), total
+def norm(a: Norm) -> Normed:
+    total = a.x.new_empty(0)
+    s = a.x
+    if a.residual is not None:
+        s = total = (a.residual + (a.x if a.layer_scale is None else a.layer_scale * a.x)).contiguous()
+    y, _ = _normalised(s, a.eps, a.center)
+    if a.round:
+        y = y.to(a.x.dtype).to(y.dtype)
+    y = y * a.weight.to(y.dtype)
+    if a.bias is not None:
+        y = y + a.bias.to(y.dtype)
+    return Normed(y.to(a.x.dtype).contiguous(), total)
 
 
-def norm_backward(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    x: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    bias: bool,
-    eps: float,
-    center: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sum, of x (empty without layer scale), of layer scale (empty without x), weight and bias."""
-    wide, width = _arithmetic(total), total.shape[-1]
-    normalised, rstd = _normalised(total, eps, center)
-    g = grad.to(wide)
-    w = g * weight.to(wide)
+def norm_backward(b: NormBackward) -> Gradients:
+    dtype, width, wide = b.total.dtype, b.total.shape[-1], _arithmetic(b.total)
+    normalised, rstd = _normalised(b.total, b.eps, b.center)
+    g = b.grad.to(wide)
+    w = g * b.weight.to(wide)
     ds = w - normalised * (w * normalised).mean(-1, keepdim=True)
-    if center:
+    if b.center:
         ds = ds - w.mean(-1, keepdim=True)
     ds = ds * rstd
-    if grad_total is not None:
-        ds = ds + grad_total.to(wide)
-    dx = total.new_empty(0)
-    if layer_scale is not None:
-        dx = (ds * layer_scale.to(wide)).to(total.dtype)
+    if b.grad_total is not None:
+        ds = ds + b.grad_total.to(wide)
+    dx = b.total.new_empty(0)
+    if b.layer_scale is not None:
+        dx = (ds * b.layer_scale.to(wide)).to(dtype)
 
     def over_rows(terms: Tensor | None) -> Tensor:
-        return total.new_empty(0, dtype=wide) if terms is None else terms.reshape(-1, width).sum(0)
+        return ds.new_empty(0) if terms is None else terms.reshape(-1, width).sum(0)
 
-    dscale = over_rows(None if x is None else ds * x.to(wide))
-    return ds.to(total.dtype), dx, dscale, over_rows(g * normalised), over_rows(g if bias else None)
+    dscale = over_rows(None if b.x is None else ds * b.x.to(wide))
+    return Gradients(ds.to(dtype), dx, dscale, over_rows(g * normalised), over_rows(g if b.bias else None))

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .op import Gradients, Norm, NormBackward, Normed, empty_normed
+
 
 @triton.jit
 def _through(x, dtype: tl.constexpr):
@@ -138,8 +140,10 @@ def backward_config(rows: int, width: int) -> dict[str, int]:
     return dict(BLOCK=block, ROWS=rows, KEEP=block <= 4096, num_warps=_warps(block // 8), num_stages=1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor | None) -> Any:
     """[R, C] with adjacent columns; a copy only where the strides leave no other way."""
+    if x is None:
+        return None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -148,46 +152,35 @@ def _row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def norm(
-    x: Tensor, residual: Tensor | None, layer_scale: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    center: bool, round: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
-    x = _rows(x)
-    residual = None if residual is None else _rows(residual)
-    vectors = [None if v is None else v.contiguous() for v in (layer_scale, weight, bias)]
+def norm(a: Norm) -> Normed:
+    result = empty_normed(a)
+    x, residual = _rows(a.x), _rows(a.residual)
+    vectors = [None if v is None else v.contiguous() for v in (a.layer_scale, a.weight, a.bias)]
     rows, width = x.shape
     if rows:
         options = config(rows, width)
         norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-            x, residual, *vectors, y, total, rows, x.stride(0), _row_stride(residual), eps, WIDTH=width,
-            CENTER=center, ROUND=round, **options, enable_fp_fusion=False,
+            x, residual, *vectors, *result, rows, x.stride(0), _row_stride(residual), a.eps, WIDTH=width,
+            CENTER=a.center, ROUND=a.round, **options, enable_fp_fusion=False,
         )  # fmt: skip
-    return y, total
+    return result
 
 
-def norm_backward(
-    grad: Tensor, grad_total: Tensor | None, total: Tensor, x: Tensor | None, layer_scale: Tensor | None,
-    weight: Tensor, bias: bool, eps: float, center: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like: dict[str, Any] = dict(dtype=total.dtype, device=total.device)
-    ds = torch.empty(total.shape, **like)
-    dx = torch.empty(total.shape if layer_scale is not None else 0, **like)
-    total, grad = _rows(total), _rows(grad)
-    grad_total = None if grad_total is None else _rows(grad_total)
-    x = None if x is None else _rows(x)
-    layer_scale = None if layer_scale is None else layer_scale.contiguous()
+def norm_backward(b: NormBackward) -> Gradients:
+    ds = b.total.new_empty(b.total.shape)
+    dx = b.total.new_empty(0 if b.layer_scale is None else b.total.shape)
+    grad, grad_total, total, x = (_rows(t) for t in (b.grad, b.grad_total, b.total, b.x))
+    layer_scale = None if b.layer_scale is None else b.layer_scale.contiguous()
     rows, width = total.shape
     options = backward_config(rows, width)
     programs = triton.cdiv(rows, options["ROWS"])
-    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
+    partial = total.new_empty(programs, 3, width, dtype=torch.float32)
     if rows:
         norm_backward_kernel[(programs,)](
-            grad, grad_total, total, x, layer_scale, weight.contiguous(), ds, dx, partial, rows, grad.stride(0),
-            _row_stride(grad_total), total.stride(0), _row_stride(x), eps, WIDTH=width, CENTER=center, BIAS=bias,
-            **options, enable_fp_fusion=False,
+            grad, grad_total, total, x, layer_scale, b.weight.contiguous(), ds, dx, partial, rows, grad.stride(0),
+            _row_stride(grad_total), total.stride(0), _row_stride(x), b.eps, WIDTH=width, CENTER=b.center,
+            BIAS=b.bias, **options, enable_fp_fusion=False,
         )  # fmt: skip
-    wanted = (True, bias, x is not None)
+    wanted = (True, b.bias, x is not None)
     dweight, dbias, dscale = (partial[:, k].sum(0) if wanted[k] else partial.new_empty(0) for k in range(3))
-    return ds, dx, dscale, dweight, dbias
+    return Gradients(ds, dx, dscale, dweight, dbias)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _env, _native
+from .op import Projected, Projector, ProjectorBackward, ProjectorInto, empty_pre, inputs_of
 
 CHUNK_BYTES = 8 << 20  # of shuffled, normalised rows
 
@@ -42,8 +43,19 @@ def _chunk(rows: int, columns: int, itemsize: int) -> int:
     return -(-rows // -(-rows // most)) if rows else 1
 
 
-def _norm(x, norm_weight, norm_bias, geometry, tiles, first, out) -> None:
-    _native.op("shuffle_norm")(x, norm_weight, norm_bias, *geometry, tiles, first, out)
+def _contiguous(a: Projector) -> Projector:
+    return a._replace(
+        x=_rows_last(a.x),
+        norm_weight=a.norm_weight.contiguous(),
+        norm_bias=a.norm_bias.contiguous(),
+        weights=[_rows_last(w) for w in a.weights],
+        biases=[b.contiguous() for b in a.biases],
+        tiles=None if a.tiles is None else a.tiles.contiguous(),
+    )
+
+
+def _norm(a: Projector, first: int, out: Tensor) -> None:
+    _native.op("shuffle_norm")(a.x, a.norm_weight, a.norm_bias, *a.geometry, a.tiles, first, out)
 
 
 def _gelu(pre: Tensor, out: Tensor) -> None:
@@ -51,44 +63,35 @@ def _gelu(pre: Tensor, out: Tensor) -> None:
     _native.op("gelu_backward")(pre, out, nothing, nothing)
 
 
-def _project(out, starts, x, norm_weight, norm_bias, weights, biases, geometry, tiles, save) -> Tensor:
+def _project(out: Tensor, starts: Tensor | None, a: Projector) -> Tensor:
     """The rows of the result into `out` [rows, H]: tile k from row starts[k], or one after the other (None)."""
-    merge, height, width = geometry[:3]
-    cells = height * width // merge**2
-    rows = cells * (x if tiles is None else tiles).shape[0]
-    hidden = [w.shape[0] for w in weights[:-1]]
-    pre = x.new_empty(rows, sum(hidden)) if save and hidden else x.new_empty(0, 0)
+    pre, rows = empty_pre(a), a.selected * a.cells
     if rows == 0:
         return pre
-    x, weights = _rows_last(x), [_rows_last(w) for w in weights]
-    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    biases = [b.contiguous() for b in biases]
-    indices = torch.empty(0, dtype=torch.int64)
-    tiles = indices if tiles is None else tiles.contiguous()
+    a = _contiguous(a)
     target = out if out.stride(1) == 1 else out.contiguous()
-    if not _use_library(x.dtype):
+    if not _use_library(a.x.dtype):
         _native.op("pixel_shuffle_mlp")(
-            x, norm_weight, norm_bias, weights, biases, *geometry, tiles, rows, target,
-            indices if starts is None else starts.contiguous(), pre,
-        )  # fmt: skip
+            *a[:5], *a.geometry, a.tiles, rows, target, None if starts is None else starts.contiguous(), pre
+        )
     else:
         places = None if starts is None else starts.tolist()
-        size = _chunk(rows, norm_weight.shape[0], x.element_size())
+        size = _chunk(rows, a.features, a.x.element_size())
         for first in range(0, rows, size):
             count = min(size, rows - first)
-            values = x.new_empty(count, norm_weight.shape[0])
-            _norm(x, norm_weight, norm_bias, geometry, tiles, first, values)
+            values = a.x.new_empty(count, a.features)
+            _norm(a, first, values)
             column = 0
-            for weight, bias in zip(weights[:-1], biases[:-1]):
+            for weight, bias in zip(a.weights[:-1], a.biases[:-1]):
                 end = column + weight.shape[0]
-                z = pre[first : first + count, column:end] if save else x.new_empty(count, weight.shape[0])
+                z = pre[first : first + count, column:end] if a.keep else a.x.new_empty(count, weight.shape[0])
                 torch.addmm(bias, values, weight.t(), out=z)
-                values = torch.empty_like(z, memory_format=torch.contiguous_format) if save else z
+                values = torch.empty_like(z, memory_format=torch.contiguous_format) if a.keep else z
                 _gelu(z, values)
                 column = end
-            for begin, end, row in _pieces(first, first + count, cells, places):
+            for begin, end, row in _pieces(first, first + count, a.cells, places):
                 piece = values[begin - first : end - first]
-                torch.addmm(biases[-1], piece, weights[-1].t(), out=target[row : row + end - begin])
+                torch.addmm(a.biases[-1], piece, a.weights[-1].t(), out=target[row : row + end - begin])
     if target is not out:
         out.copy_(target)
     return pre
@@ -105,18 +108,14 @@ def _pieces(first: int, last: int, cells: int, places: list[int] | None):
         first = end
 
 
-def forward(x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles, save):
-    count, cells = (x if tiles is None else tiles).shape[0], height * width // merge**2
-    out = x.new_empty(count * cells, weights[-1].shape[0])
-    geometry = (merge, height, width, skip, transposed, eps)
-    pre = _project(out, None, x, norm_weight, norm_bias, weights, biases, geometry, tiles, save)
-    return out.view(count, cells, out.shape[1]), pre
+def pixel_shuffle_mlp(a: Projector) -> Projected:
+    out = a.x.new_empty(a.selected * a.cells, a.weights[-1].shape[0])
+    pre = _project(out, None, a)
+    return Projected(out.view(a.selected, a.cells, out.shape[1]), pre)
 
 
-def forward_into(out, x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles,
-                 starts, save):  # fmt: skip
-    geometry = (merge, height, width, skip, transposed, eps)
-    return _project(out, starts, x, norm_weight, norm_bias, weights, biases, geometry, tiles, save)
+def pixel_shuffle_mlp_into_(a: ProjectorInto) -> Tensor:
+    return _project(a.out, a.starts, a.forward)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
@@ -132,17 +131,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool =
     return out
 
 
-def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, height, width, skip, transposed, eps, tiles,
-             needs):  # fmt: skip
-    geometry = (merge, height, width, skip, transposed, eps)
-    rows, features, layers = grad.shape.numel() // grad.shape[-1], norm_weight.shape[0], len(weights)
+def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
+    a, weights, pre, needs = _contiguous(b.forward), b.forward.weights, b.pre, b.needs
+    x, rows, features, layers = a.x, a.selected * a.cells, a.features, len(a.weights)
     sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     found = [x.new_empty(0) for _ in needs]
-    shapes = [x.shape, norm_weight.shape, norm_bias.shape, *(w.shape for w in weights), *(b.shape for b in biases)]
     if rows == 0:
-        return [x.new_zeros(shape if need else 0) for shape, need in zip(shapes, needs)]
+        return [t.new_zeros(t.shape if need else 0) for t, need in zip(inputs_of(a), needs)]
     nothing, sums_nothing = x.new_empty(0), torch.empty(0, dtype=sums_dtype)
-    dz = grad.reshape(rows, -1).contiguous()
+    dz = b.grad.reshape(rows, -1).contiguous()
     if needs[-1]:
         found[-1] = dz.sum(0)
     column = pre.shape[1]
@@ -162,8 +159,6 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
         dz = da
         if not before:
             return found
-    x, norm_weight, norm_bias = _rows_last(x), norm_weight.contiguous(), norm_bias.contiguous()
-    chosen = torch.empty(0, dtype=torch.int64) if tiles is None else tiles.contiguous()
     size = _chunk(rows, features, x.element_size())
     if needs[3]:
         # Weight gradients of 16-bit floats are not summed chunk by chunk: each sum would be rounded.
@@ -171,19 +166,18 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
         weight_grad = torch.empty_like(weights[0], memory_format=torch.contiguous_format)
         for first in range(0, rows, step):
             values = x.new_empty(min(step, rows - first), features)
-            _norm(x, norm_weight, norm_bias, geometry, chosen, first, values)
+            _norm(a, first, values)
             _product(dz[first : first + step].t(), values, weight_grad, accumulate=first > 0)
         found[3] = weight_grad
     if any(needs[:3]):
-        count = x.shape[0] if tiles is None else tiles.shape[0]
-        dx = x.new_empty(count, *x.shape[1:]) if needs[0] else nothing
+        dx = x.new_empty(a.selected, *x.shape[1:]) if needs[0] else nothing
         sums = torch.zeros(2, features, dtype=sums_dtype) if needs[1] or needs[2] else sums_nothing
         for first in range(0, rows, size):
             da = _product(dz[first : first + size], weights[0])
-            _native.op("shuffle_norm_backward")(x, norm_weight, *geometry, chosen, first, da, dx, sums)
+            _native.op("shuffle_norm_backward")(x, a.norm_weight, *a.geometry, a.tiles, first, da, dx, sums)
         if needs[0]:
-            dx[:, :skip] = 0
-            found[0] = dx if tiles is None else torch.zeros_like(x).index_add_(0, tiles, dx)
+            dx[:, : a.skip] = 0
+            found[0] = dx if a.tiles is None else torch.zeros_like(x).index_add_(0, a.tiles, dx)
         for i in (1, 2):
             if needs[i]:
                 found[i] = sums[i - 1].to(x.dtype, copy=True)

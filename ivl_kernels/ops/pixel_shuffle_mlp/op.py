@@ -1,117 +1,145 @@
-"""Schemas, fakes, backends, gradients and argument checks of the projector."""
+"""Records, fakes, backends, gradients and argument checks of the projector."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
-from ..._positional import Implementation, Op
-
-_PARAMETERS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] weights, Tensor[] biases"
-_GEOMETRY = "int merge, int height, int width, int skip, bool transposed, float eps, Tensor? tiles"
+from ..._dispatch import Implementation
+from ..._library import Op, differentiable
 
 
-def _implementations(function: str) -> tuple[Implementation, ...]:
-    return (
-        Implementation("native", f"native:{function}", ("cpu",), FLOAT_NAMES),
-        Implementation("triton", f"triton:{function}", ("cuda", "hip"), KERNEL_DTYPES),
-        Implementation("reference", f"reference:{function}"),
-    )
+class Projector(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    merge: int
+    height: int
+    width: int
+    skip: int
+    transposed: bool
+    eps: float
+    tiles: Tensor | None
+    keep: bool = False
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """merge, height, width, skip, transposed and eps."""
+        return self[5:11]
+
+    @property
+    def selected(self) -> int:
+        """How many tiles."""
+        return (self.x if self.tiles is None else self.tiles).shape[0]
+
+    @property
+    def cells(self) -> int:
+        """Rows a tile."""
+        return self.height * self.width // self.merge**2
+
+    @property
+    def features(self) -> int:
+        """Columns of a shuffled row."""
+        return self.norm_weight.shape[0]
 
 
-def _kept(x: Tensor, rows: int, weights: Sequence[Tensor], save: bool) -> Tensor:
-    if not save or len(weights) < 2:
-        return x.new_empty(0, 0)
-    return x.new_empty(rows, sum(w.shape[0] for w in weights[:-1]))
+class Projected(NamedTuple):
+    out: Tensor
+    pre: Tensor  # the inputs of the GELUs side by side [rows, sum of widths] when `keep`, or [0, 0]
 
 
-def _fake_forward(x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles, save,
-                  backend):  # fmt: skip
-    count, cells = (x if tiles is None else tiles).shape[0], height * width // merge**2
-    return x.new_empty(count, cells, weights[-1].shape[0]), _kept(x, count * cells, weights, save)
+class ProjectorInto(NamedTuple):
+    out: Tensor
+    starts: Tensor  # tile k goes to the rows of `out` from starts[k] on
+    forward: Projector
 
 
-def _fake_into(out, x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles,
-               starts, save, backend):  # fmt: skip
-    return _kept(x, starts.shape[0] * (height * width // merge**2), weights, save)
+class ProjectorBackward(NamedTuple):
+    grad: Tensor
+    forward: Projector
+    pre: Tensor
+    needs: list[bool]  # x, norm_weight, norm_bias, the weights, the biases: as the results, which are empty where not
 
 
-def _fake_backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, height, width, skip, transposed, eps,
-                   tiles, needs, backend):  # fmt: skip
-    inputs = [x, norm_weight, norm_bias, *weights, *biases]
-    return [x.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs)]
+def empty_pre(a: Projector) -> Tensor:
+    if not a.keep or len(a.weights) < 2:
+        return a.x.new_empty(0, 0)
+    return a.x.new_empty(a.selected * a.cells, sum(w.shape[0] for w in a.weights[:-1]))
 
 
-_forward = Op(
-    f"pixel_shuffle_mlp({_PARAMETERS}, {_GEOMETRY}, bool save, str backend) -> (Tensor, Tensor)",
-    package=__package__,
-    key="x",
-    implementations=_implementations("forward"),
-    fake=_fake_forward,
+def inputs_of(a: Projector) -> list[Tensor]:
+    """The tensors that may need gradients, in their order."""
+    return [a.x, a.norm_weight, a.norm_bias, *a.weights, *a.biases]
+
+
+def _fake_forward(a: Projector) -> Projected:
+    return Projected(a.x.new_empty(a.selected, a.cells, a.weights[-1].shape[0]), empty_pre(a))
+
+
+def _fake_backward(b: ProjectorBackward) -> list[Tensor]:
+    return [t.new_empty(t.shape if need else 0) for t, need in zip(inputs_of(b.forward), b.needs)]
+
+
+_BACKENDS = (
+    Implementation("native", FLOAT_NAMES),
+    Implementation("triton", KERNEL_DTYPES),
+    Implementation("reference"),
 )
 
+_forward = Op("pixel_shuffle_mlp", Projector, Projected, key="x", implementations=_BACKENDS, fake=_fake_forward)
+
 _forward_into = Op(
-    f"pixel_shuffle_mlp_into_(Tensor(a!) out, {_PARAMETERS}, {_GEOMETRY}, Tensor starts, bool save, str backend) "
-    "-> Tensor",
-    package=__package__,
+    "pixel_shuffle_mlp_into_",
+    ProjectorInto,
+    Tensor,
     key="x",
-    implementations=_implementations("forward_into"),
-    fake=_fake_into,
+    implementations=_BACKENDS,
+    fake=lambda a: empty_pre(a.forward),
+    written=("out",),
 )
 
 _backward = Op(
-    f"pixel_shuffle_mlp_backward(Tensor grad, {_PARAMETERS}, Tensor pre, {_GEOMETRY}, bool[] needs, str backend) "
-    "-> Tensor[]",
-    package=__package__,
+    "pixel_shuffle_mlp_backward",
+    ProjectorBackward,
+    list[Tensor],
     key="x",
-    implementations=_implementations("backward"),
+    implementations=_BACKENDS,
     fake=_fake_backward,
 )
 
 
-class _PixelShuffleMlp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, geometry: tuple, backend: str, tiles: Tensor | None, out: Tensor | None, starts: Tensor | None,
-        x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *linears: Tensor,
-    ) -> Tensor:  # fmt: skip
-        count = len(linears) // 2
-        weights, biases = list(linears[:count]), list(linears[count:])
-        if out is None:
-            result, pre = _forward(x, norm_weight, norm_bias, weights, biases, *geometry, tiles, True, backend)
-        else:
-            ctx.mark_dirty(out)
-            args = (out, x, norm_weight, norm_bias, weights, biases, *geometry, tiles, starts, True, backend)
-            result, pre = out, _forward_into(*args)
-        ctx.save_for_backward(tiles, starts, pre, x, norm_weight, norm_bias, *linears)
-        ctx.geometry, ctx.backend = geometry, backend
-        return result
+def _gradients(saved: tuple[Projector, Tensor], needs: Any, backend: str, grad: Tensor, _: None) -> dict[str, Any]:
+    wanted = [needs.x, needs.norm_weight, needs.norm_bias, *needs.weights, *needs.biases]
+    if not any(wanted):
+        return {}
+    found, layers = _backward(ProjectorBackward(grad, *saved, wanted), backend), len(needs.weights)
+    named = dict(zip(("x", "norm_weight", "norm_bias"), found))
+    return {**named, "weights": found[3 : 3 + layers], "biases": found[3 + layers :]}
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        tiles, starts, pre, x, norm_weight, norm_bias, *linears = ctx.saved_tensors
-        count = len(linears) // 2
-        grad_out = None
-        if starts is not None:
-            merge, height, width = ctx.geometry[:3]
-            cells = torch.arange(height * width // merge**2, device=grad.device)
-            rows = (starts[:, None] + cells).flatten()
-            if ctx.needs_input_grad[3]:
-                grad_out = grad.index_fill(0, rows, 0)
-            grad = grad.index_select(0, rows)
-        needs = list(ctx.needs_input_grad[5:])
-        found: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
-            args = (norm_weight, norm_bias, linears[:count], linears[count:], pre)
-            found = _backward(grad, x, *args, *ctx.geometry, tiles, needs, ctx.backend)
-        return None, None, None, grad_out, None, *(g if need else None for g, need in zip(found, needs))
+
+def _into_gradients(saved: tuple[Any, ...], needs: Any, backend: str, grad: Tensor, _: None) -> dict[str, Any]:
+    starts, *rest = saved
+    rows = (starts[:, None] + torch.arange(rest[0].cells, device=grad.device)).flatten()
+    out = grad.index_fill(0, rows, 0) if needs.out else None
+    return {**_gradients((rest[0], rest[1]), needs.forward, backend, grad.index_select(0, rows), None), "out": out}
+
+
+_differentiable = differentiable(
+    _forward, lambda a, projected: (a, projected.pre), _gradients, prepare=lambda a: a._replace(keep=True)
+)
+_differentiable_into = differentiable(
+    _forward_into,
+    lambda a, pre: (a.starts, a.forward, pre),
+    _into_gradients,
+    prepare=lambda a: a._replace(forward=a.forward._replace(keep=True)),
+)
 
 
 def _check_indices(name: str, indices: Tensor, limit: int, what: str) -> None:
@@ -176,12 +204,10 @@ def pixel_shuffle_mlp(
         check_dtype("out_rows", out_rows, (torch.int64,))
         check_same("out_rows", out_rows, "x", x, dtype=False)
         _check_indices("out_rows", out_rows, out.shape[0] - cells + 1, f"{cells} rows a tile in out")
-    geometry = (merge, height, width, skip, order == "v1", eps)
-    parameters = (x, norm_weight, norm_bias, *weights, *biases)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, *(() if out is None else (out,)))):
-        return _PixelShuffleMlp.apply(geometry, backend, tile_indices, out, out_rows, *parameters)
-    if out is None:
-        return _forward(x, norm_weight, norm_bias, weights, biases, *geometry, tile_indices, False, backend)[0]
-    args = (x, norm_weight, norm_bias, weights, biases, *geometry, tile_indices, out_rows, False, backend)
-    _forward_into(out, *args)
+    a = Projector(
+        x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, order == "v1", eps, tile_indices
+    )
+    if out is None or out_rows is None:
+        return _differentiable(a, backend).out
+    _differentiable_into(ProjectorInto(out, out_rows, a), backend)
     return out

@@ -11,6 +11,8 @@ vendor's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
 from .._tf32 import rounded_to_tf32
+from .op import Projected, Projector, ProjectorBackward, ProjectorInto, empty_pre, inputs_of
 
 
 @triton.jit
@@ -370,81 +373,82 @@ def flags(itemsize: int, target: int) -> dict:
     return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
 
 
-def _geometry(x: Tensor, merge: int, height: int, width: int, skip: int, transposed: bool, tiles: Tensor | None):
-    return dict(C=x.shape[2], MERGE=merge, HEIGHT=height, WIDTH=width, SKIP=skip, TRANSPOSED=transposed,
-                CHOSEN=tiles is not None)  # fmt: skip
+def _geometry(a: Projector) -> dict[str, Any]:
+    return dict(C=a.x.shape[2], MERGE=a.merge, HEIGHT=a.height, WIDTH=a.width, SKIP=a.skip, TRANSPOSED=a.transposed,
+                CHOSEN=a.tiles is not None)  # fmt: skip
 
 
-def _rows_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, rows, count, eps, geometry) -> None:
-    config = row_config(count, norm_weight.shape[0], x.shape[2], x.element_size(), capability(x), 1)
-    shuffle_norm_kernel[(triton.cdiv(count, config["R"]),)](
-        x, tiles, norm_weight, norm_bias, stats, rows, count, x.stride(0), x.stride(1), eps, **geometry, **config
+def _contiguous(a: Projector) -> Projector:
+    return a._replace(
+        x=a.x if a.x.stride(-1) == 1 else a.x.contiguous(),
+        norm_weight=a.norm_weight.contiguous(),
+        norm_bias=a.norm_bias.contiguous(),
+        weights=[w.contiguous() for w in a.weights],
+        biases=[b.contiguous() for b in a.biases],
+        tiles=None if a.tiles is None else a.tiles.contiguous(),
     )
 
 
-def _linear(a, tiles, stats, norm, w, bias, out, starts, pre, rows, geometry, gelu, config, target) -> None:
-    x_strides = (a.stride(0), a.stride(1)) if stats is not None else (0, 0)
-    N, K = w.shape
-    linear_kernel[(triton.cdiv(rows, config["BM"]) * triton.cdiv(N, config["BN"]),)](
-        a, tiles, stats, *norm, w, bias, out, starts, pre, rows, *x_strides, out.stride(0),
-        0 if pre is None else pre.stride(0), **geometry, K=K, N=N, IMPLICIT=stats is not None, GELU=gelu, **config,
-        **flags(w.element_size(), target),
+def _shuffle_norm(a: Projector, stats: Tensor | None, values: Tensor | None, count: int) -> None:
+    config = row_config(count, a.features, a.x.shape[2], a.x.element_size(), capability(a.x), 1)
+    shuffle_norm_kernel[(triton.cdiv(count, config["R"]),)](
+        a.x, a.tiles, a.norm_weight, a.norm_bias, stats, values, count, a.x.stride(0), a.x.stride(1), a.eps,
+        **_geometry(a), **config,
     )  # fmt: skip
 
 
-def _project(out, starts, x, norm_weight, norm_bias, weights, biases, geometry, eps, tiles, save) -> Tensor:
+def _linear(
+    a: Projector, layer: int, values: Tensor, stats: Tensor | None, out: Tensor, starts: Tensor | None,
+    pre: Tensor | None, gelu: bool, config: dict[str, Any],
+) -> None:  # fmt: skip
+    """Layer of the projector; with `stats` of a.x normalised as it is read, else of `values`."""
+    rows, w, target = a.selected * a.cells, a.weights[layer], capability(a.x)
+    source, x_strides = (a.x, (a.x.stride(0), a.x.stride(1))) if stats is not None else (values, (0, 0))
+    N, K = w.shape
+    linear_kernel[(triton.cdiv(rows, config["BM"]) * triton.cdiv(N, config["BN"]),)](
+        source, a.tiles, stats, a.norm_weight, a.norm_bias, w, a.biases[layer], out, starts, pre, rows, *x_strides,
+        out.stride(0), 0 if pre is None else pre.stride(0), **_geometry(a), K=K, N=N, IMPLICIT=stats is not None,
+        GELU=gelu, **config, **flags(w.element_size(), target),
+    )  # fmt: skip
+
+
+def _project(out: Tensor, starts: Tensor | None, a: Projector) -> Tensor:
     """The rows of the result into `out`: tile k from row starts[k], or one after the other (None)."""
-    cells = (geometry["HEIGHT"] // geometry["MERGE"]) * (geometry["WIDTH"] // geometry["MERGE"])
-    rows = cells * (x if tiles is None else tiles).shape[0]
-    hidden = [w.shape[0] for w in weights[:-1]]
-    pre = x.new_empty(rows, sum(hidden)) if save and hidden else x.new_empty(0, 0)
+    pre, rows = empty_pre(a), a.selected * a.cells
     if rows == 0:
         return pre
-    target, size = capability(x), x.element_size()
+    a = _contiguous(a)
+    x, target, size = a.x, capability(a.x), a.x.element_size()
     result = out if out.stride(1) == 1 else out.contiguous()
-    x = _rows_last(x)
-    norm = norm_weight.contiguous(), norm_bias.contiguous()
-    weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
-    configs = [gemm_config(rows, w.shape[0], w.shape[1], size, target) for w in weights]
-    gather = len(weights) > 1 and implicit(weights[0].shape[0], configs[0], size)
+    configs = [gemm_config(rows, w.shape[0], w.shape[1], size, target) for w in a.weights]
+    gather = len(a.weights) > 1 and implicit(a.weights[0].shape[0], configs[0], size)
     stats = x.new_empty(rows, 2, dtype=torch.float32) if gather else None
-    values = None if gather else x.new_empty(rows, norm_weight.shape[0])
-    _shuffle_norm(x, tiles, *norm, stats, values, rows, eps, geometry)
+    values = x.new_empty(0 if gather else rows, a.features)
+    _shuffle_norm(a, stats, None if gather else values, rows)
     column = 0
-    for i, (w, bias) in enumerate(zip(weights[:-1], biases[:-1])):
-        a, first = (x, stats) if i == 0 and gather else (values, None)
-        values = x.new_empty(rows, w.shape[0])
-        kept = pre[:, column : column + w.shape[0]] if save else None
+    for i, w in enumerate(a.weights[:-1]):
+        hidden = x.new_empty(rows, w.shape[0])
+        kept = pre[:, column : column + w.shape[0]] if a.keep else None
         column += w.shape[0]
-        _linear(a, tiles, first, norm, w, bias, values, None, kept, rows, geometry, True, configs[i], target)
+        _linear(a, i, values, stats if i == 0 else None, hidden, None, kept, True, configs[i])
+        values = hidden
     if starts is None:
-        torch.addmm(biases[-1], values, weights[-1].t(), out=result)
+        torch.addmm(a.biases[-1], values, a.weights[-1].t(), out=result)
     else:
-        _linear(values, tiles, None, norm, weights[-1], biases[-1], result, starts.contiguous(), None, rows, geometry,
-                False, configs[-1], target)  # fmt: skip
+        _linear(a, len(a.weights) - 1, values, None, result, starts.contiguous(), None, False, configs[-1])
     if result is not out:
         out.copy_(result)
     return pre
 
 
-def forward(x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles, save):
-    count, cells = (x if tiles is None else tiles).shape[0], height * width // merge**2
-    out = x.new_empty(count * cells, weights[-1].shape[0])
-    tiles = None if tiles is None else tiles.contiguous()
-    geometry = _geometry(x, merge, height, width, skip, transposed, tiles)
-    pre = _project(out, None, x, norm_weight, norm_bias, weights, biases, geometry, eps, tiles, save)
-    return out.view(count, cells, out.shape[1]), pre
+def pixel_shuffle_mlp(a: Projector) -> Projected:
+    out = a.x.new_empty(a.selected * a.cells, a.weights[-1].shape[0])
+    pre = _project(out, None, a)
+    return Projected(out.view(a.selected, a.cells, out.shape[1]), pre)
 
 
-def forward_into(out, x, norm_weight, norm_bias, weights, biases, merge, height, width, skip, transposed, eps, tiles,
-                 starts, save):  # fmt: skip
-    tiles = None if tiles is None else tiles.contiguous()
-    geometry = _geometry(x, merge, height, width, skip, transposed, tiles)
-    return _project(out, starts, x, norm_weight, norm_bias, weights, biases, geometry, eps, tiles, save)
+def pixel_shuffle_mlp_into_(a: ProjectorInto) -> Tensor:
+    return _project(a.out, a.starts, a.forward)
 
 
 def _gelu_backward(z: Tensor, da: Tensor | None, activated: Tensor | None, sums: bool) -> Tensor | None:
@@ -459,14 +463,15 @@ def _gelu_backward(z: Tensor, da: Tensor | None, activated: Tensor | None, sums:
     return None if partial is None else partial.sum(0)
 
 
-def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, height, width, skip, transposed, eps, tiles,
-             needs):  # fmt: skip
-    inputs, layers = [x, norm_weight, norm_bias, *weights, *biases], len(weights)
-    rows, features = grad.shape.numel() // grad.shape[-1], norm_weight.shape[0]
+def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
+    pre, needs, layers = b.pre, b.needs, len(b.forward.weights)
+    rows, features = b.forward.selected * b.forward.cells, b.forward.features
     if rows == 0:
-        return [x.new_zeros(t.shape if need else 0) for t, need in zip(inputs, needs)]
+        return [t.new_zeros(t.shape if need else 0) for t, need in zip(inputs_of(b.forward), needs)]
+    a, weights = _contiguous(b.forward), b.forward.weights
+    x = a.x
     found = [x.new_empty(0) for _ in needs]
-    dz = grad.reshape(rows, grad.shape[-1]).contiguous()
+    dz = b.grad.reshape(rows, b.grad.shape[-1]).contiguous()
     if needs[-1]:
         found[-1] = dz.sum(0)
     column = pre.shape[1]
@@ -485,13 +490,10 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
         if da is None:
             return found
         dz = da
-    x, tiles = _rows_last(x), None if tiles is None else tiles.contiguous()
-    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    geometry = _geometry(x, merge, height, width, skip, transposed, tiles)
-    strides = x.stride(0), x.stride(1)
+    geometry, strides = _geometry(a), (x.stride(0), x.stride(1))
     stats = x.new_empty(rows, 2, dtype=torch.float32)
     values = x.new_empty(rows, features) if needs[3] else None
-    _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, values, rows, eps, geometry)
+    _shuffle_norm(a, stats, values, rows)
     if values is not None:
         found[3] = dz.t() @ values
         del values
@@ -499,20 +501,19 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
         return found
     da = dz @ weights[0]
     if needs[0]:
-        count = x.shape[0] if tiles is None else tiles.shape[0]
-        dx = x.new_empty(count, *x.shape[1:])
+        dx = x.new_empty(a.selected, *x.shape[1:])
         config = row_config(rows, features, x.shape[2], x.element_size(), capability(x), 2)
         shuffle_norm_backward_kernel[(triton.cdiv(rows, config["R"]),)](
-            x, tiles, norm_weight, stats, da, dx, rows, *strides, **geometry, **config
+            x, a.tiles, a.norm_weight, stats, da, dx, rows, *strides, **geometry, **config
         )  # fmt: skip
-        dx[:, :skip] = 0
-        found[0] = dx if tiles is None else x.new_zeros(x.shape).index_add_(0, tiles, dx)
+        dx[:, : a.skip] = 0
+        found[0] = dx if a.tiles is None else x.new_zeros(x.shape).index_add_(0, a.tiles, dx)
     if needs[1] or needs[2]:
         config, block = slab_config(rows, features)
         slabs = triton.cdiv(rows, config["SLAB"])
         partial = x.new_empty(slabs, 2, features, dtype=torch.float32)
         norm_parameters_kernel[(slabs, triton.cdiv(features, block))](
-            x, tiles, stats, da, partial, rows, *strides, **geometry, BLOCK=block, **config
+            x, a.tiles, stats, da, partial, rows, *strides, **geometry, BLOCK=block, **config
         )
         sums = partial.sum(0)
         for i in (1, 2):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import op
-from .op import Attention, Block, Gate
+from . import router, selection
+from .router import Attention, Block, Gate
 
 __all__ = ["Attention", "Block", "Gate", "select_tiles", "tile_router"]
 
@@ -67,7 +67,7 @@ def tile_router(
     tile's result on the CPU does not depend on the number of threads.
     Source: `CrossAttentionPooling` and `Gating` of the InternVL3.5-Flash remote code.
     """
-    probabilities, logits = op.tile_router(
+    probabilities, logits = router.tile_router(
         z, query, attentions, blocks, gate, skip, heads, eps, dropout, folded, backend
     )
     return (probabilities, logits) if return_logits else probabilities
@@ -116,4 +116,4 @@ def select_tiles(
     Not differentiable. Deterministic. Runs on the device of the scores without reading from it.
     Source: `extract_feature_flash` of the InternVL3.5-Flash remote code (thresholds).
     """
-    return op.select_tiles(scores, relative_threshold, absolute_threshold, rule, groups, budget, mask, tokens)
+    return selection.select_tiles(scores, relative_threshold, absolute_threshold, rule, groups, budget, mask, tokens)

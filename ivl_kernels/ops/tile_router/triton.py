@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..._gpu import capability
+from .op import FewRows, FewRowsTransposed, Pool, PoolBackward, Pooled, PoolGradients
 
 HEADS = 16  # least size of a side of tl.dot
 CHUNK = 256  # channels a fused program holds in one register tensor
@@ -352,7 +354,11 @@ def sum_config(rows: int, width: int, tiles: int, itemsize: int, target: int) ->
     }
 
 
-def _queries(u: torch.Tensor) -> torch.Tensor:
+def _rows_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _queries(u: Tensor) -> Tensor:
     return u if u[0:1].is_contiguous() else u.contiguous()
 
 
@@ -360,9 +366,7 @@ def _head_block(heads: int) -> int:
     return max(HEADS, triton.next_power_of_2(heads))
 
 
-def _weights(
-    z: torch.Tensor, u: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor | None, delta: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(z: Tensor, u: Tensor, lse: Tensor, grad: Tensor | None, delta: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax weights [T, heads, rows], writing lse; with `grad` weights and gradients of the scores, given lse."""
     (tiles, rows, width), heads = z.shape, u.shape[1]
     config = scores_config(rows, width, tiles, z.element_size(), capability(z))
@@ -380,7 +384,7 @@ def _weights(
     return scores[0], scores[0] if slopes is None else slopes[0]
 
 
-def _weighted_sum(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(z: Tensor, weight: Tensor) -> Tensor:
     (tiles, rows, width), heads = z.shape, weight.shape[1]
     config = sum_config(rows, width, tiles, z.element_size(), capability(z))
     splits = triton.cdiv(rows, config["split_rows"])
@@ -392,16 +396,15 @@ def _weighted_sum(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return sums[:, 0] if splits == 1 else sums.sum(1)
 
 
-def tile_pool(z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    z = z if z.stride(2) == 1 else z.contiguous()
-    u = _queries(u)
+def tile_pool(a: Pool) -> Pooled:
+    z, u = _rows_last(a.z), _queries(a.u)
     (tiles, rows, width), heads = z.shape, u.shape[1]
     lse = u.new_empty(u.shape[:2])
     if tiles == 0:
-        return u.new_empty(u.shape), lse
+        return Pooled(u.new_empty(u.shape), lse)
     if not fused(width, heads, z.element_size(), capability(z)):
         weight, _ = _weights(z, u, lse, None, None)
-        return _weighted_sum(z, weight), lse
+        return Pooled(_weighted_sum(z, weight), lse)
     pooled = u.new_empty(u.shape)
     config = pool_config(rows, width, tiles)
     splits = triton.cdiv(rows, config["split_rows"])
@@ -415,19 +418,17 @@ def tile_pool(z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=triton.next_power_of_2(splits),
         BLOCK=256, num_warps=2, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return pooled, lse
+    return Pooled(pooled, lse)
 
 
-def tile_pool_backward(
-    z: torch.Tensor, u: torch.Tensor, pooled: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor, need_z: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    z = z if z.stride(2) == 1 else z.contiguous()
-    u, grad, lse = _queries(u), grad.contiguous(), lse.contiguous()
+def tile_pool_backward(b: PoolBackward) -> PoolGradients:
+    z, u = _rows_last(b.forward.z), _queries(b.forward.u)
+    grad, lse = b.grad.contiguous(), b.lse.contiguous()
     if z.shape[0] == 0:
-        return z.new_empty(z.shape if need_z else 0), u.new_empty(u.shape)
-    weight, slope = _weights(z, u, lse, grad, (grad * pooled).sum(-1))
-    grad_z = torch.baddbmm(weight.mT @ grad, slope.mT, u).to(z.dtype) if need_z else z.new_empty(0)
-    return grad_z, _weighted_sum(z, slope)
+        return PoolGradients(z.new_empty(z.shape if b.need_z else 0), u.new_empty(u.shape))
+    weight, slope = _weights(z, u, lse, grad, (grad * b.pooled).sum(-1))
+    grad_z = torch.baddbmm(weight.mT @ grad, slope.mT, u).to(z.dtype) if b.need_z else z.new_empty(0)
+    return PoolGradients(grad_z, _weighted_sum(z, slope))
 
 
 def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, int]:
@@ -447,11 +448,11 @@ def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, in
     }
 
 
-def few_rows_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    x, w = x.contiguous(), w if w.stride(1) == 1 else w.contiguous()
+def few_rows_linear(a: FewRows) -> Tensor:
+    x, w = a.x.contiguous(), _rows_last(a.w)
     (rows, groups, width), outputs = x.shape, w.shape[0]
     each = outputs // groups
-    bias = None if bias is None else bias.contiguous()
+    bias = None if a.bias is None else a.bias.contiguous()
     config = linear_config(rows, groups, each, width)
     splits = triton.cdiv(width, config["split_width"])
     out = x.new_empty(splits, rows, outputs)
@@ -475,8 +476,8 @@ def transposed_config(rows: int, each: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def few_rows_linear_transposed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    x, w = x.contiguous(), w if w.stride(1) == 1 else w.contiguous()
+def few_rows_linear_transposed(a: FewRowsTransposed) -> Tensor:
+    x, w = a.x.contiguous(), _rows_last(a.w)
     (rows, groups, each), width = x.shape, w.shape[1]
     out = x.new_empty(rows, groups, width)
     config = transposed_config(rows, each, w.element_size())

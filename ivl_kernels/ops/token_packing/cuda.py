@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ... import _cuda
-from .packed import PADDINGS, STATUS, Pieces, check_counts, check_status, packed_width, report_of
+from .op import EmbedText, PlaceRows, TakeRows
+from .packed import PADDINGS, STATUS, Packing, Pieces, check_counts, check_status, packed_width, report_of
 
 WARPS = 4  # rows moved by a block
 SCAN_THREADS = 512
@@ -13,7 +15,7 @@ CHUNK = 2048  # ids counted and listed by a block
 WRITE_THREADS = 256
 
 
-def _positions(input_ids: torch.Tensor, token_id: int, rows: int) -> torch.Tensor:
+def _positions(input_ids: Tensor, token_id: int, rows: int) -> Tensor:
     """Flat positions [rows] of the placeholders; raises when there are not `rows` of them. One host read."""
     n = input_ids.numel()
     chunks = -(-n // CHUNK)
@@ -26,76 +28,63 @@ def _positions(input_ids: torch.Tensor, token_id: int, rows: int) -> torch.Tenso
     return positions
 
 
-def _move_rows(kernel: str, embeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+def _move_rows(kernel: str, embeds: Tensor, positions: Tensor, rows: Tensor) -> None:
     size = embeds.element_size()
     strides = [embeds.shape[1], embeds.stride(0) * size, embeds.stride(1) * size, embeds.shape[2] * size]
     grid = (-(-rows.shape[0] // WARPS),)
     _cuda.launch("token_packing", kernel, grid, 32 * WARPS, [embeds, positions, rows, rows.shape[0], *strides])
 
 
-def place_rows_(embeds: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor, token_id: int) -> None:
-    positions = _positions(input_ids.contiguous(), token_id, rows.shape[0])
-    target = embeds if embeds.stride(2) == 1 else embeds.contiguous()
-    _move_rows("place_rows", target, positions, rows.contiguous())
-    if target is not embeds:
-        embeds.copy_(target)
+def place_rows_(a: PlaceRows) -> None:
+    positions = _positions(a.input_ids.contiguous(), a.token_id, a.rows.shape[0])
+    target = a.embeds if a.embeds.stride(2) == 1 else a.embeds.contiguous()
+    _move_rows("place_rows", target, positions, a.rows.contiguous())
+    if target is not a.embeds:
+        a.embeds.copy_(target)
 
 
-def take_rows(embeds: torch.Tensor, input_ids: torch.Tensor, count: int, token_id: int) -> torch.Tensor:
-    positions = _positions(input_ids.contiguous(), token_id, count)
-    embeds = embeds if embeds.stride(2) == 1 else embeds.contiguous()
-    out = embeds.new_empty(count, embeds.shape[2])
+def take_rows(a: TakeRows) -> Tensor:
+    positions = _positions(a.input_ids.contiguous(), a.token_id, a.number)
+    embeds = a.embeds if a.embeds.stride(2) == 1 else a.embeds.contiguous()
+    out = embeds.new_empty(a.number, embeds.shape[2])
     _move_rows("take_rows", embeds, positions, out)
     return out
 
 
-def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int) -> torch.Tensor:
-    out = table.new_empty(*ids.shape, table.shape[1])
-    row_bytes = table.shape[1] * table.element_size()
-    args = [ids.contiguous(), table.contiguous(), out, ids.numel(), token_id, row_bytes]
-    _cuda.launch("token_packing", "embed_text", (-(-ids.numel() // WARPS),), 32 * WARPS, args)
+def embed_text(a: EmbedText) -> Tensor:
+    out = a.table.new_empty(*a.ids.shape, a.table.shape[1])
+    row_bytes = a.table.shape[1] * a.table.element_size()
+    args = [a.ids.contiguous(), a.table.contiguous(), out, a.ids.numel(), a.token_id, row_bytes]
+    _cuda.launch("token_packing", "embed_text", (-(-a.ids.numel() // WARPS),), 32 * WARPS, args)
     return out
 
 
-def pack_tokens(
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    compress: torch.Tensor,
-    labels: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    table: torch.Tensor | None,
-    token_id: int,
-    full: int,
-    small: int,
-    vocabulary: int,
-    padding: str,
-    capacity: bool,
-    pad_id: int,
-) -> Pieces:
-    batch, columns = input_ids.shape
-    tiles = compress.shape[0]
-    mask = mask if mask is None else mask.bool()
+def pack_tokens(a: Packing) -> Pieces:
+    ids, (batch, columns), tiles = a.input_ids, a.input_ids.shape, a.compress.shape[0]
+    mask = a.mask if a.mask is None else a.mask.bool()
     size = -(-columns // 32)
-    status, words = input_ids.new_empty(batch, STATUS), input_ids.new_empty(batch, size)
-    keep = torch.empty_like(input_ids, dtype=torch.bool)
-    tile_source, counts = input_ids.new_full((tiles + batch,), -1).split((tiles, batch))
-    scan_args = [input_ids, mask, compress, counts, keep, words, status, tile_source]
-    sizes = [columns, tiles, token_id, full, small, vocabulary]
+    status, words = ids.new_empty(batch, STATUS), ids.new_empty(batch, size)
+    keep = torch.empty_like(ids, dtype=torch.bool)
+    tile_source, counts = ids.new_full((tiles + batch,), -1).split((tiles, batch))
+    scan_args = [ids, mask, a.compress, counts, keep, words, status, tile_source]
+    sizes = [columns, tiles, a.token_id, a.tokens_per_tile, a.compressed_tokens, a.vocabulary]
     _cuda.launch("token_packing", "pack_scan", (batch,), SCAN_THREADS, [*scan_args, *sizes], 12 * size)
     rows = None
-    if not capacity:
+    if not a.capacity:
         rows = status.tolist()
-        check_status(rows, input_ids, mask, tiles, token_id, full, vocabulary)
-    width = packed_width(rows, input_ids, padding, capacity)
-    shape = (1, width) if padding == "none" else (batch, width)
-    integers = input_ids.new_empty(4 if labels is None else 5, *shape)
-    new_weights = keep.new_empty(0 if weights is None else shape, dtype=torch.float32)
-    tile_rows = input_ids.new_empty(tiles)
-    if input_ids.numel():
+        check_status(rows, a)
+    width = packed_width(rows, a)
+    shape = (1, width) if a.padding == "none" else (batch, width)
+    integers = ids.new_empty(4 if a.labels is None else 5, *shape)
+    loss_weights = keep.new_empty(0 if a.loss_weights is None else shape, dtype=torch.float32)
+    tile_rows = ids.new_empty(tiles)
+    if ids.numel():
         blocks = -(-columns // WRITE_THREADS)
-        planes = [*integers.unbind(0), *([None] if labels is None else [])]
-        write_args = [input_ids, labels, weights, words, status, tile_source, *planes, new_weights, tile_rows]
-        options = [batch, columns, width, tiles, PADDINGS.index(padding), pad_id]
+        planes = [*integers.unbind(0), *([None] if a.labels is None else [])]
+        write_args = [ids, a.labels, a.loss_weights, words, status, tile_source, *planes, loss_weights, tile_rows]
+        options = [batch, columns, width, tiles, PADDINGS.index(a.padding), a.pad_id]
         _cuda.launch("token_packing", "pack_write", (blocks, batch), WRITE_THREADS, [*write_args, *options])
-    embeds = new_weights.new_empty(0) if table is None else embed_text(integers[0], table, token_id)
-    return integers, new_weights, embeds, keep, status, tile_rows, report_of(rows, status)
+    embeds = loss_weights.new_empty(0)
+    if a.table is not None:
+        embeds = embed_text(EmbedText(integers[0], a.table, a.token_id))
+    return Pieces(integers, loss_weights, embeds, keep, status, tile_rows, report_of(rows, status))

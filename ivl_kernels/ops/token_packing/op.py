@@ -1,142 +1,123 @@
-"""Schemas, fakes, backends, gradients and argument checks of token packing."""
+"""Records, fakes, backends, gradients and argument checks of token packing."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
-from ..._positional import Implementation, Op
-from .packed import PADDINGS, STATUS, PackedTokens, Pieces
+from ..._dispatch import Implementation
+from ..._library import Op, differentiable
+from .packed import PADDINGS, STATUS, PackedTokens, Packing, Pieces
+
+
+class PlaceRows(NamedTuple):
+    embeds: Tensor
+    input_ids: Tensor
+    rows: Tensor
+    token_id: int
+
+
+class TakeRows(NamedTuple):
+    embeds: Tensor
+    input_ids: Tensor
+    number: int  # of rows
+    token_id: int
+
+
+class EmbedText(NamedTuple):
+    ids: Tensor
+    table: Tensor
+    token_id: int
+
+
+_BACKENDS = tuple(Implementation(backend, FLOAT_NAMES) for backend in ("native", "cuda", "triton", "reference"))
 
 _place_rows = Op(
-    "place_rows_(Tensor(a!) embeds, Tensor input_ids, Tensor rows, int token_id, str backend) -> ()",
-    package=__package__,
+    "place_rows_",
+    PlaceRows,
+    NoneType,
     key="embeds",
-    implementations=(
-        Implementation("native", "native:place_rows_", ("cpu",), FLOAT_NAMES),
-        Implementation("cuda", "cuda:place_rows_", ("cuda",), FLOAT_NAMES),
-        Implementation("triton", "triton:place_rows_", ("cuda", "hip"), FLOAT_NAMES),
-        Implementation("reference", "reference:place_rows_"),
-    ),
-    fake=lambda embeds, input_ids, rows, token_id, backend: None,
+    implementations=_BACKENDS,
+    fake=lambda a: None,
+    written=("embeds",),
 )
 
 _take_rows = Op(
-    "take_rows(Tensor embeds, Tensor input_ids, SymInt count, int token_id, str backend) -> Tensor",
-    package=__package__,
+    "take_rows",
+    TakeRows,
+    Tensor,
     key="embeds",
-    implementations=(
-        Implementation("native", "native:take_rows", ("cpu",), FLOAT_NAMES),
-        Implementation("cuda", "cuda:take_rows", ("cuda",), FLOAT_NAMES),
-        Implementation("triton", "triton:take_rows", ("cuda", "hip"), FLOAT_NAMES),
-        Implementation("reference", "reference:take_rows"),
-    ),
-    fake=lambda embeds, input_ids, count, token_id, backend: embeds.new_empty(count, embeds.shape[2]),
+    implementations=_BACKENDS,
+    fake=lambda a: a.embeds.new_empty(a.number, a.embeds.shape[2]),
 )
 
 
-def _fake_pack(
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    compress: torch.Tensor,
-    labels: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    table: torch.Tensor | None,
-    token_id: int,
-    full: int,
-    small: int,
-    vocabulary: int,
-    padding: str,
-    capacity: bool,
-    pad_id: int,
-    backend: str,
-) -> Pieces:
-    batch, columns = input_ids.shape
-    none = padding == "none"
-    width = (batch * columns if none else columns) if capacity else torch.library.get_ctx().new_dynamic_size()
+def _fake_pack(a: Packing) -> Pieces:
+    batch, columns = a.input_ids.shape
+    none = a.padding == "none"
+    width = (batch * columns if none else columns) if a.capacity else torch.library.get_ctx().new_dynamic_size()
     shape = (1, width) if none else (batch, width)
-    integers = input_ids.new_empty(4 if labels is None else 5, *shape)
-    new_weights = input_ids.new_empty(0 if weights is None else shape, dtype=torch.float32)
-    keep = torch.empty_like(input_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
-    status, tile_rows = input_ids.new_empty(batch, STATUS), input_ids.new_empty(compress.shape[0])
-    report_shape = (0,) if input_ids.device.type == "cpu" else (batch, STATUS)
-    report = torch.empty(report_shape, dtype=torch.int64, device="cpu")
-    embeds = new_weights.new_empty(0) if table is None else table.new_empty(*shape, table.shape[1])
-    return integers, new_weights, embeds, keep, status, tile_rows, report
+    integers = a.input_ids.new_empty(4 if a.labels is None else 5, *shape)
+    loss_weights = a.input_ids.new_empty(0 if a.loss_weights is None else shape, dtype=torch.float32)
+    report_shape = (0,) if a.input_ids.device.type == "cpu" else (batch, STATUS)
+    return Pieces(
+        integers,
+        loss_weights,
+        loss_weights.new_empty(0) if a.table is None else a.table.new_empty(*shape, a.table.shape[1]),
+        torch.empty_like(a.input_ids, dtype=torch.bool, memory_format=torch.contiguous_format),
+        a.input_ids.new_empty(batch, STATUS),
+        a.input_ids.new_empty(a.compress.shape[0]),
+        torch.empty(report_shape, dtype=torch.int64, device="cpu"),
+    )
 
 
-def _too_long(input_ids: torch.Tensor, *rest: Any) -> str | None:
-    columns = input_ids.shape[1]
+def _too_long(a: Packing) -> str | None:
+    columns = a.input_ids.shape[1]
     # 12 bytes of shared memory for 32 tokens, beside the kernel's own.
     return f"a block holds rows of up to 128,000 tokens, not {columns}" if columns > 128_000 else None
 
 
 _pack_tokens = Op(
-    "pack_tokens(Tensor input_ids, Tensor? mask, Tensor compress, Tensor? labels, Tensor? loss_weights, Tensor? table, "
-    "int token_id, int tokens_per_tile, int compressed_tokens, int vocabulary, str padding, bool capacity, int pad_id, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    package=__package__,
+    "pack_tokens",
+    Packing,
+    Pieces,
     key="input_ids",
     implementations=(
-        Implementation("native", "native:pack_tokens", ("cpu",)),
-        Implementation("cuda", "cuda:pack_tokens", ("cuda",), unless=_too_long),
-        Implementation("reference", "reference:pack_tokens"),
+        Implementation("native"),
+        Implementation("cuda", unless=_too_long),
+        Implementation("reference"),
     ),
     fake=_fake_pack,
 )
 
-
 _embed_text = Op(
-    "embed_text(Tensor ids, Tensor table, int token_id, str backend) -> Tensor",
-    package=__package__,
+    "embed_text",
+    EmbedText,
+    Tensor,
     key="table",
-    implementations=(
-        Implementation("native", "native:embed_text", ("cpu",), FLOAT_NAMES),
-        Implementation("cuda", "cuda:embed_text", ("cuda",), FLOAT_NAMES),
-        Implementation("reference", "reference:embed_text"),
-    ),
-    fake=lambda ids, table, token_id, backend: table.new_empty(*ids.shape, table.shape[1]),
+    implementations=tuple(i for i in _BACKENDS if i.backend != "triton"),
+    fake=lambda a: a.table.new_empty(*a.ids.shape, a.table.shape[1]),
 )
 
 
-class _PlaceRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embeds: torch.Tensor,
-        input_ids: torch.Tensor,
-        rows: torch.Tensor,
-        token_id: int,
-        inplace: bool,
-        backend: str,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(input_ids)
-        ctx.count, ctx.token_id, ctx.backend = rows.shape[0], token_id, backend
-        if inplace:
-            ctx.mark_dirty(embeds)
-            out = embeds
-        else:
-            out = embeds.clone()
-        _place_rows(out, input_ids, rows, token_id, backend)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        (input_ids,) = ctx.saved_tensors
-        grad_embeds = grad_rows = None
-        if ctx.needs_input_grad[2]:
-            grad_rows = _take_rows(grad, input_ids, ctx.count, ctx.token_id, ctx.backend)
-        if ctx.needs_input_grad[0]:
-            grad_embeds = grad.masked_fill((input_ids == ctx.token_id).unsqueeze(-1), 0)
-        return grad_embeds, None, grad_rows, None, None, None
+def _gradients(saved: tuple[Tensor, int, int], needs: Any, backend: str, grad: Tensor) -> dict[str, Tensor | None]:
+    input_ids, count, token_id = saved
+    rows = embeds = None
+    if needs.rows:
+        rows = _take_rows(TakeRows(grad, *saved), backend)
+    if needs.embeds:
+        embeds = grad.masked_fill((input_ids == token_id).unsqueeze(-1), 0)
+    return {"embeds": embeds, "rows": rows}
 
 
-def place_rows(
-    embeds: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor, token_id: int, inplace: bool, backend: str
-) -> torch.Tensor:
+_differentiable = differentiable(_place_rows, lambda a, _: (a.input_ids, a.rows.shape[0], a.token_id), _gradients)
+
+
+def place_rows(embeds: Tensor, input_ids: Tensor, rows: Tensor, token_id: int, inplace: bool, backend: str) -> Tensor:
     check_shape("embeds", embeds, ("B", "N", "H"))
     check_dtype("embeds", embeds, FLOATS)
     check_shape("input_ids", input_ids, embeds.shape[:2])
@@ -146,15 +127,12 @@ def place_rows(
     width = embeds.shape[2]
     if rows.dim() < 2 or rows.shape[-1] != width:
         raise ValueError(f"rows: got shape {list(rows.shape)}, expected [..., {width}] as embeds")
-    rows = rows.reshape(-1, width)
-    if torch.is_grad_enabled() and (embeds.requires_grad or rows.requires_grad):
-        return _PlaceRows.apply(embeds, input_ids, rows, token_id, inplace, backend)
     out = embeds if inplace else embeds.clone()
-    _place_rows(out, input_ids, rows, token_id, backend)
+    _differentiable(PlaceRows(out, input_ids, rows.reshape(-1, width), token_id), backend)
     return out
 
 
-def _checked_table(name: str, table: torch.Tensor, ids: torch.Tensor, other: str) -> torch.Tensor:
+def _checked_table(name: str, table: Tensor, ids: Tensor, other: str) -> Tensor:
     check_shape(name, table, ("V", "H"))
     check_dtype(name, table, FLOATS)
     check_same(name, table, other, ids, dtype=False)
@@ -163,20 +141,20 @@ def _checked_table(name: str, table: torch.Tensor, ids: torch.Tensor, other: str
     return (table.detach() if table.requires_grad else table).contiguous()
 
 
-def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int, backend: str) -> torch.Tensor:
+def embed_text(ids: Tensor, table: Tensor, token_id: int, backend: str) -> Tensor:
     check_shape("ids", ids, ("B", "N"))
     check_dtype("ids", ids, (torch.int64,))
-    return _embed_text(ids, _checked_table("table", table, ids, "ids"), token_id, backend)
+    return _embed_text(EmbedText(ids, _checked_table("table", table, ids, "ids"), token_id), backend)
 
 
 def pack_tokens(
-    input_ids: torch.Tensor,
-    compress: torch.Tensor,
+    input_ids: Tensor,
+    compress: Tensor,
     token_id: int,
-    attention_mask: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    embedding: torch.Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    loss_weights: Tensor | None,
+    embedding: Tensor | None,
     padding: str,
     capacity: bool,
     pad_id: int,
@@ -217,7 +195,7 @@ def pack_tokens(
         plain = attention_mask.dtype in (torch.bool, torch.int64)
         mask = (attention_mask if plain else attention_mask != 0).contiguous()
     vocabulary = 2**62 if vocabulary is None else vocabulary
-    integers, new_weights, embeds, keep, status, tile_rows, report = _pack_tokens(
+    a = Packing(
         input_ids.contiguous(),
         mask,
         compress.contiguous(),
@@ -231,22 +209,23 @@ def pack_tokens(
         padding,
         capacity,
         pad_id,
-        backend,
     )
-    ids, new_mask, positions, kept, *new_labels = integers.unbind(0)
+    pieces = _pack_tokens(a, backend)
+    ids, new_mask, positions, kept, *new_labels = pieces.integers.unbind(0)
     return PackedTokens(
         ids=ids,
         attention_mask=new_mask,
         position_ids=positions,
         kept=kept,
-        keep=keep,
-        tile_rows=tile_rows,
+        keep=pieces.keep,
+        tile_rows=pieces.tile_rows,
         labels=new_labels[0] if new_labels else None,
-        loss_weights=None if loss_weights is None else new_weights,
-        embeds=None if table is None else embeds,
+        loss_weights=None if loss_weights is None else pieces.loss_weights,
+        embeds=None if table is None else pieces.embeds,
         max_length=input_ids.shape[1] if padding == "none" else ids.shape[1],
         tokens_per_tile=tokens_per_tile,
         compressed_tokens=compressed_tokens,
-        _report=report,
-        _inputs=(status, input_ids, mask, compress.shape[0], token_id, tokens_per_tile, vocabulary),
+        _input=a._replace(labels=None, loss_weights=None, table=None),
+        _status=pieces.status,
+        _report=pieces.report,
     )

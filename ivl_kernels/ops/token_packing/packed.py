@@ -1,19 +1,60 @@
-"""What packing returns, and the checks that its backends share."""
+"""What packing takes and returns, and the checks that its backends share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 PADDINGS = ("left", "right", "none")
 
-# The result of the raw op: integers [4 or 5, B, N'] (ids, mask, position ids, kept, labels), loss weights and
-# embeddings (empty when there are none), keep, status [B, 5] (see `check_status`), tile rows, status as the host read
-# it (-1: it did not; empty on the CPU, where the host can read the original).
-Pieces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-STATUS = 5
+
+class Packing(NamedTuple):
+    """What packing takes, checked and contiguous."""
+
+    input_ids: Tensor
+    mask: Tensor | None
+    compress: Tensor
+    labels: Tensor | None
+    loss_weights: Tensor | None
+    table: Tensor | None
+    token_id: int
+    tokens_per_tile: int
+    compressed_tokens: int
+    vocabulary: int
+    padding: str
+    capacity: bool
+    pad_id: int
+
+
+class Pieces(NamedTuple):
+    """What the raw op returns; loss weights and embeddings are empty when there are none."""
+
+    integers: Tensor  # [4 or 5, B, N']: ids, mask, position ids, kept, labels
+    loss_weights: Tensor
+    embeds: Tensor
+    keep: Tensor
+    status: Tensor  # [B, 5]: a `Row` each
+    tile_rows: Tensor
+    report: (
+        Tensor  # status as the host read it (-1: it did not; empty on the CPU, where the host can read the original)
+    )
+
+
+class Row(NamedTuple):
+    """What the scan found in a row."""
+
+    placeholders: int
+    kept: int
+    run_end: int  # last column of a run that is no multiple of a tile, or -1
+    bad_id: int  # column of an id out of range, or -1
+    present: int
+
+
+STATUS = len(Row._fields)
 
 
 @dataclass
@@ -34,54 +75,56 @@ class PackedTokens:
         tokens_per_tile, compressed_tokens: rows of a full and of a compressed tile.
     """
 
-    ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    kept: torch.Tensor
-    keep: torch.Tensor
-    tile_rows: torch.Tensor
-    labels: torch.Tensor | None = None
-    loss_weights: torch.Tensor | None = None
-    embeds: torch.Tensor | None = None
+    ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    kept: Tensor
+    keep: Tensor
+    tile_rows: Tensor
+    labels: Tensor | None = None
+    loss_weights: Tensor | None = None
+    embeds: Tensor | None = None
     max_length: int = 0
     tokens_per_tile: int = 256
     compressed_tokens: int = 64
-    _inputs: tuple = field(default=(), repr=False)
-    _report: torch.Tensor | None = field(default=None, repr=False)
+    _input: Packing | None = field(default=None, repr=False)
+    _status: Tensor | None = field(default=None, repr=False)
+    _report: Tensor | None = field(default=None, repr=False)
 
     @property
-    def lengths(self) -> torch.Tensor:
+    def lengths(self) -> Tensor:
         """[B] int64 tokens in each row."""
-        return self._inputs[0][:, 1]
+        assert self._status is not None
+        return self._status[:, Row._fields.index("kept")]
 
     @property
-    def cu_seqlens(self) -> torch.Tensor:
+    def cu_seqlens(self) -> Tensor:
         """[B + 1] int32, starts of the rows when they are laid end to end; made on the device when asked for."""
         return F.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     @property
     def compressed_tiles(self) -> int:
         """How many tiles were compressed; costs no read of the device, but is not known in capacity mode on a GPU."""
-        _, kept, _, _, present = self._host().sum(0).tolist()
-        return (present - kept) // max(1, self.tokens_per_tile - self.compressed_tokens)
+        sums = Row(*self._host().sum(0).tolist())
+        return (sums.present - sums.kept) // max(1, self.tokens_per_tile - self.compressed_tokens)
 
     @property
     def masked_tokens(self) -> int:
         """How many tokens of the input were masked; known when `compressed_tiles` is."""
-        return self.keep.numel() - int(self._host()[:, 4].sum())
+        return self.keep.numel() - Row(*self._host().sum(0).tolist()).present
 
-    def _host(self) -> torch.Tensor:
-        status = self._inputs[0]
-        if status.device.type == "cpu":
-            return status
+    def _host(self) -> Tensor:
+        assert self._status is not None
+        if self._status.device.type == "cpu":
+            return self._status
         if self._report is None or bool((self._report[:, :2] < 0).any()):
             raise RuntimeError("in capacity mode on a GPU the host does not know what was packed")
         return self._report
 
     def check(self) -> None:
         """Raise the ValueError that a capacity-mode call on a GPU could not (it reads nothing back). One host read."""
-        status, *rest = self._inputs
-        check_status(status.tolist(), *rest)
+        assert self._status is not None and self._input is not None
+        check_status(self._status.tolist(), self._input)
 
 
 def check_counts(found: int, rows: int, token_id: int) -> None:
@@ -92,52 +135,42 @@ def check_counts(found: int, rows: int, token_id: int) -> None:
         )
 
 
-def check_status(
-    status: list[list[int]],
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    tiles: int,
-    token_id: int,
-    full: int,
-    vocabulary: int,
-) -> None:
-    """Raise for what the scan found.
-
-    `status` holds for each row: placeholders, tokens kept, last column of a bad run or -1, column of a bad id or -1,
-    tokens present.
-    """
-    for row, (_, _, run_end, bad_id, _) in enumerate(status):
-        if bad_id >= 0:
+def check_status(status: list[list[int]], a: Packing) -> None:
+    """Raise for what the scan found."""
+    rows = [Row(*values) for values in status]
+    for i, row in enumerate(rows):
+        if row.bad_id >= 0:
             raise ValueError(
-                f"input_ids: row {row} has id {int(input_ids[row, bad_id])} at column {bad_id}, expected 0 to "
-                f"{vocabulary - 1}"
+                f"input_ids: row {i} has id {int(a.input_ids[i, row.bad_id])} at column {row.bad_id}, expected 0 to "
+                f"{a.vocabulary - 1}"
             )
-        if run_end >= 0:
-            visual = input_ids[row, : run_end + 1] == token_id
-            if mask is not None:
-                visual = visual & (mask[row, : run_end + 1] != 0)
-            length = visual.tolist()[::-1].index(False) if not bool(visual.all()) else run_end + 1
+        if row.run_end >= 0:
+            visual = a.input_ids[i, : row.run_end + 1] == a.token_id
+            if a.mask is not None:
+                visual = visual & (a.mask[i, : row.run_end + 1] != 0)
+            length = visual.tolist()[::-1].index(False) if not bool(visual.all()) else row.run_end + 1
             raise ValueError(
-                f"input_ids: row {row} has a run of {length} placeholder tokens (id {token_id}) in columns "
-                f"{run_end + 1 - length} to {run_end}, expected a multiple of {full}"
+                f"input_ids: row {i} has a run of {length} placeholder tokens (id {a.token_id}) in columns "
+                f"{row.run_end + 1 - length} to {row.run_end}, expected a multiple of {a.tokens_per_tile}"
             )
-    counts = [placeholders // full for placeholders, *_ in status]
+    counts = [row.placeholders // a.tokens_per_tile for row in rows]
+    tiles = a.compress.shape[0]
     if sum(counts) != tiles:
         raise ValueError(
-            f"compress: got {tiles} decisions for {sum(counts)} tiles of {full} placeholder tokens (tiles of each row: "
-            f"{counts}); the counts must be equal"
+            f"compress: got {tiles} decisions for {sum(counts)} tiles of {a.tokens_per_tile} placeholder tokens (tiles "
+            f"of each row: {counts}); the counts must be equal"
         )
 
 
-def packed_width(status: list[list[int]] | None, input_ids: torch.Tensor, padding: str, capacity: bool) -> int:
-    batch, columns = input_ids.shape
-    if capacity or status is None:
-        return batch * columns if padding == "none" else columns
-    lengths = [row[1] for row in status]
-    return sum(lengths) if padding == "none" else max(lengths, default=0)
+def packed_width(status: list[list[int]] | None, a: Packing) -> int:
+    batch, columns = a.input_ids.shape
+    if a.capacity or status is None:
+        return batch * columns if a.padding == "none" else columns
+    lengths = [Row(*row).kept for row in status]
+    return sum(lengths) if a.padding == "none" else max(lengths, default=0)
 
 
-def report_of(rows: list[list[int]] | None, status: torch.Tensor) -> torch.Tensor:
+def report_of(rows: list[list[int]] | None, status: Tensor) -> Tensor:
     if status.device.type == "cpu":
         return status.new_empty(0)
     values = [[-1] * STATUS] * len(status) if rows is None else rows

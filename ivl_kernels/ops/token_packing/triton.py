@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .op import PlaceRows, TakeRows
 from .packed import check_counts
 
 
@@ -24,7 +25,7 @@ def _move_rows(
         tl.store(cell + h, tl.load(row + h, mask=h < width), mask=h < width)
 
 
-def _launch(embeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, take: bool) -> None:
+def _launch(embeds: Tensor, positions: Tensor, rows: Tensor, take: bool) -> None:
     count, width = rows.shape
     if count == 0 or width == 0:
         return
@@ -35,23 +36,23 @@ def _launch(embeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, t
     _move_rows[grid](embeds, rows, positions, *strides, width, TAKE=take, BLOCK=block, num_warps=warps)
 
 
-def _positions(input_ids: torch.Tensor, token_id: int, rows: int) -> torch.Tensor:
+def _positions(input_ids: Tensor, token_id: int, rows: int) -> Tensor:
     positions = (input_ids.reshape(-1) == token_id).nonzero().squeeze(1)
     check_counts(positions.shape[0], rows, token_id)
     return positions
 
 
-def place_rows_(embeds: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor, token_id: int) -> None:
-    positions = _positions(input_ids, token_id, rows.shape[0])
-    target = embeds if embeds.stride(2) == 1 else embeds.contiguous()
-    _launch(target, positions, rows.contiguous(), False)
-    if target is not embeds:
-        embeds.copy_(target)
+def place_rows_(a: PlaceRows) -> None:
+    positions = _positions(a.input_ids, a.token_id, a.rows.shape[0])
+    target = a.embeds if a.embeds.stride(2) == 1 else a.embeds.contiguous()
+    _launch(target, positions, a.rows.contiguous(), False)
+    if target is not a.embeds:
+        a.embeds.copy_(target)
 
 
-def take_rows(embeds: torch.Tensor, input_ids: torch.Tensor, count: int, token_id: int) -> torch.Tensor:
-    positions = _positions(input_ids, token_id, count)
-    embeds = embeds if embeds.stride(2) == 1 else embeds.contiguous()
-    out = embeds.new_empty(count, embeds.shape[2])
+def take_rows(a: TakeRows) -> Tensor:
+    positions = _positions(a.input_ids, a.token_id, a.number)
+    embeds = a.embeds if a.embeds.stride(2) == 1 else a.embeds.contiguous()
+    out = embeds.new_empty(a.number, embeds.shape[2])
     _launch(embeds, positions, out, True)
     return out

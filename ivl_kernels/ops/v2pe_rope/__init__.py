@@ -135,10 +135,10 @@ def v2pe_rope(
     number of threads.
     Source: `apply_rotary_pos_emb`, `Qwen3RMSNorm`, `Qwen3RotaryEmbedding` and `GptOssRotaryEmbedding` of transformers.
     """
-    return op.rope(
-        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding, False,
-        backend,
-    )  # fmt: skip
+    a = op.rope_arguments(
+        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding
+    )
+    return op.rope(a, backend)
 
 
 def v2pe_rope_(
@@ -163,7 +163,7 @@ def v2pe_rope_(
     Raises:
         RuntimeError: gradients are needed (in place would overwrite what other backwards saved).
     """
-    return op.rope(
-        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding, True,
-        backend,
-    )  # fmt: skip
+    a = op.rope_arguments(
+        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding
+    )
+    return op.rope_(a, backend)

@@ -2,59 +2,55 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
+from torch import Tensor
 
 from ... import _native
+from .op import (
+    Gradients,
+    Located,
+    NormBackward,
+    Positions,
+    Rope,
+    Rotated,
+    empty_gradients,
+    empty_located,
+    empty_rotated,
+)
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 
-
-@functools.cache
-def _kernel(name: str) -> Any:
-    return _native.op(name)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def rope(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
-    out = torch.empty_like(q), torch.empty_like(k)
-    into = _rows(out[0]), _rows(out[1])
-    _kernel("v2pe_rope")(_rows(q), _rows(k), *into, *rest)
+def _rotate(a: Rope, out: Rotated) -> None:
+    """Into `out`, by way of tensors whose heads' elements are adjacent."""
+    into = Rotated(_rows(out.q), _rows(out.k))
+    q, k = into if out.q is a.q else (_rows(a.q), _rows(a.k))
+    _native.op("v2pe_rope")(q, k, *into, *a[2:])
     for result, written in zip(out, into):
         if result is not written:
             result.copy_(written)
+
+
+def v2pe_rope(a: Rope) -> Rotated:
+    out = empty_rotated(a)
+    _rotate(a, out)
     return out
 
 
-def rope_(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
-    wide = _rows(q), _rows(k)
-    _kernel("v2pe_rope")(*wide, *wide, *rest, False)
-    for tensor, written in zip((q, k), wide):
-        if tensor is not written:
-            tensor.copy_(written)
+def v2pe_rope_(a: Rope) -> None:
+    _rotate(a, Rotated(a.q, a.k))
 
 
-def norm_backward(
-    grad_q: torch.Tensor, grad_k: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k = _rows(q), _rows(k)
-    out = torch.empty_like(q), torch.empty_like(k)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    weights = q.new_empty(q.shape[3], dtype=wide), q.new_empty(q.shape[3], dtype=wide)
-    _kernel("v2pe_rope_norm_backward")(_rows(grad_q), _rows(grad_k), q, k, *out, *weights, *rest)
-    return *out, *weights
+def v2pe_rope_norm_backward(b: NormBackward) -> Gradients:
+    a = b.forward._replace(q=_rows(b.forward.q), k=_rows(b.forward.k))
+    result = empty_gradients(b._replace(forward=a))
+    _native.op("v2pe_rope_norm_backward")(_rows(b.grad_q), _rows(b.grad_k), a.q, a.k, *result, *a[2:])
+    return result
 
 
-def position_ids(
-    input_ids: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, *rest: Any
-) -> Pair:
-    positions = torch.empty(input_ids.shape, dtype=torch.float32)
-    info = torch.empty(5, dtype=torch.float64)
-    mask = None if mask is None else mask.contiguous()
-    _kernel("v2pe_position_ids")(_rows(input_ids), mask, cu_seqlens, *rest, positions, info)
-    return positions, info
+def v2pe_position_ids(a: Positions) -> Located:
+    result = empty_located(a)
+    mask = None if a.mask is None else a.mask.contiguous()
+    _native.op("v2pe_position_ids")(_rows(a.input_ids), mask, *a[2:], *result)
+    return result

@@ -1,125 +1,135 @@
-"""Schemas, fakes, backends, gradients and argument checks of positions and rotary embedding."""
+"""Records, fakes, backends, gradients and argument checks of positions and rotary embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
-from ..._positional import Implementation, Op
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+from ..._dispatch import Implementation
+from ..._library import Op, differentiable
 
 MAX_HEAD_DIM = 1024
 
-_ANGLES = (
-    "Tensor first, Tensor second, bool table, Tensor{0} q_weight, Tensor{0} k_weight, float scale, float eps, "
-    "int rotary_dim, int heads_dim, bool round"
-)
+
+class Rope(NamedTuple):
+    q: Tensor
+    k: Tensor
+    first: Tensor  # cos when `table`, else positions
+    second: Tensor  # sin, or inverse frequencies
+    table: bool
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    scale: float
+    eps: float
+    rotary_dim: int
+    heads_dim: int
+    round: bool
+    inverse: bool = False  # rotate back
 
 
-def _implementations(function: str) -> tuple[Implementation, ...]:
-    return (
-        Implementation("native", f"native:{function}", ("cpu",), FLOAT_NAMES),
-        Implementation("triton", f"triton:{function}", ("cuda", "hip"), KERNEL_DTYPES),
-        Implementation("reference", f"reference:{function}"),
-    )
+class Rotated(NamedTuple):
+    q: Tensor
+    k: Tensor
 
 
-_rope = Op(
-    f"v2pe_rope(Tensor q, Tensor k, {_ANGLES.format('?')}, bool inverse, str backend) -> (Tensor, Tensor)",
-    package=__package__,
-    key="q",
-    implementations=_implementations("rope"),
-    fake=lambda q, k, *rest: (torch.empty_like(q), torch.empty_like(k)),
-)
-
-_rope_ = Op(
-    f"v2pe_rope_(Tensor(a!) q, Tensor(b!) k, {_ANGLES.format('?')}, str backend) -> ()",
-    package=__package__,
-    key="q",
-    implementations=_implementations("rope_"),
-    fake=lambda *args: None,
-)
+class NormBackward(NamedTuple):
+    grad_q: Tensor
+    grad_k: Tensor
+    forward: Rope
 
 
-def _fake_norm_backward(grad_q: torch.Tensor, grad_k: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *_: Any) -> Four:
+class Gradients(NamedTuple):
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor  # in the arithmetic type, as the next
+    k_weight: Tensor
+
+
+class Positions(NamedTuple):
+    input_ids: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    token_id: int
+    deltas: Tensor
+    per_row: bool
+    compress: Tensor | None
+    tile_tokens: int
+    compressed_tokens: int
+    compressed_units: int
+
+
+class Located(NamedTuple):
+    """Positions [B, N], and [5]: images, visual tokens, tiles used (-1: they do not fit the runs), the first image
+    whose steps float32 cannot hold (-1: none), the position where it ends."""
+
+    positions: Tensor
+    info: Tensor
+
+
+def empty_rotated(a: Rope) -> Rotated:
+    """The results of the rotation, to be written: with the strides of q and k."""
+    return Rotated(torch.empty_like(a.q), torch.empty_like(a.k))
+
+
+def empty_gradients(b: NormBackward) -> Gradients:
+    """The results of the norm's backward, to be written."""
+    q, k = b.forward.q, b.forward.k
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     weights = [q.new_empty(q.shape[3], dtype=wide) for _ in range(2)]
-    return torch.empty_like(q), torch.empty_like(k), weights[0], weights[1]
+    return Gradients(torch.empty_like(q), torch.empty_like(k), weights[0], weights[1])
 
+
+def empty_located(a: Positions) -> Located:
+    info = torch.empty(5, dtype=torch.float64)
+    return Located(a.input_ids.new_empty(a.input_ids.shape, dtype=torch.float32), info)
+
+
+_BACKENDS = (
+    Implementation("native", FLOAT_NAMES),
+    Implementation("triton", KERNEL_DTYPES),
+    Implementation("reference"),
+)
+
+_rope = Op("v2pe_rope", Rope, Rotated, key="q", implementations=_BACKENDS, fake=empty_rotated)
+
+_rope_ = Op("v2pe_rope_", Rope, NoneType, key="q", implementations=_BACKENDS, fake=lambda a: None, written=("q", "k"))
 
 _norm_backward = Op(
-    f"v2pe_rope_norm_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, {_ANGLES.format('')}, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    package=__package__,
-    key="q",
-    implementations=_implementations("norm_backward"),
-    fake=_fake_norm_backward,
+    "v2pe_rope_norm_backward", NormBackward, Gradients, key="q", implementations=_BACKENDS, fake=empty_gradients
 )
 
 _position_ids = Op(
-    "v2pe_position_ids(Tensor input_ids, Tensor? mask, Tensor? cu_seqlens, int token_id, Tensor deltas, bool per_row, "
-    "Tensor? compress, int tile_tokens, int compressed_tokens, int compressed_units, str backend) -> (Tensor, Tensor)",
-    package=__package__,
+    "v2pe_position_ids",
+    Positions,
+    Located,
     key="input_ids",
-    implementations=(
-        Implementation("native", "native:position_ids", ("cpu",)),
-        Implementation("reference", "reference:position_ids"),
-    ),
-    fake=lambda input_ids, *rest: (
-        input_ids.new_empty(input_ids.shape, dtype=torch.float32),
-        torch.empty(5, dtype=torch.float64),
-    ),
+    implementations=(Implementation("native"), Implementation("reference")),
+    fake=empty_located,
 )
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        options: tuple[Any, ...],
-    ) -> Pair:
-        table, scale, eps, rotary_dim, heads_dim, round, backend = options
-        ctx.options = options
-        if q_weight is None:
-            ctx.save_for_backward(first, second)
-        else:
-            ctx.save_for_backward(first, second, q, k, q_weight, k_weight)
-        return _rope(
-            q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round, False, backend
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_q, grad_k = grads
-        first, second, *saved = ctx.saved_tensors
-        table, scale, eps, rotary_dim, heads_dim, round, backend = ctx.options
-        if not saved:
-            rest = (scale, eps, rotary_dim, heads_dim, round, True, backend)
-            dq, dk = _rope(grad_q, grad_k, first, second, table, None, None, *rest)
-            return dq, dk, None, None, None, None, None
-        q, k, q_weight, k_weight = saved
-        dq, dk, dq_weight, dk_weight = _norm_backward(
-            grad_q, grad_k, q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round,
-            backend,
-        )  # fmt: skip
-        return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None
+def _save(a: Rope, _: Rotated) -> Any:
+    """The arguments; q and k only where a norm's backward needs them."""
+    return (a if a.q_weight is not None else (None, None, *a[2:]),)
 
 
-def _check_side(name: str, x: torch.Tensor, q: torch.Tensor, heads_dim: int) -> None:
+def _gradients(saved: tuple[Any], needs: Any, backend: str, grad_q: Tensor, grad_k: Tensor) -> dict[str, Tensor]:
+    a = Rope(*saved[0])
+    if a.q_weight is None:
+        return _rope(a._replace(q=grad_q, k=grad_k, inverse=True), backend)._asdict()
+    return _norm_backward(NormBackward(grad_q, grad_k, a), backend)._asdict()
+
+
+_differentiable = differentiable(_rope, _save, _gradients, zeros=True)
+
+
+def _check_side(name: str, x: Tensor, q: Tensor, heads_dim: int) -> None:
     check_tensor(name, x)
     if x.dim() != 4:
         raise ValueError(
@@ -137,7 +147,7 @@ def _check_side(name: str, x: torch.Tensor, q: torch.Tensor, heads_dim: int) -> 
         raise ValueError(f"{name}: got {describe(x)}, expected the batch, tokens and head_dim of q ({describe(q)})")
 
 
-def _check_row(name: str, x: torch.Tensor, q: torch.Tensor, batch: int, tokens: int, dtypes: Sequence[Any]) -> None:
+def _check_row(name: str, x: Tensor, q: Tensor, batch: int, tokens: int, dtypes: Sequence[Any]) -> None:
     check_tensor(name, x)
     if x.device != q.device:
         check_same(name, x, "q", q, dtype=False)
@@ -150,14 +160,14 @@ def _check_row(name: str, x: torch.Tensor, q: torch.Tensor, batch: int, tokens: 
 
 
 def _angles(
-    q: torch.Tensor,
-    positions: torch.Tensor | None,
-    inv_freq: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    q: Tensor,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     rotary_dim: int | None,
     heads_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor, bool, int]:
+) -> tuple[Tensor, Tensor, bool, int]:
     """(positions, inverse frequencies, False, rotary_dim) or (cos, sin, True, rotary_dim), checked."""
     batch, tokens, width = q.shape[0], q.shape[3 - heads_dim], q.shape[3]
     if cos is not None and sin is not None and positions is None and inv_freq is None:
@@ -197,23 +207,22 @@ def _angles(
     return first, second, table, rotary_dim
 
 
-def rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor | None,
-    inv_freq: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
+def rope_arguments(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     scale: float,
     rotary_dim: int | None,
     heads_dim: int,
     rounding: str,
-    inplace: bool,
-    backend: str,
-) -> Pair:
+) -> Rope:
+    """The record, checked."""
     if heads_dim not in (1, 2):
         raise ValueError(f"heads_dim: got {heads_dim}, expected 1 ([B, heads, N, d]) or 2 ([B, N, heads, d])")
     if rounding not in ("transformers", "float32"):
@@ -223,31 +232,28 @@ def rope(
     first, second, table, rotary_dim = _angles(q, positions, inv_freq, cos, sin, rotary_dim, heads_dim)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight, k_weight: got one of them, expected both or none")
-    needs_grad = q.requires_grad or k.requires_grad
     if q_weight is not None and k_weight is not None:
         for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
             check_shape(name, weight, (q.shape[3],))
             check_same(name, weight, "q", q)
         q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
-        needs_grad = needs_grad or q_weight.requires_grad or k_weight.requires_grad
-    needs_grad = needs_grad and torch.is_grad_enabled()
     round = rounding == "transformers"
-    if inplace:
-        if needs_grad:
-            raise RuntimeError("v2pe_rope_: q, k or a weight requires gradients; use v2pe_rope, or torch.no_grad()")
-        for name, x in (("q", q), ("k", k)):
-            if 0 in x.stride() and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
-                raise ValueError(
-                    f"{name}: got an expanded tensor (strides {x.stride()}), it cannot be written in place"
-                )
-        _rope_(q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round, backend)
-        return q, k
-    if needs_grad:
-        options = (table, scale, eps, rotary_dim, heads_dim, round, backend)
-        return _Rope.apply(q, k, q_weight, k_weight, first, second, options)
-    return _rope(
-        q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round, False, backend
-    )
+    return Rope(q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round)
+
+
+def rope(a: Rope, backend: str) -> Rotated:
+    return _differentiable(a, backend)
+
+
+def rope_(a: Rope, backend: str) -> Rotated:
+    differentiable = (a.q, a.k, a.q_weight, a.k_weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        raise RuntimeError("v2pe_rope_: q, k or a weight requires gradients; use v2pe_rope, or torch.no_grad()")
+    for name, x in (("q", a.q), ("k", a.k)):
+        if 0 in x.stride() and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
+            raise ValueError(f"{name}: got an expanded tensor (strides {x.stride()}), it cannot be written in place")
+    _rope_(a, backend)
+    return Rotated(a.q, a.k)
 
 
 DELTAS = tuple(Fraction(1, 2**j) for j in range(9))
@@ -266,14 +272,14 @@ def parse_delta(value: float | str) -> float:
 
 
 def _deltas(
-    delta: float | str | torch.Tensor | Sequence[float | str], images: int | None, generator: torch.Generator | None
-) -> tuple[torch.Tensor, bool]:
+    delta: float | str | Tensor | Sequence[float | str], images: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, bool]:
     """float64 steps on the CPU, and whether there is one a row."""
     if images is not None:
         device = generator.device if generator else None
         drawn = torch.randint(len(DELTAS), (images,), generator=generator, device=device)
         return torch.tensor([float(d) for d in DELTAS], dtype=torch.float64)[drawn.cpu()], False
-    if isinstance(delta, torch.Tensor):
+    if isinstance(delta, Tensor):
         per_row = delta.dim() == 2 and delta.shape[1] == 1
         if delta.dim() > 1 and not per_row:
             raise ValueError(f"delta: got {describe(delta)}, expected a scalar, [images] or [B, 1]")
@@ -286,14 +292,12 @@ def _deltas(
     return torch.tensor([parse_delta(delta)], dtype=torch.float64), False
 
 
-def _one_for_all(delta: float | str | torch.Tensor | Sequence[float | str], deltas: torch.Tensor) -> bool:
+def _one_for_all(delta: float | str | Tensor | Sequence[float | str], deltas: Tensor) -> bool:
     """Whether the only step of `deltas` is meant for all images."""
-    return len(deltas) == 1 and not (isinstance(delta, torch.Tensor) and delta.dim() == 1)
+    return len(deltas) == 1 and not (isinstance(delta, Tensor) and delta.dim() == 1)
 
 
-def image_steps(
-    delta: float | str | torch.Tensor | Sequence[float | str], row_of_image: torch.Tensor, rows: int
-) -> torch.Tensor:
+def image_steps(delta: float | str | Tensor | Sequence[float | str], row_of_image: Tensor, rows: int) -> Tensor:
     """[images] float64 on the CPU, the step of each image of a batch of that many rows; see `v2pe_position_ids`."""
     images = len(row_of_image)
     deltas, per_row = _deltas(delta, images if isinstance(delta, str) and delta == "random" else None, None)
@@ -309,18 +313,18 @@ def image_steps(
 
 
 def position_ids(
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     token_id: int,
-    delta: float | str | torch.Tensor | Sequence[float | str],
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    compress: torch.Tensor | None,
+    delta: float | str | Tensor | Sequence[float | str],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    compress: Tensor | None,
     tile_tokens: int,
     compressed_tokens: int,
     compressed_step: str,
     generator: torch.Generator | None,
     backend: str,
-) -> torch.Tensor:
+) -> Tensor:
     check_shape("input_ids", input_ids, ("B", "N"))
     check_dtype("input_ids", input_ids, (torch.int64,))
     mask = None
@@ -349,10 +353,10 @@ def position_ids(
         raise ValueError(f"delta: got {len(deltas)} rows, expected {input_ids.shape[0]} as input_ids")
     scalar = not per_row and _one_for_all(delta, deltas)
     units = tile_tokens // compressed_tokens if compressed_step == "span" else 1
-    positions, info = _position_ids(
-        input_ids, mask, cu_seqlens, token_id, _padded(deltas).to(input_ids.device), per_row, compress, tile_tokens,
-        compressed_tokens, units, backend,
-    )  # fmt: skip
+    steps = _padded(deltas).to(input_ids.device)
+    tokens = (tile_tokens, compressed_tokens, units)
+    a = Positions(input_ids, mask, cu_seqlens, token_id, steps, per_row, compress, *tokens)
+    positions, info = _position_ids(a, backend)
     if torch.compiler.is_compiling():
         return positions
     found, visual, tiles, bad, end = info.tolist()
@@ -371,13 +375,11 @@ def position_ids(
     return positions
 
 
-def _padded(deltas: torch.Tensor) -> torch.Tensor:
+def _padded(deltas: Tensor) -> Tensor:
     return deltas if len(deltas) else deltas.new_ones(1)
 
 
-def count_images(
-    input_ids: torch.Tensor, token_id: int, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-) -> int:
+def count_images(input_ids: Tensor, token_id: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
     """Runs of the placeholder."""
     visual = input_ids == token_id
     if mask is not None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ... import _gpu
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+from .op import Gradients, NormBackward, Rope, Rotated, empty_rotated
 
 # pi / 2 as the sum of three float32 numbers. k * PI_A is exact in the first fused multiply-add while x < 2^18.
 PI_A = tl.constexpr(1.5707963705062866)
@@ -350,83 +350,76 @@ def few_config(half: int, q_heads: int, kv_heads: int, rest: int) -> dict[str, i
     return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, num_warps=warps, num_stages=1)
 
 
-def constants(q: torch.Tensor, k: torch.Tensor, rotary_dim: int, heads_dim: int) -> dict[str, int]:
-    half, rest = rotary_dim // 2, q.shape[3] - rotary_dim
+def constants(a: Rope) -> dict[str, int]:
+    half, rest = a.rotary_dim // 2, a.q.shape[3] - a.rotary_dim
     return dict(
-        Q_HEADS=q.shape[heads_dim], K_HEADS=k.shape[heads_dim], DIM=q.shape[3], HALF=half,
-        BLOCK=triton.next_power_of_2(half), REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
+        Q_HEADS=a.q.shape[a.heads_dim], K_HEADS=a.k.shape[a.heads_dim], DIM=a.q.shape[3], HALF=half,
+        BLOCK=triton.next_power_of_2(half), REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)), TABLE=a.table,
+        ROUND=a.round and a.q.element_size() == 2,
     )  # fmt: skip
 
 
-def _strides(heads_dim: int, *tensors: torch.Tensor) -> list[int]:
+def _angles_of(a: Rope) -> tuple[Any, ...]:
+    """From `first` to `eps` of the kernels' parameters."""
+    batch_stride = 0 if a.first.shape[0] == 1 else a.first.stride(0)
+    scale = None if a.scale == 1 else a.scale
+    return a.first, a.second, a.q.shape[3 - a.heads_dim], batch_stride, a.first.stride(1), scale, a.eps
+
+
+def _strides(heads_dim: int, *tensors: Tensor) -> list[int]:
     return [t.stride(d) for t in tensors for d in (0, heads_dim, 3 - heads_dim)]
 
 
-def _packed(q: torch.Tensor) -> bool:
+def _packed(q: Tensor) -> bool:
     return q.element_size() == 2 and not _gpu.interpreting() and torch.version.hip is None
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(
-    q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out: torch.Tensor, first: torch.Tensor,
-    second: torch.Tensor, table: bool, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, scale: float,
-    eps: float, rotary_dim: int, heads_dim: int, round: bool, inverse: bool,
-) -> None:  # fmt: skip
-    batch, tokens = q.shape[0], q.shape[3 - heads_dim]
+def _launch(a: Rope, out: Rotated) -> None:
+    """Into `out`, by way of tensors whose heads' elements are adjacent."""
+    into = Rotated(_rows(out.q), _rows(out.k))
+    q, k = into if out.q is a.q else (_rows(a.q), _rows(a.k))
+    batch, tokens = q.shape[0], q.shape[3 - a.heads_dim]
     if q.numel() + k.numel() == 0:
         return
+    fixed = constants(a)
     if batch * tokens <= FEW:
-        options = few_config(rotary_dim // 2, q.shape[heads_dim], k.shape[heads_dim], q.shape[3] - rotary_dim)
+        options = few_config(fixed["HALF"], fixed["Q_HEADS"], fixed["K_HEADS"], fixed["REST"])
     else:
-        options = config(batch, tokens, rotary_dim // 2) | dict(Q_BLOCK=0, K_BLOCK=0)
-    grid = (triton.cdiv(tokens, options["TOKENS"]), batch)
-    rope_kernel[grid](
-        q, k, q_out, k_out, q_weight, k_weight, first, second, tokens,
-        0 if first.shape[0] == 1 else first.stride(0), first.stride(1), None if scale == 1 else scale, eps,
-        *_strides(heads_dim, q, k, q_out, k_out), **constants(q, k, rotary_dim, heads_dim),
-        TABLE=table, NORM=q_weight is not None, ROUND=round and q.element_size() == 2, INVERSE=inverse,
-        PACKED=_packed(q), **options, enable_fp_fusion=False,
+        options = config(batch, tokens, fixed["HALF"]) | dict(Q_BLOCK=0, K_BLOCK=0)
+    rope_kernel[(triton.cdiv(tokens, options["TOKENS"]), batch)](
+        q, k, *into, a.q_weight, a.k_weight, *_angles_of(a), *_strides(a.heads_dim, q, k, *into), **fixed,
+        NORM=a.q_weight is not None, INVERSE=a.inverse, PACKED=_packed(q), **options, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def rope(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Pair:
-    out = torch.empty_like(q), torch.empty_like(k)
-    into = _rows(out[0]), _rows(out[1])
-    _launch(_rows(q), _rows(k), into[0], into[1], *rest)
     for result, written in zip(out, into):
         if result is not written:
             result.copy_(written)
+
+
+def v2pe_rope(a: Rope) -> Rotated:
+    out = empty_rotated(a)
+    _launch(a, out)
     return out
 
 
-def rope_(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
-    wide = _rows(q), _rows(k)
-    everything: list[Any] = [*wide, *wide, *rest, False]
-    _launch(*everything)
-    for tensor, written in zip((q, k), wide):
-        if tensor is not written:
-            tensor.copy_(written)
+def v2pe_rope_(a: Rope) -> None:
+    _launch(a, Rotated(a.q, a.k))
 
 
-def norm_backward(
-    grad_q: torch.Tensor, grad_k: torch.Tensor, q: torch.Tensor, k: torch.Tensor, first: torch.Tensor,
-    second: torch.Tensor, table: bool, q_weight: torch.Tensor, k_weight: torch.Tensor, scale: float, eps: float,
-    rotary_dim: int, heads_dim: int, round: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    grad_q, grad_k, q, k = _rows(grad_q), _rows(grad_k), _rows(q), _rows(k)
+def v2pe_rope_norm_backward(b: NormBackward) -> Gradients:
+    a = b.forward
+    grad_q, grad_k, q, k = _rows(b.grad_q), _rows(b.grad_k), _rows(a.q), _rows(a.k)
     out = torch.empty_like(q), torch.empty_like(k)
-    batch, tokens, width = q.shape[0], q.shape[3 - heads_dim], q.shape[3]
-    options = config(batch, tokens, rotary_dim // 2)
+    batch, tokens, width = q.shape[0], q.shape[3 - a.heads_dim], q.shape[3]
+    options = config(batch, tokens, a.rotary_dim // 2)
     blocks = triton.cdiv(tokens, options["TOKENS"])
     partial = q.new_empty(batch * blocks, 2, width, dtype=torch.float32)
     if q.numel() + k.numel():
         norm_backward_kernel[(blocks, batch)](
-            grad_q, grad_k, q, k, *out, q_weight, k_weight, partial, first, second, tokens,
-            0 if first.shape[0] == 1 else first.stride(0), first.stride(1), None if scale == 1 else scale, eps,
-            *_strides(heads_dim, grad_q, grad_k, q, k, *out), **constants(q, k, rotary_dim, heads_dim),
-            TABLE=table, ROUND=round and q.element_size() == 2, **options, enable_fp_fusion=False,
+            grad_q, grad_k, q, k, *out, a.q_weight, a.k_weight, partial, *_angles_of(a),
+            *_strides(a.heads_dim, grad_q, grad_k, q, k, *out), **constants(a), **options, enable_fp_fusion=False,
         )  # fmt: skip
-    return *out, partial[:, 0].sum(0), partial[:, 1].sum(0)  # in a fixed order: deterministic
+    return Gradients(*out, partial[:, 0].sum(0), partial[:, 1].sum(0))  # in a fixed order: deterministic
