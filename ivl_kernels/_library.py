@@ -54,6 +54,7 @@ class Op:
         implementations: best first; the last one is the reference.
         fake: shapes and dtypes of the result from fake tensors, with the schema's arguments.
         key: name of the tensor argument whose device and dtype decide the backend.
+        reads_host: a GPU backend waits for a number from the device, so that no CUDA graph can capture it.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Op:
         implementations: Sequence[Implementation],
         fake: Callable[..., Any],
         key: str,
+        reads_host: bool = False,
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.schema = schema
@@ -72,7 +74,7 @@ class Op:
         self._functions: dict[str, Callable[..., Any]] = {}
         # By dtype, what serves CPU tensors when nothing is forced: choosing again costs more than a small kernel.
         self._usual: dict[torch.dtype, Callable[..., Any]] = {}
-        _library.define(schema)
+        _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_host else ())
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
@@ -103,7 +105,7 @@ class Op:
 
     def _chosen(self, tensor: torch.Tensor, forced: str, values: Sequence[Any]) -> Callable[..., Any]:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
+        choice = _dispatch.choose(self.name, self.implementations, tensor.device, dtype, forced, values)
         function = self.function(choice.implementation)
         always = choice.backend == "native" and not choice.passed_over and choice.implementation.unless is None
         if always and not forced and _dispatch.unforced_cpu(tensor):
@@ -118,6 +120,6 @@ class Op:
             self._functions[path] = getattr(importlib.import_module(f"{self._package}.{module}"), name)
         return self._functions[path]
 
-    def explain(self, device_type: str, dtype: str) -> _dispatch.Choice:
-        """Which backend would serve tensors of this device type and dtype, shapes aside."""
-        return _dispatch.choose(self.name, self.implementations, device_type, dtype, warn=False)
+    def explain(self, device: str, dtype: str) -> _dispatch.Choice:
+        """Which backend would serve tensors of this device ("cpu", "cuda", "cuda:1") and dtype, shapes aside."""
+        return _dispatch.choose(self.name, self.implementations, torch.device(device), dtype, warn=False)
