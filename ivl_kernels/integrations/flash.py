@@ -25,7 +25,7 @@ from ..flash import (
     router_problem,
 )
 from ..models.families import Family, RemoteCode, families_in, family_of
-from ..models.packed import by_flash_attention, leak, varlen_keywords
+from ..models.packed import leak, takes_starts, varlen_keywords
 from ..models.plain import linear_stack
 from ..models.upstream import arguments, cache_of, class_of, filled, keys_at
 from ..nn.router import TileRouter
@@ -263,7 +263,7 @@ def _sequence(inputs: FlashInputs, layout: Any, family: Family | None) -> dict[s
     if layout != "unpadded":
         return {"attention_mask": packed.attention_mask, "position_ids": packed.position_ids}
     sequence: dict[str, Any] = {"attention_mask": None, "position_ids": packed.position_ids, "use_cache": False}
-    if family is not None and by_flash_attention(family.text):
+    if family is not None and takes_starts(family.text):
         sequence |= varlen_keywords(packed.cu_seqlens, packed.max_length)
     return sequence
 
