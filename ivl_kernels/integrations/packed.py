@@ -51,7 +51,9 @@ def _attend(
     batch, _heads, length, width = query.shape
     if width % 8:  # the op's heads are multiples of 8
         query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
-        given = dict(dropout=dropout, sliding_window=sliding_window, s_aux=s_aux, position_ids=position_ids)
+        given: dict[str, Any] = dict(
+            dropout=dropout, sliding_window=sliding_window, s_aux=s_aux, position_ids=position_ids
+        )
         given |= dict(cu_seq_lens_q=cu_seq_lens_q, max_length_q=max_length_q, scaling=scaling or width**-0.5)
         return _attend(module, query, key, value, attention_mask, **given)[0][..., :width], None
     past = key.shape[2] != length
@@ -84,8 +86,11 @@ def _unpadded(
     keys = kept.flatten().nonzero().squeeze(1)
     zero = kept.new_zeros(1, dtype=torch.int32)
     cu_q, cu_k = (torch.cat([zero, x.sum(1).cumsum(0).to(torch.int32)]) for x in (asked, kept))
-    packed = attention(q.flatten(0, 1)[where], *(x.flatten(0, 1)[keys] for x in (k, v)), cu_q, cu_k, **options)
-    return packed.new_zeros(q.shape[0] * q.shape[1], *q.shape[2:]).index_copy(0, where, packed).unflatten(0, q.shape[:2])
+    k, v = (x.flatten(0, 1)[keys] for x in (k, v))
+    packed = attention(q.flatten(0, 1)[where], k, v, cu_q, cu_k, **options)
+    return (
+        packed.new_zeros(q.shape[0] * q.shape[1], *q.shape[2:]).index_copy(0, where, packed).unflatten(0, q.shape[:2])
+    )
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

@@ -57,7 +57,8 @@ def leak(text: Any) -> str:
     """Why a row could see another one when positions that restart are all that parts them, or "".
 
     Asked of what upstream's own body hands to its layers, without running a layer: for eager and sdpa attention the
-    mask must part the rows, ours and flash-attention must get their starts. There must be no mask and no cache in the call.
+    mask must part the rows, ours and flash-attention must get their starts. There must be no mask and no cache in the
+    call.
     """
     kind, seen = class_of(text), []  # type: ignore[var-annotated]
     try:

@@ -1,8 +1,8 @@
 """Many samples in one row: which ones (Select, Search, Pack, Maintain), and the row itself.
 
-    stream = PackedStream(Mixture([captions, documents], weights=[3, 1]), Limits(tokens=32768, tiles=96))
-    for samples in stream:
-        model(**collate(samples))
+stream = PackedStream(Mixture([captions, documents], weights=[3, 1]), Limits(tokens=32768, tiles=96))
+for samples in stream:
+    model(**collate(samples))
 """
 
 from .batch import Collator, Sample, collate, cut

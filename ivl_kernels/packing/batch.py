@@ -164,9 +164,7 @@ def collate(
             labels.append(torch.full((left,), -100))
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     targets = torch.cat(labels)[None]
-    plan = row_plan(
-        targets, starts, reduction=reduction, counting=counting, boundary=boundary, vocab_size=vocab_size
-    )
+    plan = row_plan(targets, starts, reduction=reduction, counting=counting, boundary=boundary, vocab_size=vocab_size)
     row: dict[str, Any] = {
         "input_ids": torch.cat(parts)[None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],

@@ -35,7 +35,9 @@ def isolation_problem(model: nn.Module, row: Mapping[str, Any], *, sample: int =
     ids[0, begin] = (int(ids[0, begin]) + 1) % 100 if token is None else token
     if int(ids[0, begin]) == int(row["input_ids"][0, begin]):
         raise ValueError(f"token: got {token}, which the sample begins with, expected another one")
-    (logits, grads), (changed, changed_grads) = (_run(model, {**given, "input_ids": x}, other) for x in (row["input_ids"], ids))
+    (logits, grads), (changed, changed_grads) = (
+        _run(model, {**given, "input_ids": x}, other) for x in (row["input_ids"], ids)
+    )
     for what, a, b in (("logits", logits, changed), ("gradients", grads, changed_grads)):
         wrong = (a != b).flatten(1).any(1)
         if bool(wrong.any()):

@@ -43,9 +43,9 @@ class Packer:
     """Search, Pack and Maintain: best fit over a bounded number of open rows.
 
     Search: of the open rows that can take the sample, the one with the most tokens, then the most tiles. Pack: it goes
-    to the end of that row, or opens a row. Maintain: a row with no token left is finished; of more than `rows` open ones
-    the one with the most tokens is. A row that can take no more tiles stays open for text, which is worth 4 to 9 % of
-    fill; InternVL finishes it.
+    to the end of that row, or opens a row. Maintain: a row with no token left is finished; of more than `rows` open
+    ones the one with the most tokens is. A row that can take no more tiles stays open for text, which is worth 4 to 9 %
+    of fill; InternVL finishes it.
 
     Args:
         limits: of a row.

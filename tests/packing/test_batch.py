@@ -106,7 +106,9 @@ def test_cut(parts, tokens, tiles):
 
 def test_pieces_count_their_own():
     whole = sample([20], supervised=20)
-    weights = [RowPlan(**collate([p], reduction="square")["row_plan"]).weight for p in cut(whole, Limits(16, 1), 290, 4)]
+    weights = [
+        RowPlan(**collate([p], reduction="square")["row_plan"]).weight for p in cut(whole, Limits(16, 1), 290, 4)
+    ]
     assert [len(w) for w in weights] == [15, 3] and weights[0][0] == 0.25 and weights[1][0] == 0.5
     assert len(row_plan(whole.labels).rows) == 19
 
