@@ -114,6 +114,7 @@ class Collator:
     pad_to: int = 0
     pad_id: int = 0
     vocab_size: int | None = None
+    image_flags: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if len(samples) == 1 and isinstance(samples[0], (list, tuple)):
@@ -130,6 +131,7 @@ def collate(
     pad_to: int = 0,
     pad_id: int = 0,
     vocab_size: int | None = None,
+    image_flags: bool = False,
 ) -> dict[str, Any]:
     """One row, as the keyword arguments of a model's forward.
 
@@ -138,6 +140,7 @@ def collate(
         reduction, counting, boundary, vocab_size: of the loss weights, as in `ops.row_plan`.
         pad_to: length of the row; what is left is one more sub-sequence without labels. 0: no padding.
         pad_id: token of the padding.
+        image_flags: with image_flags [T, 1], ones: remote code asks for them.
 
     Returns:
         input_ids, position_ids (from 0 in each sample) and labels [1, N] int64; cu_seq_lens_q and cu_seq_lens_k
@@ -176,4 +179,6 @@ def collate(
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     if pixels:
         row["pixel_values"] = torch.cat(pixels)
+        if image_flags:
+            row["image_flags"] = torch.ones(len(row["pixel_values"]), 1, dtype=torch.int64)
     return row
