@@ -18,7 +18,7 @@ from torch import nn
 from ..models.families import families_in, family_of
 from ..models.upstream import arguments, class_of, forward_name, replaced_before, signature
 from ..nn.losses import NextTokenLoss
-from ..ops import RowPlan, row_plan
+from ..ops import LogProb, RowPlan, linear_logprob, row_plan
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
 from ._report import serving
@@ -27,7 +27,7 @@ from .packed import starts_of
 REDUCTIONS = ("token", "sample", "square")
 _REDUCTION = "_ivl_loss"  # attribute of a patched model
 # Keywords of a patched forward that no upstream knows, and those that remote code does not.
-OWN = ("row_plan", "loss_denominator", "return_logits")
+OWN = ("row_plan", "loss_denominator", "return_logits", "return_logprobs", "temperature")
 LOOSE = ("num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -116,6 +116,8 @@ def asked(
 ) -> Any:
     """The output of `run()`, a forward without labels through a patched head, with the loss of these labels in it."""
     plan, loss_of = plan_of(given, labels, reduction), NextTokenLoss(backend=backend)
+    if given.get("return_logprobs"):
+        return _with_logprobs(plan, labels.numel(), given.get("temperature") or 1.0, run, backend)
     denominator, with_logits = _denominator(given, plan), bool(given.get("return_logits"))
 
     def answer(hidden: torch.Tensor, head: Any) -> torch.Tensor:
@@ -130,6 +132,22 @@ def asked(
     loss, logits = output.logits if with_logits else (output.logits, None)
     output.logits = logits
     output.loss = loss
+    return output
+
+
+def _with_logprobs(plan: RowPlan, total: int, temperature: float, run: Callable[[], Any], backend: str) -> Any:
+    """The output of `run()` with `log_probs`, an `ops.LogProb` of the plan's rows, and neither loss nor logits."""
+
+    def answer(hidden: torch.Tensor, head: Any) -> LogProb:
+        rows = plan.to(hidden.device)
+        given: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "backend": backend}
+        return linear_logprob(hidden, head.weight, rows.targets, rows.rows, **given)
+
+    output = answered_by_head(total, answer, run)
+    if isinstance(output, tuple):
+        raise ValueError("return_dict: got False, expected True with return_logprobs")
+    found, output.logits = output.logits, None
+    output["log_probs"] = found
     return output
 
 
@@ -198,8 +216,8 @@ class Loss(Adapter):
     features = {
         "loss": Feature(
             False,
-            "forward with labels gives the loss without logits (None unless return_logits=True); True is 'token', and "
-            "'sample' and 'square' weight by sample",
+            "forward with labels gives the loss without logits (None unless return_logits=True), or with "
+            "return_logprobs=True log_probs; True is 'token', and 'sample' and 'square' weight by sample",
             _parse,
         ),
     }

@@ -128,6 +128,24 @@ def test_packed_rows(reduction, kind):
             model(**row, num_items_in_batch=10)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "hub"])
+def test_log_probs(kind):
+    model, batch = build(kind)
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    patch(model)
+    plan = row_plan(batch["labels"])
+    for temperature in (1.0, 0.7):
+        out = model(**batch, return_logprobs=True, temperature=temperature)
+        expected = (logits.flatten(0, 1)[plan.rows] / temperature).log_softmax(-1)
+        torch.testing.assert_close(
+            out.log_probs.logp, expected.gather(1, plan.targets[:, None])[:, 0], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(out.log_probs.entropy, -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-4)
+        assert out.logits is None and out.loss is None
+    out.log_probs.logp.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
 def test_bad_input():
     model, batch = build("qwen3")
     with pytest.raises(TypeError, match="loss='mean', expected True, False, 'token'"):
@@ -306,7 +324,7 @@ def test_two_ranks(kind, tmp_path):
 @pytest.mark.parametrize("layout", [True, "unpadded"])
 @pytest.mark.parametrize("reduction", ["token", "square"])
 def test_flash(kind, layout, reduction):
-    """The plan is made after compression, from the packed labels; the plan that the caller had is of other positions."""
+    """The plan is made after compression, from the packed labels; that of the caller is of other positions."""
     if kind == "chat":
         model = chat_model("hub", flash=(0.3, 0.1))
         batch = chat_inputs(model, BATCH, flags=True)
@@ -338,7 +356,7 @@ def test_flash(kind, layout, reduction):
         logits = model(**batch, labels=labels, return_logits=True).logits
         assert logits.shape[:2] == plain.logits.shape[:2]
         ce = row_losses(model, batch, labels)
-        assert float(out.loss) == pytest.approx(float((ce / counts.sqrt()).sum() / counts.sqrt().sum()), rel=1e-5)
+        assert out.loss.item() == pytest.approx(float((ce / counts.sqrt()).sum() / counts.sqrt().sum()), rel=1e-5)
 
 
 def row_losses(model, batch, labels):
