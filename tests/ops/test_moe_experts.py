@@ -314,6 +314,26 @@ def test_whole_vectors_of_one_width_only(backend, gpt_oss, inner):
         assert_accurate(value, truth[name], usual[name], name, 2 if value.numel() > 100 else 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_scratch_of_an_earlier_call_does_not_matter(gpt_oss, dtype):
+    """Which is full of NaN, where every expert has an odd number of rows."""
+    case = make(7, 64, 64, 3, 3, gpt_oss, gpt_oss, dtype)
+    grad = torch.randn_like(case.hidden)
+
+    def run(case):
+        return gradients(case, lambda c: c.run("native"), grad)
+
+    expected = run(case)
+    broken = case.leaves().to(dtype)
+    for tensor in broken.tensors:
+        if tensor is not None:
+            tensor.fill_(torch.nan)
+    assert run(broken)["gate_up"].isnan().all()
+    for name, value in run(case).items():
+        assert torch.equal(value, expected[name]), name
+
+
 @backends("native", "triton", "reference")
 def test_gradient_at_the_limit_of_the_activation(backend):
     """Clamping passes on the gradient of a value that is the limit."""
