@@ -757,7 +757,7 @@ class Block(nn.Module):
         (lambda e: setattr(e.down_proj, "forward", print), "experts.2.down_proj.forward was replaced"),
         (lambda e: setattr(e, "act_fn", nn.GELU()), "experts.2 is not like the first"),
         (lambda e: setattr(e, "up_proj", nn.Linear(8, 6)), "experts.2.up_proj has a bias"),
-        (lambda e: e.up_proj.double(), "experts.2.up_proj.weight is torch.float64"),
+        (lambda e: e.up_proj.double(), "experts.2.up_proj is torch.float64"),
     ],
 )
 def test_a_list_of_experts_is_read_only_where_nobody_looks(change, reason):

@@ -450,8 +450,6 @@ def test_masks_of_other_forms():
     causal = torch.ones(length, length, dtype=torch.bool).tril() & present[:, None, None, :]
     text(ids, attention_mask=causal)
     text(ids, attention_mask=torch.where(causal, 0.0, torch.finfo(torch.float32).min))
-    # What padding sees is nobody's business: everything, for attention that must not meet a row of nothing.
-    text(ids, attention_mask=causal | ~present[:, None, :, None])
     for other in seen[1:]:
         assert torch.equal(other[present], seen[0][present])
     causal[0, 0, 9, 3] = False
@@ -459,6 +457,13 @@ def test_masks_of_other_forms():
         text(ids, attention_mask=causal)
     with pytest.raises(ValueError, match="attention_mask: got"):
         text(ids, attention_mask=present[:, 1:])
+    # What padding sees is nobody's business: everything, for attention that must not meet a row of nothing.
+    batch = inputs(BATCH)
+    ids, present = batch["input_ids"], batch["attention_mask"].bool()
+    causal = torch.ones(length, length, dtype=torch.bool).tril() & present[:, None, None, :]
+    text(ids, attention_mask=present.long())
+    text(ids, attention_mask=causal | ~present[:, None, :, None])
+    assert torch.equal(seen[-1][present], seen[-2][present])
 
 
 @torch.no_grad()

@@ -288,8 +288,8 @@ def test_angles_of_one_row_for_all(backend, norm, table):
 
     def run(positions):
         cos, sin = stock_cos_sin(positions, inv_freq, q.dtype)
-        angles = dict(cos=cos, sin=sin) if table else dict(position_ids=positions, inv_freq=inv_freq)
-        out = v2pe_rope(q, k, **angles, **weights, backend=backend)
+        angles, given = ((), dict(cos=cos, sin=sin)) if table else ((positions, inv_freq), {})
+        out = v2pe_rope(q, k, *angles, **given, **weights, backend=backend)
         return *out, *torch.autograd.grad(out, (q, k), [torch.ones_like(x) for x in out])
 
     for got, expected in zip(run(one), run(one.expand(3, -1).contiguous())):
