@@ -689,8 +689,8 @@ def test_rows_of_a_cache_in_another_order_are_refused(order):
 def test_padding_of_an_earlier_call_stays_padding():
     """A second turn whose mask has forgotten it: what is in the cache was placed as it was."""
     model = native_model("qwen3")
-    patch(model, v2pe=0.25)
-    text, seen = language(model), Seen(model)
+    handle = patch(model, v2pe=0.25)
+    text, seen, reports = language(model), Seen(model), []
     first, second = sequence(9, [16], 4), sequence(1, [16], 4)
     mask = torch.ones(1, first.shape[1] + second.shape[1], dtype=torch.int64)
     mask[0, :4] = 0
@@ -699,7 +699,9 @@ def test_padding_of_an_earlier_call_stays_padding():
         cache, past = DynamicCache(), first.shape[1]
         text(first, attention_mask=mask[:, :past], position_ids=at[:, :past], past_key_values=cache)
         text(second, attention_mask=later, position_ids=at[:, past:], past_key_values=cache)
+        reports.append(str(handle.note("v2pe")))
     assert torch.equal(seen[3], seen[1])
+    assert reports == ["46 tokens in 22 positions (24 saved), delta 0.25"] * 2
 
 
 def test_a_call_reaches_the_language_model_once_any_part_of_it_does():
