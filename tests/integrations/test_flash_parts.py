@@ -155,8 +155,13 @@ def test_gradients_of_the_embedding_alone(called):
     if called:
         model.flash.mlp2[1].register_forward_hook(lambda module, args, out: None)
     parts = parts_of(model)
-    vit = parts.vision.tokens_of(batch["pixel_values"])
+    vit, kept = parts.vision.tokens_of(batch["pixel_values"]), []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda m, a, out: kept.append((out, out.detach().clone()))
+    )
     made = flash_inputs(parts, batch["input_ids"], vit, attention_mask=batch["attention_mask"])
+    hook.remove()
+    assert kept and all(torch.equal(out, before) for out, before in kept)
     made.embeds[made.packed.attention_mask != 0].sum().backward()
     words = batch["input_ids"][batch["attention_mask"] != 0]
     expected = torch.bincount(words[words != 290], minlength=len(table)).float()
