@@ -54,7 +54,7 @@ def take_rows(a: TakeRows) -> Tensor:
 def embed_text(a: EmbedText) -> Tensor:
     out = a.table.new_empty(*a.ids.shape, a.table.shape[1])
     row_bytes = a.table.shape[1] * a.table.element_size()
-    args = [a.ids.contiguous(), a.table.contiguous(), out, a.ids.numel(), a.token_id, row_bytes]
+    args = [a.ids.contiguous(), a.table.contiguous(), out, a.ids.numel(), a.table.shape[0], a.token_id, row_bytes]
     _cuda.launch("token_packing", "embed_text", (-(-a.ids.numel() // WARPS),), 32 * WARPS, args)
     return out
 

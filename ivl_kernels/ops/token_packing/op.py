@@ -41,6 +41,7 @@ _place_rows = Op(
     PlaceRows,
     NoneType,
     key="embeds",
+    reads_host=True,
     implementations=_BACKENDS,
     fake=lambda a: None,
     written=("embeds",),
@@ -51,6 +52,7 @@ _take_rows = Op(
     TakeRows,
     Tensor,
     key="embeds",
+    reads_host=True,
     implementations=_BACKENDS,
     fake=lambda a: a.embeds.new_empty(a.number, a.embeds.shape[2]),
 )
@@ -86,6 +88,7 @@ _pack_tokens = Op(
     Packing,
     Pieces,
     key="input_ids",
+    reads_host=True,
     implementations=(
         Implementation("native"),
         Implementation("cuda", unless=_too_long),

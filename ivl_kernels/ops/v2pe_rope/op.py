@@ -109,6 +109,7 @@ _position_ids = Op(
     Positions,
     Located,
     key="input_ids",
+    reads_host=True,
     implementations=(Implementation("native"), Implementation("reference")),
     fake=empty_located,
 )

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _gpu
+from ..._triton import Kernel, cdiv, next_power_of_2
 from .op import Gradients, NormBackward, Rope, Rotated, empty_rotated
 
 # pi / 2 as the sum of three float32 numbers. k * PI_A is exact in the first fused multiply-add while x < 2^18.
@@ -191,6 +192,7 @@ def _heads(
             tl.store(out + to_rest, rest, rest_mask)
 
 
+@Kernel
 @triton.jit
 def rope_kernel(
     q, k, q_out, k_out, q_weight, k_weight, first, second, tokens, angle_batch, angle_token, scale, eps,
@@ -303,6 +305,7 @@ def _heads_backward(
         tl.store(partial + 2 * HALF + j, tl.sum(sum_rest, 0), j < REST)
 
 
+@Kernel
 @triton.jit
 def norm_backward_kernel(
     grad_q, grad_k, q, k, q_out, k_out, q_weight, k_weight, partial, first, second, tokens, angle_batch, angle_token,
@@ -334,7 +337,7 @@ def norm_backward_kernel(
 def config(batch: int, tokens: int, half: int) -> dict[str, int]:
     """Tokens a program and warps. A warp's lanes cover a row's half with 16 bytes each, and whole rows."""
     warps = 1 if batch * tokens <= 4096 else 4
-    return dict(TOKENS=max(1, 256 // triton.next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
+    return dict(TOKENS=max(1, 256 // next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
 
 
 FEW = 64  # tokens
@@ -342,11 +345,11 @@ FEW = 64  # tokens
 
 def few_config(half: int, q_heads: int, kv_heads: int, rest: int) -> dict[str, int]:
     """A program a token, an angle a thread: as many heads at a time as leave registers, so that loads overlap."""
-    block = triton.next_power_of_2(half)
+    block = next_power_of_2(half)
     # One warp where a few columns are left: in place, two would read them while the other writes.
     warps = 1 if rest else max(1, min(4, block // 32))
     least = max(1, 256 * warps // block)  # 16 bytes a lane
-    q_block, k_block = (max(least, min(2048 // block, triton.next_power_of_2(h))) for h in (q_heads, kv_heads))
+    q_block, k_block = (max(least, min(2048 // block, next_power_of_2(h))) for h in (q_heads, kv_heads))
     return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, num_warps=warps, num_stages=1)
 
 
@@ -354,7 +357,7 @@ def constants(a: Rope) -> dict[str, int]:
     half, rest = a.rotary_dim // 2, a.q.shape[3] - a.rotary_dim
     return dict(
         Q_HEADS=a.q.shape[a.heads_dim], K_HEADS=a.k.shape[a.heads_dim], DIM=a.q.shape[3], HALF=half,
-        BLOCK=triton.next_power_of_2(half), REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)), TABLE=a.table,
+        BLOCK=next_power_of_2(half), REST=rest, REST_BLOCK=next_power_of_2(max(rest, 1)), TABLE=a.table,
         ROUND=a.round and a.q.element_size() == 2,
     )  # fmt: skip
 
@@ -390,7 +393,7 @@ def _launch(a: Rope, out: Rotated) -> None:
         options = few_config(fixed["HALF"], fixed["Q_HEADS"], fixed["K_HEADS"], fixed["REST"])
     else:
         options = config(batch, tokens, fixed["HALF"]) | dict(Q_BLOCK=0, K_BLOCK=0)
-    rope_kernel[(triton.cdiv(tokens, options["TOKENS"]), batch)](
+    rope_kernel[(cdiv(tokens, options["TOKENS"]), batch)](
         q, k, *into, a.q_weight, a.k_weight, *_angles_of(a), *_strides(a.heads_dim, q, k, *into), **fixed,
         NORM=a.q_weight is not None, INVERSE=a.inverse, PACKED=_packed(q), **options, enable_fp_fusion=False,
     )  # fmt: skip
@@ -415,7 +418,7 @@ def v2pe_rope_norm_backward(b: NormBackward) -> Gradients:
     out = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, width = q.shape[0], q.shape[3 - a.heads_dim], q.shape[3]
     options = config(batch, tokens, a.rotary_dim // 2)
-    blocks = triton.cdiv(tokens, options["TOKENS"])
+    blocks = cdiv(tokens, options["TOKENS"])
     partial = q.new_empty(batch * blocks, 2, width, dtype=torch.float32)
     if q.numel() + k.numel():
         norm_backward_kernel[(blocks, batch)](
