@@ -262,7 +262,7 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
 @pytest.mark.parametrize("report", [None, torch.full((2, 5), -1)])
 def test_what_the_host_was_not_told_raises(report):
     status = torch.zeros(2, 5, dtype=torch.int64, device="meta")  # elsewhere, and not read
-    packed = PackedTokens(*[torch.zeros(2, 3)] * 6, _inputs=(status,), _report=report)
+    packed = PackedTokens(*[torch.zeros(2, 3)] * 6, _status=status, _report=report)
     for name in ("compressed_tiles", "masked_tokens"):
         with pytest.raises(RuntimeError, match="capacity mode on a GPU"):
             getattr(packed, name)
