@@ -1,26 +1,9 @@
 #include "ivl/attention.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
 #include <utility>
-#include <vector>
-#if defined(__x86_64__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
-#include "ivl/parallel.h"
-#include "ivl/scratch.h"
-#include "ivl/types.h"
-
-#define IVL_KERNELS "ivl/attention_kernels.h"
+#define IVL_KERNELS "ivl/attention_backward_kernels.h"
 #include "ivl/foreach_isa.h"
 
 namespace ivl {

@@ -22,36 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gpu import capability, float32_precision, interpreting
+from ..._gpu import capability
 from ..._targets import limits
 from ..._triton import Kernel, cdiv, next_power_of_2
-from .._tf32 import rounded_to_tf32
+from ..common.activations import gated, gated_backward
+from ..common.matmul import flags, operands
 from .op import Experts, ExpertsBackward, Gradients, Output, empty_gradients, empty_output, tile_rows
-
-
-@triton.jit
-def _gated(gate, up, GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    if GPT_OSS:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
-    else:
-        return gate * tl.sigmoid(gate) * up
-
-
-@triton.jit
-def _gated_backward(gate, up, grad, GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The activation, and the gradients of gate and up."""
-    if GPT_OSS:
-        g = tl.minimum(gate, LIMIT)
-        u = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-        s = tl.sigmoid(ALPHA * g)
-        grad_gate = tl.where(gate <= LIMIT, grad * u * s * (1.0 + ALPHA * g * (1.0 - s)), 0.0)
-        grad_up = tl.where((up >= -LIMIT) & (up <= LIMIT), grad * g * s, 0.0)
-        return u * g * s, grad_gate, grad_up
-    else:
-        s = tl.sigmoid(gate)
-        return gate * s * up, grad * up * s * (1.0 + gate * (1.0 - s)), grad * gate * s
 
 
 @triton.jit
@@ -73,11 +49,7 @@ def _tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, GROUP
 @triton.jit
 def _mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b; transposed when SWAP, which puts the weights on the tensor core's tall side (64 rows on Hopper)."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    if PRECISION == "tf32":
-        a, b = rounded_to_tf32(a), rounded_to_tf32(b)
+    a, b = operands(a, b, PRECISION, UPCAST)
     if SWAP:
         return tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
     else:
@@ -147,7 +119,7 @@ def _gate_up_store(
             else:
                 at = rows + (2 * first + j)[None, :]
                 tl.store(at, acc.to(pre.dtype.element_ty), mask=live[:, None] & both[None, :])
-        value = _gated(gate, up, GPT_OSS, ALPHA, LIMIT)
+        value = gated(gate, up, GPT_OSS, ALPHA, LIMIT)
         tl.store(act + row.to(tl.int64)[:, None] * I + i[None, :], value.to(act.dtype.element_ty), mask=mask)
 
 
@@ -326,7 +298,7 @@ def _down_backward_store(
         else:
             pair = tl.load(pre + at + j[None, :], mask=both, other=0.0).to(tl.float32)
             gate, up = tl.split(tl.reshape(pair, [BM, BN, 2]))
-        value, grad_gate, grad_up = _gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
+        value, grad_gate, grad_up = gated_backward(gate, up, acc * weight[:, None], GPT_OSS, ALPHA, LIMIT)
         if CONCATENATED:
             tl.store(grad_pre + at + i[None, :], grad_gate.to(kind), mask=mask)
             tl.store(grad_pre + at + I + i[None, :], grad_up.to(kind), mask=mask)
@@ -552,13 +524,6 @@ def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> 
     limit = limits(target).pipeline
     stages = 1 if mean <= 128 else 2 if target == 0 else min(3, limit // (2 * side * depth * itemsize))
     return dict(BR=depth, BP=side, BG=side, num_warps=4 if stages == 1 and target else 8, num_stages=stages)
-
-
-def flags(itemsize: int, target: int) -> dict:
-    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, or one where torch may do so."""
-    upcast = interpreting()
-    precision = float32_precision() if itemsize == 4 and target and not upcast else "ieee"
-    return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
 
 
 def combine_config(tokens: int, columns: int) -> dict:

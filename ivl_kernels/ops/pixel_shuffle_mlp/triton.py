@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gpu import capability, float32_precision, interpreting
-from ..._targets import limits
-from ..._triton import Kernel, cdiv, next_power_of_2
-from .._tf32 import rounded_to_tf32
+from ..._gpu import capability
+from ..._triton import Kernel, cdiv
+from ..common.activations import gelu, gelu_slope
+from ..common.matmul import flags, operands
+from .config import gemm_config, implicit, row_config, slab_config
 from .op import Projected, Projector, ProjectorBackward, ProjectorInto, empty_pre, inputs_of
 
 
@@ -128,11 +129,6 @@ def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, M, stride
             tl.store(target + feature[None, :], value.to(rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _gelu(z):
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
 @Kernel
 @triton.jit
 def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts, pre, M, stride_tile, stride_token,
@@ -187,10 +183,7 @@ def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts,
             other = tl.load(w_rows + lanes[:, None])
         else:
             other = tl.load(w_rows + lanes[:, None], mask=inside[:, None], other=0.0)
-        if UPCAST:
-            value, other = value.to(tl.float32), other.to(tl.float32)
-        if PRECISION == "tf32":
-            value, other = rounded_to_tf32(value), rounded_to_tf32(other)
+        value, other = operands(value, other, PRECISION, UPCAST)
         acc = tl.dot(value, other, acc, input_precision=PRECISION)
     stored = (row < M)[:, None] & (column < N)[None, :]
     z = acc + tl.load(bias + column_in).to(tl.float32)[None, :]
@@ -198,7 +191,7 @@ def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts,
         target = pre + row.to(tl.int64)[:, None] * stride_pre + column[None, :]
         tl.store(target, z.to(pre.dtype.element_ty), mask=stored)
     if GELU:
-        z = _gelu(z)
+        z = gelu(z)
     if starts is not None:
         CELLS: tl.constexpr = (HEIGHT // MERGE) * (WIDTH // MERGE)
         place = tl.load(starts + row_in // CELLS) + row_in % CELLS
@@ -221,10 +214,9 @@ def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre: tl.constexpr
         z = tl.load(pre + row[:, None] * stride_pre + column[None, :], mask=mask, other=0.0).to(tl.float32)
         at = row[:, None] * N + column[None, :]
         if activated is not None:
-            tl.store(activated + at, _gelu(z).to(activated.dtype.element_ty), mask=mask)
+            tl.store(activated + at, gelu(z).to(activated.dtype.element_ty), mask=mask)
         if grad is not None:
-            slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-            dz = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * slope
+            dz = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * gelu_slope(z)
             tl.store(grad + at, dz.to(grad.dtype.element_ty), mask=mask)
             total += tl.where(mask, dz, 0.0)
     if sums is not None:
@@ -320,65 +312,6 @@ def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_t
     tl.store(target + K, tl.sum(bias_sum, 0), mask=feature < K)
 
 
-def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
-    """Tile sizes of `linear_kernel`: the largest tile that still gives most multiprocessors one."""
-    # Three tf32 products need the registers of a wider tile; 64 x 128 spills on gfx942.
-    shapes = [(64, 64)] if itemsize == 4 else [(128, 128), (64, 128), (64, 64)] if target else [(128, 128), (64, 64)]
-    enough = 0.75 * limits(target).multiprocessors
-    for BM, BN in shapes:
-        if -(-rows // BM) * -(-columns // BN) >= enough:
-            break
-    BK = 128 // itemsize
-    while BK > 16 and 2 * depth <= BK:
-        BK //= 2
-    limit = limits(target).pipeline
-    while BK > 16 and limit // ((BM + BN) * BK * itemsize) < 2:
-        BK //= 2
-    stages = 2 if target == 0 else max(2, min(4, limit // ((BM + BN) * BK * itemsize)))
-    warps = 8 if BM * BN >= 128 * 128 else 4
-    return dict(BM=BM, BN=BN, BK=BK, GROUP=8, num_warps=warps, num_stages=stages)
-
-
-IMPLICIT_TILES = {2: 8, 4: 16}  # by bytes of an element
-
-
-def implicit(columns: int, config: dict, itemsize: int) -> bool:
-    """Whether normalising every operand tile again costs less than writing the normalised rows once.
-
-    Each element costs about 4 instructions for every column tile of the first layer, or its bytes to memory once.
-    """
-    return -(-columns // config["BN"]) <= IMPLICIT_TILES[itemsize]
-
-
-def row_config(rows: int, features: int, channels: int, itemsize: int, target: int, tensors: int) -> dict:
-    """R rows a program, which share one reading of the norm's parameters; runs of RUN features stay in one patch.
-
-    A program holds `tensors` float32 values for each element of its rows when registers allow, else of BLOCK features.
-    """
-    block = next_power_of_2(features)
-    threads, values = min(512, max(32, block // 8)), 64  # values: a thread's
-    if itemsize == 4:  # more registers a thread where parameters are shared, fewer values where they are not
-        threads, values = (min(256, threads), 128) if block <= 4096 else (threads, 32)
-    if block > 16384 or (target == 120 and itemsize * tensors == 8 and features == 16384):  # the latter would spill
-        block, threads = 1024, 128
-    r = max(1, min(8, values // tensors * threads // block, next_power_of_2(rows)))
-    run = min(block, channels & -channels)
-    return dict(R=r, BLOCK=block, RUN=run, num_warps=max(1, threads // (32 if target else 64)), enable_fp_fusion=True)
-
-
-def slab_config(rows: int, columns: int) -> tuple[dict, int]:
-    """Rows and columns of a program that sums over rows: at most 32 slabs, fixed by the shape, never by the device."""
-    block = min(128, next_power_of_2(columns))
-    return dict(SLAB=16 * -(-rows // (16 * 32)), BM=16, num_warps=4, enable_fp_fusion=True), block
-
-
-def flags(itemsize: int, target: int) -> dict:
-    """How tiles are multiplied: float32 as three tf32 products on NVIDIA, or one where torch may do so."""
-    upcast = interpreting()
-    precision = float32_precision() if itemsize == 4 and target and not upcast else "ieee"
-    return dict(PRECISION=precision, UPCAST=upcast, enable_fp_fusion=True)
-
-
 def _geometry(a: Projector) -> dict[str, Any]:
     return dict(C=a.x.shape[2], MERGE=a.merge, HEIGHT=a.height, WIDTH=a.width, SKIP=a.skip, TRANSPOSED=a.transposed,
                 CHOSEN=a.tiles is not None)  # fmt: skip
@@ -405,7 +338,7 @@ def _shuffle_norm(a: Projector, stats: Tensor | None, values: Tensor | None, cou
 
 def _linear(
     a: Projector, layer: int, values: Tensor, stats: Tensor | None, out: Tensor, starts: Tensor | None,
-    pre: Tensor | None, gelu: bool, config: dict[str, Any],
+    pre: Tensor | None, activate: bool, config: dict[str, Any],
 ) -> None:  # fmt: skip
     """Layer of the projector; with `stats` of a.x normalised as it is read, else of `values`."""
     rows, w, target = a.selected * a.cells, a.weights[layer], capability(a.x)
@@ -414,7 +347,7 @@ def _linear(
     linear_kernel[(cdiv(rows, config["BM"]) * cdiv(N, config["BN"]),)](
         source, a.tiles, stats, a.norm_weight, a.norm_bias, w, a.biases[layer], out, starts, pre, rows, *x_strides,
         out.stride(0), 0 if pre is None else pre.stride(0), **_geometry(a), K=K, N=N, IMPLICIT=stats is not None,
-        GELU=gelu, **config, **flags(w.element_size(), target),
+        GELU=activate, **config, **flags(w.element_size(), target),
     )  # fmt: skip
 
 

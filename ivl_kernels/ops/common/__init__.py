@@ -1,0 +1,1 @@
+"""What the ops share: device functions in Triton, and tensors made ready for kernels."""
