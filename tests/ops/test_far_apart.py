@@ -10,7 +10,7 @@ from ivl_kernels import _cuda
 from ivl_kernels.ops import pixel_shuffle_mlp, v2pe_rope, v2pe_rope_
 from tests.simulator.gpu import simulated_gpu
 
-projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.triton")
+projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.config")
 BF16 = torch.bfloat16
 
 

@@ -8,6 +8,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from ivl_kernels.ops import pixel_shuffle_mlp
+from ivl_kernels.ops.pixel_shuffle_mlp import config
 from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
 from ivl_kernels.ops.pixel_shuffle_mlp.op import Projector, ProjectorBackward, ProjectorInto
 from ivl_kernels.testing import MODELS
@@ -25,7 +26,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 def implicit(request, monkeypatch):
     """Whether the first GEMM gathers and normalises its own operand."""
     limit = 1000 if request.param else 0
-    monkeypatch.setattr(kernels, "IMPLICIT_TILES", {2: limit, 4: limit})
+    monkeypatch.setattr(config, "IMPLICIT_TILES", {2: limit, 4: limit})
     return request.param
 
 
