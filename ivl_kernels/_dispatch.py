@@ -27,7 +27,14 @@ from . import _cuda, _env, _gpu, _native
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("native", "cuda", "triton", "torch", "reference")
+_DEVICES = {
+    "native": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda", "hip"),
+    "torch": ("cuda", "hip"),
+    "reference": (),
+}
+NAMES = tuple(_DEVICES)
 
 
 class BackendError(RuntimeError):
@@ -44,31 +51,49 @@ class Implementation:
 
     Attributes:
         backend: one of `NAMES`.
-        function: "module:function", the module relative to the op's package.
-        devices: device kinds served: "cpu", "cuda", "hip"; empty: all.
         dtypes: names of the dtypes served ("float32", ...); empty: all.
-        unless: called with the op's arguments; a reason not to serve them, or None.
+        unless: called with the record of the op's arguments; a reason not to serve them, or None.
+        function: called with that record; None: the one that has the op's name, in the module of the op's package that
+            has the backend's.
     """
 
     backend: str
-    function: str
-    devices: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
-    unless: Callable[..., str | None] | None = None
+    unless: Callable[[Any], str | None] | None = None
+    function: Callable[[Any], Any] | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Device kinds served: "cpu", "cuda", "hip"; empty: all."""
+        return _DEVICES[self.backend]
+
+    @property
+    def module(self) -> str:
+        return "gpu" if self.backend == "torch" else self.backend
 
 
 @functools.cache
-def _triton_missing() -> str | None:
-    return _cuda.too_old() if importlib.util.find_spec("triton") else "triton is not installed"
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def unforced_cpu(tensor: torch.Tensor) -> bool:
-    """A CPU tensor, no stand-in for a GPU, and no backend forced by the environment."""
-    return tensor.device.type == "cpu" and not _gpu.simulated() and not _env.BACKEND.get()
+def _triton_problem(device: int | None) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    import torch
+
+    if not torch.cuda.is_available():  # something stands in for a GPU, or the question is about one
+        return None
+    return _cuda.too_old(torch.cuda.current_device() if device is None else device)
 
 
-def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | None) -> str | None:
-    """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
+def unforced() -> bool:
+    """No stand-in for a GPU, and no backend forced by the environment."""
+    return not _gpu.simulated() and not _env.BACKEND.get()
+
+
+def _problem(impl: Implementation, kind: str, device: int | None, dtype: str, args: Any) -> str | None:
+    """Why `impl` cannot serve a call on tensors of this device and dtype, or None."""
     if impl.backend == "reference":
         return None
     if kind not in impl.devices and not (kind == "cpu" and "cuda" in impl.devices and _gpu.current()):
@@ -80,9 +105,9 @@ def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | 
     elif impl.backend == "torch":
         why = None
     else:
-        why = _cuda.problem() if impl.backend == "cuda" else _triton_missing()
+        why = _cuda.problem(device) if impl.backend == "cuda" else _triton_problem(device)
     if why is None and impl.unless is not None and args is not None:
-        why = impl.unless(*args)
+        why = impl.unless(args)
     return why
 
 
@@ -107,10 +132,10 @@ _warned: set[tuple[str, str]] = set()
 def choose(
     op: str,
     implementations: Sequence[Implementation],
-    device_type: str,
+    device: torch.device,
     dtype: str,
     forced: str = "",
-    args: Sequence[Any] | None = None,
+    args: Any = None,
     warn: bool = True,
 ) -> Choice:
     """Pick the backend for one call.
@@ -118,24 +143,24 @@ def choose(
     Args:
         op: the op's name, for messages.
         implementations: best first.
-        device_type: `tensor.device.type`.
+        device: of the tensors; without an index, the current one of its type.
         dtype: name of the deciding dtype, such as "bfloat16".
         forced: a backend name; empty: `IVL_BACKEND`, and when that is empty too, the best.
-        args: the call's arguments, for `Implementation.unless`; None skips those checks.
+        args: the record of the call's arguments, for `Implementation.unless`; None skips those checks.
         warn: issue the `FallbackWarning`.
 
     Raises:
         BackendError: the forced backend does not exist for this op or cannot serve the call.
     """
     forced = forced or _env.BACKEND.get()
-    kind = _gpu.device_kind(device_type)
+    kind = _gpu.device_kind(device.type)
     if forced:
         if forced not in NAMES:
             raise BackendError(f"backend: got '{forced}', expected one of {', '.join(NAMES)}")
         reasons = []
         for impl in implementations:
             if impl.backend == forced:
-                why = _problem(impl, kind, dtype, args)
+                why = _problem(impl, kind, device.index, dtype, args)
                 if why is None:
                     return Choice(impl, ())
                 reasons.append(why)
@@ -145,7 +170,7 @@ def choose(
         kind = "cuda"
     passed: list[tuple[str, str]] = []
     for impl in implementations:
-        why = _problem(impl, kind, dtype, args)
+        why = _problem(impl, kind, device.index, dtype, args)
         if why is None:
             if impl.backend == "reference" and warn:
                 _warn(op, kind, passed)
@@ -156,8 +181,10 @@ def choose(
 
 
 def _warn(op: str, kind: str, passed: list[tuple[str, str]]) -> None:
-    key = (op, f"{kind} {passed}")
-    if passed and key not in _warned:
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed)
+    if not reasons and kind in ("cuda", "hip"):
+        reasons = f"it has no kernel for {'AMD' if kind == 'hip' else 'NVIDIA'} GPUs"
+    key = (op, f"{kind} {reasons}")
+    if reasons and key not in _warned:
         _warned.add(key)
-        reasons = "; ".join(f"{name}: {why}" for name, why in passed)
         warnings.warn(f"ivl::{op} runs on the reference backend ({reasons})", FallbackWarning, stacklevel=3)

@@ -19,8 +19,7 @@ from ..._checks import (
     check_tensor,
     describe,
 )
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 
 SAVES = ("auto", "nothing", "logits")
 
@@ -29,7 +28,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _implementations(*backends: str, unless: Callable[..., str | None] | None = None) -> tuple[Implementation, ...]:
+def _implementations(*backends: str, unless: Callable[..., str | None] | None = None) -> tuple[Any, ...]:
     """From "native:function" and "triton:function"."""
     devices = {"native": ("cpu",), "triton": ("cuda", "hip")}
     found = []

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 from .packed import PADDINGS, STATUS, PackedTokens, Pieces
 
 _place_rows = Op(
     "place_rows_(Tensor(a!) embeds, Tensor input_ids, Tensor rows, int token_id, str backend) -> ()",
     package=__package__,
     key="embeds",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:place_rows_", ("cpu",), FLOAT_NAMES),
         Implementation("cuda", "cuda:place_rows_", ("cuda",), FLOAT_NAMES),
@@ -28,6 +28,7 @@ _take_rows = Op(
     "take_rows(Tensor embeds, Tensor input_ids, SymInt count, int token_id, str backend) -> Tensor",
     package=__package__,
     key="embeds",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:take_rows", ("cpu",), FLOAT_NAMES),
         Implementation("cuda", "cuda:take_rows", ("cuda",), FLOAT_NAMES),
@@ -80,6 +81,7 @@ _pack_tokens = Op(
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     package=__package__,
     key="input_ids",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:pack_tokens", ("cpu",)),
         Implementation("cuda", "cuda:pack_tokens", ("cuda",), unless=_too_long),

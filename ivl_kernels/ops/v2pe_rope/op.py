@@ -10,8 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -69,6 +68,7 @@ _position_ids = Op(
     "Tensor? compress, int tile_tokens, int compressed_tokens, int compressed_units, str backend) -> (Tensor, Tensor)",
     package=__package__,
     key="input_ids",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:position_ids", ("cpu",)),
         Implementation("reference", "reference:position_ids"),
