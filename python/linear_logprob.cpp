@@ -66,13 +66,14 @@ void forward(Tensor x, Tensor weight, Optional bias, Tensor targets, double temp
 }
 
 // grads [4, N]: of logp, lse, entropy and mean logit.
-void backward(Tensor grads, Tensor x, Tensor weight, Optional bias, Tensor targets, Tensor lse, Tensor entropy,
-              Tensor kept, double temperature, double softcap, Tensor dx, Tensor dweight, Tensor dbias,
+void backward(Tensor grads, Tensor x, Tensor weight, Optional bias, Tensor targets, Tensor logp, Tensor lse,
+              Tensor entropy, Tensor kept, double temperature, double softcap, Tensor dx, Tensor dweight, Tensor dbias,
               bool accumulate) {
   const Head h = head(x, weight, bias, softcap, temperature);
   const float* grad = in<float>(grads);
   const LogprobBackwardArgs args = {h,
                                     targets_of(targets, h),
+                                    in<float>(logp),
                                     in<float>(lse),
                                     in<float>(entropy),
                                     kept.numel() ? in<float>(kept) : nullptr,
@@ -130,8 +131,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "linear_logprob(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float temperature, float softcap, "
       "Tensor(a!) logp, Tensor(b!) lse, Tensor(c!) entropy, Tensor(d!) mean, Tensor(e!) kept) -> ()");
   m.def(
-      "linear_logprob_backward(Tensor grads, Tensor x, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, "
-      "Tensor entropy, Tensor kept, float temperature, float softcap, Tensor(a!) dx, Tensor(b!) dweight, "
+      "linear_logprob_backward(Tensor grads, Tensor x, Tensor weight, Tensor? bias, Tensor targets, Tensor logp, "
+      "Tensor lse, Tensor entropy, Tensor kept, float temperature, float softcap, Tensor(a!) dx, Tensor(b!) dweight, "
       "Tensor(c!) dbias, bool accumulate) -> ()");
   m.def(
       "linear_kl(Tensor x, Tensor weight, Tensor teacher_x, Tensor teacher_weight, float temperature, Tensor(a!) kl, "

@@ -37,7 +37,7 @@ def test_accuracy(dtype, small):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_accuracy_on_newer_gpus(dtype, newer_gpu, small):
     with simulated_gpu() as log:
-        check(operands(40, 64, 300, dtype), some_grads(40), backend="triton")
+        check(operands(40, 64, 300, dtype), some_grads(40), backend="triton", save="nothing")
     products = [r for r in log if r.kernel != "merge_kernel"]
     assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in products) and all(r.shared_races == 0 for r in log)
 
@@ -104,7 +104,7 @@ def test_work_against_liger():
     with patched_triton() as theirs:
         other = fused.LigerFusedLinearCrossEntropyFunction.apply(*leaves, v["targets"])[0]
         torch.autograd.grad(other, leaves)
-    assert float(loss) == pytest.approx(float(other), rel=1e-2) and grads[1].shape == leaves[1].shape
+    assert loss.item() == pytest.approx(other.item(), rel=1e-2) and grads[1].shape == leaves[1].shape
     forward = [r for r in ours if r.kernel in ("logprob_kernel", "merge_kernel")]
     logits = rows * vocabulary * 2
     assert sum(r.global_store_bytes for r in forward) < logits / 16

@@ -40,7 +40,7 @@ struct LogprobArgs {
 struct LogprobBackwardArgs {
   Head head;
   const int64_t* targets;
-  const float *lse, *entropy, *kept;                    // of the forward; kept may be null
+  const float *logp, *lse, *entropy, *kept;                    // of the forward; kept may be null
   const float *grad_logp, *grad_lse, *grad_entropy, *grad_mean;  // [rows]
   HeadGradients gradients;
 };

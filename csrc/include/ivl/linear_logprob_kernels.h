@@ -90,14 +90,15 @@ bool as_bfloat16(const Head& head) {
   return std::is_same_v<T, bfloat16> && std::is_same_v<W, bfloat16> && dot_bf16() && head.width % 2 == 0;
 }
 
-// Of the logits z of a row, or of some of them: `moment` is the sum of e^(z - max) (z - max).
+// Of the logits z of a row but the target's, or of some of them: `moment` is the sum of e^(z - max) (z - max). The
+// target's comes last, so that 1 - p keeps its digits where p is near 1. `total` is of all.
 struct Partial {
   float max, sum, moment, total;
 };
 
-// Adds the logits of a panel's row, `columns` of them valid, with products y.
-inline void add(Partial& partial, const float* y, int64_t column, int64_t columns, const Transform& transform,
-                float* logits) {
+// Adds the logits of a panel's row, `columns` of them valid, with products y; `own` is the target's place if it is here.
+inline void add(Partial& partial, const float* y, int64_t column, int64_t columns, int64_t own,
+                const Transform& transform, float* logits) {
   vf z[kParts], top = splat(kLowest), total = {};
 #pragma GCC unroll 4
   for (int p = 0; p < kParts; ++p) {
@@ -111,6 +112,7 @@ inline void add(Partial& partial, const float* y, int64_t column, int64_t column
       }
     else
       total += z[p];
+    if (own >= p * kLanes && own < (p + 1) * kLanes) z[p][own - p * kLanes] = -INFINITY;
     top = z[p] > top ? z[p] : top;
   }
   const float most = largest(top);
@@ -135,23 +137,23 @@ inline void add(Partial& partial, const float* y, int64_t column, int64_t column
   partial.total += sum(total);
 }
 
-// A row's results from its blocks, in their order.
+// A row's results from its blocks, in their order, and the target's logit.
 inline void merge(const Partial* blocks, int64_t count, int64_t stride, float own, int64_t vocabulary, float* logp,
                   float* lse, float* entropy, float* mean) {
-  float most = kLowest;
+  float most = std::max(kLowest, own);
   for (int64_t b = 0; b < count; ++b) most = std::max(most, blocks[b * stride].max);
-  double total = 0, moment = 0, all = 0;
+  double others = 0, moment = 0, all = 0;
   for (int64_t b = 0; b < count; ++b) {
     const Partial& partial = blocks[b * stride];
     const double down = double{partial.max} - most, scale = std::exp(down);
-    total += scale * partial.sum;
+    others += scale * partial.sum;
     moment += scale * (partial.moment + (partial.sum != 0 ? partial.sum * down : 0));
     all += partial.total;
   }
-  const double log_total = std::log(total), found = own - double{most} - log_total;
-  *logp = static_cast<float>(found > 0 ? 0 : found);
+  const double below = double{own} - most, e = std::exp(below), total = others + e, log_total = std::log(total);
+  *logp = static_cast<float>(e > others ? -std::log1p(others / e) : below - log_total);
   *lse = static_cast<float>(most + log_total);
-  *entropy = static_cast<float>(log_total - moment / total);
+  *entropy = static_cast<float>(log_total - (moment + (e != 0 ? e * below : 0)) / total);
   *mean = static_cast<float>(all / vocabulary);
 }
 
@@ -183,8 +185,9 @@ void logprob_in(const LogprobArgs& args) {
             [&](int64_t row, int64_t rows, int64_t, const float* y) {
               for (int64_t r = row; r < row + rows; ++r, y += kPanel) {
                 float z[kPanel];
-                add(partial[r], y, column, columns, transform, z);
-                if (targets[r] >= column && targets[r] < column + columns) own[r] = z[targets[r] - column];
+                const int64_t place = targets[r] - column;
+                add(partial[r], y, column, columns, place, transform, z);
+                if (place >= 0 && place < columns) own[r] = z[place];
                 if (args.kept)
                   std::memcpy(args.kept + (first + r) * vocabulary + column, z, columns * sizeof(float));
               }
@@ -211,23 +214,22 @@ void linear_logprob(const LogprobArgs& args) {
 
 // What turns the logits of a row into their gradients.
 struct RowGradient {
-  float lse, entropy, logp, rest, by_entropy, mean;
+  float lse, entropy, own, by_logp, by_lse, by_entropy, mean;  // own: log-probability of the target
 
   // Of logits z in general, and of the target's.
   vf operator()(vf z) const {
     const vf u = z - lse, p = exp_negative(u);
-    vf d = p * (rest - logp);
+    vf d = p * (by_lse - by_logp);
     if (by_entropy != 0) d -= p * ((u < -87.0f ? splat(-87.0f) : u) + entropy) * by_entropy;
     return d + mean;
   }
-  float of_target(float z) const {
-    const float u = z - lse, p = std::exp(u);
-    return -logp * std::expm1(u) + p * (rest - by_entropy * (u + entropy)) + mean;
+  float of_target() const {
+    return -by_logp * std::expm1(own) + std::exp(own) * (by_lse - by_entropy * (own + entropy)) + mean;
   }
 };
 
 inline RowGradient row_gradient(const LogprobBackwardArgs& args, int64_t row) {
-  return {args.lse[row],      args.entropy[row],      args.grad_logp[row],
+  return {args.lse[row],      args.entropy[row],      args.logp[row], args.grad_logp[row],
           args.grad_lse[row], args.grad_entropy[row], args.grad_mean[row] / args.head.vocabulary};
 }
 
@@ -372,7 +374,7 @@ void logprob_backward_in(const LogprobBackwardArgs& args) {
         const vf z = logits(r, j, whole, n);
         vf g = gradients[r](z);
         const int64_t own = args.targets[row + r] - first - column - j;
-        if (own >= 0 && own < n) g[own] = gradients[r].of_target(z[own]);
+        if (own >= 0 && own < n) g[own] = gradients[r].of_target();
         return g * transform.slope(z);
       });
     };

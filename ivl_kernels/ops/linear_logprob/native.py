@@ -66,6 +66,7 @@ def linear_logprob_backward(
     bias: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     kept: Tensor,
@@ -83,7 +84,8 @@ def linear_logprob_backward(
     if not bool(live.all()):
         chosen = live.nonzero().squeeze(1)
         rows = chosen if rows is None else rows[chosen]
-        grads, targets, lse, entropy = grads[:, chosen], targets[chosen], lse[chosen], entropy[chosen]
+        grads, targets = grads[:, chosen], targets[chosen]
+        logp, lse, entropy = logp[chosen], lse[chosen], entropy[chosen]
         kept = kept[chosen] if kept.numel() else kept
     x = _gathered(hidden, rows)
     dx = x.new_empty(x.shape if need_hidden else 0)
@@ -93,8 +95,8 @@ def linear_logprob_backward(
         dweight.zero_()
         dbias.zero_()
     _kernel("linear_logprob_backward")(
-        grads.contiguous(), x, *_head(weight, bias), targets.contiguous(), lse, entropy, kept, temperature, softcap, dx,
-        dweight, dbias, False,
+        grads.contiguous(), x, *_head(weight, bias), targets.contiguous(), logp, lse, entropy, kept, temperature,
+        softcap, dx, dweight, dbias, False,
     )  # fmt: skip
     if bias is not None:
         dbias = dbias.to(bias.dtype)
@@ -135,8 +137,8 @@ def linear_ce(
         grads = torch.zeros(4, part.stop - part.start)
         grads[0] = -coefficient[part]
         _kernel("linear_logprob_backward")(
-            grads, x[part], *head, targets[part], lse, entropy, logits, 1.0, softcap, dx[part] if need_hidden else dx,
-            dweight, dbias, chunk > 0,
+            grads, x[part], *head, targets[part], logp[part], lse, entropy, logits, 1.0, softcap,
+            dx[part] if need_hidden else dx, dweight, dbias, chunk > 0,
         )  # fmt: skip
     loss = -(logp.double() * coefficient).sum().float()
     if bias is not None:

@@ -74,13 +74,13 @@ _linear_logprob = Op(
 
 _linear_logprob_backward = Op(
     "linear_logprob_backward(Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, "
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor lse, Tensor entropy, "
-    "Tensor kept, float temperature, float softcap, bool need_hidden, bool need_weight, bool need_bias, str backend) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor logp, Tensor lse, "
+    "Tensor entropy, Tensor kept, float temperature, float softcap, bool need_hidden, bool need_weight, "
+    "bool need_bias, str backend) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     package=__package__,
     key="hidden",
     implementations=_implementations("native:linear_logprob_backward", "triton:linear_logprob_backward"),
-    fake=lambda *args: _grads_like(args[4:7], args[14:17]),
+    fake=lambda *args: _grads_like(args[4:7], args[15:18]),
 )
 
 _linear_ce = Op(
@@ -134,7 +134,7 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         temperature, softcap, keep, backend = options
         *found, kept = _linear_logprob(hidden, weight, bias, targets, rows, temperature, softcap, keep, backend)
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, found[1], found[2], kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, *found[:3], kept)
         ctx.options = temperature, softcap, backend
         ctx.set_materialize_grads(False)
         return tuple(found)

@@ -66,7 +66,7 @@ def _logits(x, w, bias, row, column, M, V, x_row, w_row, softcap, scale, H: tl.c
 @triton.jit
 def logprob_kernel(
     x, w, bias, targets,  # [M, H] by rows, [V, H] by rows, [V], [M]
-    partials, own,  # [runs, 4, M]: max, sum, moment, total; [M]: the target's logit
+    partials, own,  # [runs, 4, M]: max, sum, moment but of the target, total; [M]: the target's logit
     kept,  # [M, V]: the logits; None: nowhere
     M, V, x_row, w_row, softcap, scale,
     H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -93,7 +93,8 @@ def logprob_kernel(
                 tl.store(to, z, mask=(row < M)[:, None] & valid)
             logits += tl.sum(tl.where(valid, z, 0.0), 1)
             found += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-            z = tl.where(valid, z, float("-inf"))
+            # The target comes last, so that 1 - p keeps its digits where p is near 1.
+            z = tl.where(valid & (column[None, :] != target[:, None]), z, float("-inf"))
             higher = tl.maximum(most, tl.max(z, 1))
             down = most - higher
             shrink = tl.exp(down)
@@ -123,7 +124,8 @@ def merge_kernel(
     """Program (R rows): the runs in their order."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < M
-    most = tl.full([R], LOWEST, tl.float32)
+    target = tl.load(own + row, mask=inside, other=0.0)
+    most = tl.maximum(tl.full([R], LOWEST, tl.float32), target)
     at = partials + row
     for _ in range(0, runs):
         most = tl.maximum(most, tl.load(at, mask=inside, other=0.0))
@@ -140,11 +142,17 @@ def merge_kernel(
         total += shrink * part
         logits += tl.load(at + 3 * M, mask=inside, other=0.0)
         at += 4 * M
-    log_total = tl.log(total)
-    value = (tl.load(own + row, mask=inside, other=0.0) - most) - log_total
-    tl.store(logp + row, tl.where(value > 0, 0.0, value), mask=inside)
+    below = target - most
+    e = tl.exp(below)
+    ratio = total / e
+    # log(1 + ratio) where it is small: by Newton's correction of the rounded sum.
+    rounded = 1.0 + ratio
+    small = tl.where(rounded == 1.0, ratio, tl.log(rounded) * (ratio / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+    whole = total + e
+    log_total = tl.log(whole)
+    tl.store(logp + row, tl.where(e > total, -small, below - log_total), mask=inside)
     tl.store(lse + row, most + log_total, mask=inside)
-    tl.store(entropy + row, log_total - moment / total, mask=inside)
+    tl.store(entropy + row, log_total - (moment + tl.where(e == 0, 0.0, e * below)) / whole, mask=inside)
     tl.store(mean + row, logits / V, mask=inside)
 
 
@@ -157,7 +165,8 @@ def _expm1(x):
 
 @triton.jit
 def gradient_kernel(
-    x, w, bias, targets, lse, entropy, grads,  # as above; [M], [M], [4, M]: of logp, lse, entropy, mean logit
+    x, w, bias, targets, logp, lse, entropy,  # as above
+    grads,  # [4, M]: of logp, lse, entropy, mean logit
     kept,  # [M, V]: the logits; None: computed again
     dz,  # [M, words]: words [first, first + words) of the vocabulary
     M, V, first, words, x_row, w_row, softcap, scale,
@@ -189,7 +198,8 @@ def gradient_kernel(
         spread = tl.load(entropy + row, mask=inside, other=0.0)
         p = tl.exp(u)
         own = column[None, :] == tl.load(targets + row, mask=inside, other=-1)[:, None]
-        d = -g_logp[:, None] * tl.where(own, _expm1(u), p) + p * g_lse[:, None]
+        chosen = _expm1(tl.load(logp + row, mask=inside, other=0.0))[:, None]
+        d = -g_logp[:, None] * tl.where(own, chosen, p) + p * g_lse[:, None]
         # A word of probability 0 adds nothing, also where its logit is -inf.
         by_entropy = p * (tl.maximum(u, -104.0) + spread[:, None]) * g_entropy[:, None]
         d += g_mean[:, None] - tl.where(g_entropy[:, None] == 0, 0.0, by_entropy)
@@ -272,9 +282,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def linear_logprob_backward(
     grad_logp: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_mean: Tensor | None,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, lse: Tensor,
-    entropy: Tensor, kept: Tensor, temperature: float, softcap: float, need_hidden: bool, need_weight: bool,
-    need_bias: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, logp: Tensor,
+    lse: Tensor, entropy: Tensor, kept: Tensor, temperature: float, softcap: float, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, weight = _gathered(hidden, rows), _rows_last(weight)
     count, vocabulary = x.shape[0], weight.shape[0]
@@ -294,7 +304,7 @@ def linear_logprob_backward(
         last = min(first + WORDS, vocabulary)
         dz = tile[: count * (last - first)].view(count, last - first)
         gradient_kernel[(triton.cdiv(count, options["BM"]) * triton.cdiv(last - first, options["BN"]),)](
-            x, weight, bias, targets.contiguous(), lse, entropy, grads, kept if kept.numel() else None, dz, count,
+            x, weight, bias, targets.contiguous(), logp, lse, entropy, grads, kept if kept.numel() else None, dz, count,
             vocabulary, first, last - first, x.stride(0), weight.stride(0), softcap, 1 / temperature, **options,
         )  # fmt: skip
         words = weight[first:last]
