@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.runner import Case, Work, backward, device
+from bench.measure import Case, Work, backward, device
 from ivl_kernels.ops import linear_ce, linear_kl, linear_logprob
 
 WIDTH, VOCABULARY = 1024, 151936
