@@ -1,0 +1,200 @@
+// Kernels of tile_image for one instruction set. Pillow resizes along x, rounds to 8 bits, then along y, and rounds
+// again; both roundings clip, so their order is part of the result.
+//
+// Along x a vector holds one column of kLanes rows; along y, neighbours of one row. What lies between the two passes
+// is planar, so that the second one writes whole vectors of a tile.
+
+namespace ivl::IVL_NAMESPACE {
+namespace {
+
+constexpr int64_t kBand = 8;  // result rows of a task along y
+
+// For each result: where its taps begin, how many, and their weights (`most` apart).
+struct Taps {
+  int64_t most = 0;
+  std::vector<int64_t> first, count;
+  std::vector<float> weight;
+};
+
+// a = -0.5, Pillow's.
+inline double bicubic(double x) {
+  x = std::abs(x);
+  if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
+  if (x < 2) return ((-0.5 * x + 2.5) * x - 4) * x + 2;
+  return 0;
+}
+
+inline Taps taps(int64_t from, int64_t to) {
+  const double scale = static_cast<double>(from) / to, stretch = std::max(scale, 1.0), support = 2 * stretch;
+  Taps result;
+  result.most = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
+  result.first.resize(to);
+  result.count.resize(to);
+  result.weight.resize(to * result.most);
+  std::vector<double> values(result.most);
+  for (int64_t i = 0; i < to; ++i) {
+    const double center = (i + 0.5) * scale;
+    const int64_t first = std::max<int64_t>(0, static_cast<int64_t>(center - support + 0.5));
+    const int64_t last = std::min(from, static_cast<int64_t>(center + support + 0.5));
+    double total = 0;
+    for (int64_t k = 0; k < last - first; ++k)
+      total += values[k] = bicubic((k + first - center + 0.5) / stretch);
+    for (int64_t k = 0; k < last - first; ++k)
+      result.weight[i * result.most + k] = static_cast<float>(values[k] / total);
+    result.first[i] = first;
+    result.count[i] = last - first;
+  }
+  return result;
+}
+
+inline vf widened(const uint8_t* p) {
+  Vec<uint8_t, kLanes> bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+}
+
+// To the nearest level, halves up, as the integers that Pillow shifts.
+inline vi level(vf v) {
+  const vf low = splat(0), high = splat(255);
+  v = v + splat(0.5f);
+  v = v < low ? low : v;
+  v = v > high ? high : v;
+  return __builtin_convertvector(v, vi);
+}
+
+inline void put_levels(uint8_t* p, vf v, int64_t n) {
+  const Vec<uint8_t, kLanes> bytes = __builtin_convertvector(level(v), Vec<uint8_t, kLanes>);
+  std::memcpy(p, &bytes, n);
+}
+
+// One of the two pictures made of a photograph: the grid of tiles, or the thumbnail.
+struct Target {
+  int64_t columns, rows, first_tile;  // in tiles
+  int64_t width;
+  Taps x, y;
+  uint8_t* between;  // [3, photograph rows, width]
+};
+
+// kLanes rows of a photograph from `row` on, transposed: [width * 3][kLanes]. Rows past the last repeat it.
+inline void transposed(const TileImageArgs& args, const uint8_t* photo, int64_t row, float* out) {
+  const uint8_t* p[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) p[i] = photo + std::min(row + i, args.height - 1) * args.row_stride;
+  const int64_t n = args.width * 3;
+  vf v[kLanes];
+  int64_t at = 0;
+  for (; at + kLanes <= n; at += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) v[i] = widened(p[i] + at);
+    transpose(v);
+    for (int64_t i = 0; i < kLanes; ++i) store(out + (at + i) * kLanes, v[i]);
+  }
+  for (; at < n; ++at)
+    for (int64_t i = 0; i < kLanes; ++i) out[at * kLanes + i] = p[i][at];
+}
+
+// The rows of a strip, resized along x.
+inline void along_x(const TileImageArgs& args, const Target& target, int64_t row, const float* strip) {
+  const int64_t count = std::min<int64_t>(kLanes, args.height - row), plane = args.height * target.width;
+  for (int64_t x = 0; x < target.width; x += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, target.width - x);
+    vf v[3][kLanes];
+    for (int64_t i = 0; i < n; ++i) {
+      const float* w = target.x.weight.data() + (x + i) * target.x.most;
+      const float* column = strip + target.x.first[x + i] * 3 * kLanes;
+      vf sums[3] = {};
+      for (int64_t k = 0; k < target.x.count[x + i]; ++k, column += 3 * kLanes) {
+        const vf weight = splat(w[k]);
+        sums[0] = fma(weight, load(column), sums[0]);
+        sums[1] = fma(weight, load(column + kLanes), sums[1]);
+        sums[2] = fma(weight, load(column + 2 * kLanes), sums[2]);
+      }
+      for (int c = 0; c < 3; ++c) v[c][i] = sums[c];
+    }
+    for (int64_t i = n; i < kLanes; ++i)
+      for (int c = 0; c < 3; ++c) v[c][i] = vf{};
+    for (int c = 0; c < 3; ++c) {
+      transpose(v[c]);
+      uint8_t* to = target.between + c * plane + row * target.width + x;
+      for (int64_t i = 0; i < count; ++i) put_levels(to + i * target.width, v[c][i], n);
+    }
+  }
+}
+
+// One row of a target, resized along y and normalised, into the row of each of its tiles.
+template <class T>
+void along_y(const TileImageArgs& args, const Target& target, int64_t y, T* out) {
+  const int64_t tile = args.tile, height = args.height;
+  const float* w = target.y.weight.data() + y * target.y.most;
+  const int64_t taps = target.y.count[y];
+  for (int c = 0; c < 3; ++c) {
+    const uint8_t* rows = target.between + (c * height + target.y.first[y]) * target.width;
+    const vf scale = splat(args.scale[c]), shift = splat(args.shift[c]);
+    for (int64_t column = 0; column < target.columns; ++column) {
+      const int64_t which = target.first_tile + y / tile * target.columns + column;
+      T* to = out + ((which * 3 + c) * tile + y % tile) * tile;
+      const uint8_t* from = rows + column * tile;
+      const auto finish = [&](vf v) { return fma(__builtin_convertvector(level(v), vf), scale, shift); };
+      int64_t x = 0;
+      for (; x + 4 * kLanes <= tile; x += 4 * kLanes) {
+        vf sums[4] = {};
+        for (int64_t k = 0; k < taps; ++k)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i)
+            sums[i] = fma(splat(w[k]), widened(from + k * target.width + x + i * kLanes), sums[i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(to + x + i * kLanes, finish(sums[i]));
+      }
+      for (; x < tile; x += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, tile - x);
+        vf sum = {};
+        for (int64_t k = 0; k < taps; ++k) {
+          uint8_t levels[kLanes] = {};
+          std::memcpy(levels, from + k * target.width + x, n);
+          sum = fma(splat(w[k]), widened(levels), sum);
+        }
+        store_some(to + x, finish(sum), n);
+      }
+    }
+  }
+}
+
+template <class T>
+void tile_image(const TileImageArgs& args) {
+  const int64_t tile = args.tile, tiles = args.columns * args.rows;
+  std::vector<Target> targets;
+  int64_t bytes = 0;
+  for (int i = 0; i < 1 + args.thumbnail; ++i) {
+    Target t = {};
+    t.columns = i ? 1 : args.columns;
+    t.rows = i ? 1 : args.rows;
+    t.first_tile = i ? tiles : 0;
+    t.width = t.columns * tile;
+    t.x = taps(args.width, t.width);
+    t.y = taps(args.height, t.rows * tile);
+    bytes += 3 * args.height * t.width;
+    targets.push_back(std::move(t));
+  }
+  Scratch<uint8_t> between(bytes);
+  for (int64_t i = 0, at = 0; i < static_cast<int64_t>(targets.size()); ++i) {
+    targets[i].between = between.get() + at;
+    at += 3 * args.height * targets[i].width;
+  }
+  const int64_t strips = (args.height + kLanes - 1) / kLanes, bands = (args.rows * tile + kBand - 1) / kBand;
+  const int64_t more = args.thumbnail ? (tile + kBand - 1) / kBand : 0;
+  for (int64_t frame = 0; frame < args.frames; ++frame) {
+    const uint8_t* photo = args.photos + frame * args.frame_stride;
+    T* out = static_cast<T*>(args.out) + frame * (tiles + args.thumbnail) * 3 * tile * tile;
+    run_tasks(strips, [&](int64_t strip) {
+      Scratch<float> columns(args.width * 3 * kLanes);
+      transposed(args, photo, strip * kLanes, columns.get());
+      for (const Target& target : targets) along_x(args, target, strip * kLanes, columns.get());
+    });
+    run_tasks(bands + more, [&](int64_t task) {
+      const Target& target = targets[task >= bands];
+      const int64_t begin = (task - (task >= bands ? bands : 0)) * kBand;
+      for (int64_t y = begin; y < std::min(begin + kBand, target.rows * tile); ++y) along_y(args, target, y, out);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace ivl::IVL_NAMESPACE
