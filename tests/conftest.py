@@ -5,11 +5,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test processes share the cores: a thread that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import gpu
 import hypothesis
 import pytest
 import torch
-from gpu import simulated_gpu
+
+from tests.simulator import gpu
+from tests.simulator.gpu import simulated_gpu
 
 hypothesis.settings.register_profile(
     "ivl", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)

@@ -1,4 +1,4 @@
-"""Which feature is right on the transformers that runs this: prints one JSON object.
+"""Which feature is right on the transformers that runs `python -m tests.feature_table`: prints one JSON object.
 
 Each feature is patched by itself and all defaults together, on every model that this version can build, and compared
 with the plain model: logits, tokens of two turns with a cache, positions of new tokens under V2PE, Flash's second turn.
@@ -7,23 +7,21 @@ A cell is "right", "refused: why", "absent" (nothing of that kind in the model),
 
 import json
 import os
-import sys
 import traceback
 import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 warnings.simplefilter("ignore")
 
-import against_plain as plain  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from models import chat_inputs, chat_model, inputs, native_model, randomize  # noqa: E402
 
 import ivl_kernels  # noqa: E402
 from ivl_kernels.integrations._patch import features  # noqa: E402
 from ivl_kernels.nn import FlashVision  # noqa: E402
+from tests import against_plain as plain  # noqa: E402
+from tests.models import chat_inputs, chat_model, inputs, native_model, randomize  # noqa: E402
 
 FEATURES = ("projector", "packing", "rope", "v2pe", "flash", "moe")
 MODELS = {

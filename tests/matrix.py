@@ -113,7 +113,7 @@ def tests(python, package):
 
 
 def table(python):
-    done = run(python, "tests/feature_table.py")
+    done = run(python, "-m", "tests.feature_table")
     if done.returncode:
         return {"error": f"exit {done.returncode}"}
     return json.loads(done.stdout.strip().splitlines()[-1])["cells"]

@@ -7,14 +7,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import ptxsim
 import pytest
 import torch
-from gpu import CUDA_SOURCES, cuda_ptx
-from ptxsim.sim import load_program
 
 from ivl_kernels import _cuda, _dispatch, _gpu, _library
 from ivl_kernels.ops import embed_text, moe_dispatch, moe_routing, pack_tokens, place_rows
+from tests.simulator import ptxsim
+from tests.simulator.gpu import CUDA_SOURCES, cuda_ptx
+from tests.simulator.ptxsim.sim import load_program
 
 DRIVER = """
 #include <stdio.h>
@@ -200,7 +200,7 @@ def test_tensors_on_a_gpu_that_is_not_current(monkeypatch):
         log.append("leave")
 
     monkeypatch.setattr(_dispatch, "choose", lambda *args: _dispatch.Choice(implementation, ()))
-    monkeypatch.setitem(op._functions, implementation.function, lambda *args: log.append("run"))
+    monkeypatch.setitem(op._functions, implementation.backend, lambda *args: log.append("run"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", enter)
     for index in (0, 1):

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from models import chat_model
 from PIL import Image
 
 from ivl_kernels import cli
 from ivl_kernels.commands import subject
 from ivl_kernels.testing import tiny
+from tests.models import chat_model
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def native_folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory, tokenizer):
     """A checkpoint with its own code, as the released ones have."""
-    from models import chat_hub
+    from tests.models import chat_hub
 
     folder = tmp_path_factory.mktemp("chat")
     model = chat_model("hub", llm=dict(vocab_size=len(tokenizer)), flash=(0.3, 0.1))

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import triton
-from gpu import ROOT
 
 from ivl_kernels import _library
 from ivl_kernels.testing.samples import samples
+from tests.simulator.gpu import ROOT
 
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
     pytest.skip("the interpreter of older versions does not work with NumPy 2.4", allow_module_level=True)

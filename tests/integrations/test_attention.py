@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import chat_model, inputs, native_model
 
 import ivl_kernels
 from ivl_kernels import ops
 from ivl_kernels.integrations import attention as adapter
 from ivl_kernels.integrations._patch import features
 from ivl_kernels.testing import assert_accurate
+from tests.models import chat_model, inputs, native_model
 
 BATCH = ((2,), (1, 1), ())
 

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from gpu import backends
-from models import chat_inputs, chat_model, inputs, native_model
-from ops.test_moe_experts import make as make_experts
-from ops.test_pixel_shuffle_mlp import flat
-from ops.test_pixel_shuffle_mlp import make as make_projector
 
 from ivl_kernels import patched
 from ivl_kernels.ops import pixel_shuffle_mlp, v2pe_rope
 from ivl_kernels.testing import assert_accurate
+from tests.models import chat_inputs, chat_model, inputs, native_model
+from tests.ops.test_moe_experts import make as make_experts
+from tests.ops.test_pixel_shuffle_mlp import flat
+from tests.ops.test_pixel_shuffle_mlp import make as make_projector
+from tests.simulator.gpu import backends
 
 BF16 = torch.bfloat16
 

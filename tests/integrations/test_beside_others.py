@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from models import chat_inputs, chat_model, inputs, native_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from ivl_kernels import patch
 from ivl_kernels.integrations import PatchError
 from ivl_kernels.integrations._patch import PatchWarning
 from ivl_kernels.testing import tiny
+from tests.models import chat_inputs, chat_model, inputs, native_model
 
 TILES = ((2, 1), ())
 DENSE = ("projector", "packing", "rope")

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from models import chat_inputs, chat_model, inputs, native_model
 
 from ivl_kernels import ops, patch
 from ivl_kernels.integrations import Editor
 from ivl_kernels.models.upstream import forward_name
+from tests.models import chat_inputs, chat_model, inputs, native_model
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import (  # noqa: E402

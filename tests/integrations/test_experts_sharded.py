@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from models import randomize, text_config
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ivl_kernels.integrations import PatchError, experts, patch
+from tests.models import randomize, text_config
 
 MOE = dict(projector=False, packing=False, flash=False, rope=False, moe=True)
 # What is a unit of its own (each layer; its experts too; each expert of a list too), and whether the patch comes first.

@@ -5,12 +5,12 @@ import inspect
 
 import pytest
 import torch
-from integrations.test_flash_native import GREEDY, by_hand, flash_model
-from models import chat_inputs, chat_model, inputs
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 import ivl_kernels
 from ivl_kernels.models.upstream import filled
+from tests.integrations.test_flash_native import GREEDY, by_hand, flash_model
+from tests.models import chat_inputs, chat_model, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*past_key_values")
 NAMES = ["past_key_values"]

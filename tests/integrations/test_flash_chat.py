@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from models import chat_inputs, chat_model
 
 import ivl_kernels
 from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_decision
+from tests.models import chat_inputs, chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:ps_version")
 GREEDY = dict(max_new_tokens=5, do_sample=False)

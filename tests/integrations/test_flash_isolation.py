@@ -4,7 +4,6 @@ import inspect
 
 import pytest
 import torch
-from models import FAMILIES, chat_inputs, chat_model, inputs, native_model, randomize, text_config
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -14,6 +13,7 @@ from ivl_kernels.models.families import family_of
 from ivl_kernels.models.packed import leak, varlen_keywords
 from ivl_kernels.models.upstream import is_cache
 from ivl_kernels.nn import FlashVision
+from tests.models import FAMILIES, chat_inputs, chat_model, inputs, native_model, randomize, text_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*past_key_values")
 SLIDING = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)

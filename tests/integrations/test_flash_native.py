@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import chat_inputs, chat_model, inputs, native_model, randomize
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import DynamicCache, InternVLForConditionalGeneration
@@ -17,6 +16,7 @@ from ivl_kernels import imaging
 from ivl_kernels.models.upstream import cache_of, filled
 from ivl_kernels.nn import FlashVision, ImageRouting, Routing
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
+from tests.models import chat_inputs, chat_model, inputs, native_model, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
 NEW = 5

@@ -5,8 +5,6 @@ import io
 
 import pytest
 import torch
-from integrations.test_flash_native import flash_model
-from models import chat_inputs, chat_model, inputs, native_model
 
 from ivl_kernels.flash import (
     Decisions,
@@ -20,6 +18,8 @@ from ivl_kernels.flash import (
 )
 from ivl_kernels.flash.tiles import row_of_tile
 from ivl_kernels.models.families import family_of
+from tests.integrations.test_flash_native import flash_model
+from tests.models import chat_inputs, chat_model, inputs, native_model
 
 TILES = ((3,), (), (1, 2), (1,))
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from integrations.test_flash_native import GREEDY, by_hand, flash_model
-from models import chat_inputs, chat_model, inputs
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import ivl_kernels
 from ivl_kernels.testing import assert_accurate
 from ivl_kernels.testing.shipped import ShippedRouter
+from tests.integrations.test_flash_native import GREEDY, by_hand, flash_model
+from tests.models import chat_inputs, chat_model, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*past_key_values")
 FLASH = (0.3, 0.1)

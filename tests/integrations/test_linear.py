@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from models import CHAT_KINDS, chat_inputs, chat_model, inputs, native_model
 from torch import nn
 
 import ivl_kernels
@@ -13,6 +12,7 @@ from ivl_kernels.integrations import linear as adapter
 from ivl_kernels.integrations._patch import features
 from ivl_kernels.ops.linear import choice
 from ivl_kernels.testing import assert_accurate
+from tests.models import CHAT_KINDS, chat_inputs, chat_model, inputs, native_model
 
 BATCH = ((2,), (1, 1), ())
 NAMES = ["qwen2", "qwen3", *CHAT_KINDS]

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from models import FAMILIES, chat_inputs, chat_model, inputs, native_model
 from torch import nn
 
 from ivl_kernels import ops, patch, patched
 from ivl_kernels.integrations import PatchError
+from tests.models import FAMILIES, chat_inputs, chat_model, inputs, native_model
 
 TILES = ((2, 1), (), (1,))
 GREEDY = dict(max_new_tokens=32, do_sample=False)

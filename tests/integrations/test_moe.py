@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.utils.prune
 import transformers
-from models import inputs, native_model, randomize, text_config
 from torch import nn
 
 from ivl_kernels.integrations import PatchError, experts, patch, patched
 from ivl_kernels.integrations._patch import PatchWarning
 from ivl_kernels.nn import FusedExperts
+from tests.models import inputs, native_model, randomize, text_config
 
 FAMILIES = ("qwen3_moe", "gpt_oss")
 V5 = int(transformers.__version__.split(".")[0]) >= 5

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import transformers
-from models import chat_hub, chat_inputs, chat_model
 from packaging.version import Version
 
 from ivl_kernels import enable_remote_code, patch
+from tests.models import chat_hub, chat_inputs, chat_model
 
 
 def save(folder, **changes):

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from models import FAMILIES, inputs, native_model, text_config
 
 import ivl_kernels
 from ivl_kernels.integrations._patch import features as registered
+from tests.models import FAMILIES, inputs, native_model, text_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
 GREEDY = dict(max_new_tokens=5, do_sample=False)

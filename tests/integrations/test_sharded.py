@@ -33,7 +33,7 @@ def scenario(name, **changes):
 
 
 def make(name):
-    from models import chat_inputs, chat_model, inputs, native_model
+    from tests.models import chat_inputs, chat_model, inputs, native_model
 
     if name == "hub":
         model = chat_model(name)
@@ -341,7 +341,7 @@ def seen(tmp_path_factory):
         pytest.skip("torch without gloo")
     folder = tmp_path_factory.mktemp("sharded")
     root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     workers = [
         subprocess.Popen(

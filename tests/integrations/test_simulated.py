@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from gpu import simulated_gpu
-from models import chat_inputs, chat_model, inputs, native_model, randomize
 
 import ivl_kernels
 from ivl_kernels.nn import FlashVision
+from tests.models import chat_inputs, chat_model, inputs, native_model, randomize
+from tests.simulator.gpu import simulated_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags")
 

@@ -7,15 +7,15 @@ import re
 import warnings
 from collections.abc import Callable
 
-import against_plain
 import pytest
 import torch
-from models import inputs, native_model, randomize
-from synthetic import become, both, changed, edit, source
 
 import ivl_kernels
 from ivl_kernels.integrations._patch import PatchWarning, features
 from ivl_kernels.nn import FlashVision
+from tests import against_plain
+from tests.models import inputs, native_model, randomize
+from tests.synthetic import become, both, changed, edit, source
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
 TEXT = {

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model, randomize
 from transformers import DynamicCache
 
 import ivl_kernels
@@ -17,6 +16,7 @@ from ivl_kernels.integrations._patch import features as registered
 from ivl_kernels.models import families
 from ivl_kernels.nn import FlashVision
 from ivl_kernels.ops import v2pe_position_ids
+from tests.models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
 GREEDY = dict(max_new_tokens=5, do_sample=False)

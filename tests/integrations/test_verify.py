@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from models import chat_inputs, chat_model, inputs, native_model
 
 from ivl_kernels import ops, patch, verify
 from ivl_kernels.integrations._stages import PLACEMENT, PROJECTOR
+from tests.models import chat_inputs, chat_model, inputs, native_model
 
 
 def make(name):

@@ -6,12 +6,12 @@ import types
 import pytest
 import torch
 import transformers
-from integrations.test_models import BOTH, batch_for, generate, make, projector
 from torch import nn
 from torch.nn.utils import prune
 
 from ivl_kernels import ops, patch, patched
 from ivl_kernels.testing import assert_accurate
+from tests.integrations.test_models import BOTH, batch_for, generate, make, projector
 
 REMOTE = ["repo qwen2", "hub qwen3"]
 NAMES = ["native qwen3", *REMOTE]

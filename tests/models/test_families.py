@@ -1,7 +1,7 @@
 """What an InternVL is, read when it is asked."""
 
 from ivl_kernels.models.families import families_in, family_of
-from models import chat_model, native_model
+from tests.models import chat_model, native_model
 
 
 def test_everything_is_read_at_the_call():

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from models import FAMILIES, chat_inputs, chat_model, inputs, native_model
+from tests.models import FAMILIES, chat_inputs, chat_model, inputs, native_model
 
 GREEDY = dict(max_new_tokens=4, do_sample=False)
 FLASH = (0.3, 0.1)

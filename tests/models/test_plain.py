@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ivl_kernels.models.plain import LinearStack, linear_stack, rms_norm
-from models import chat_model, native_model
+from tests.models import chat_model, native_model
 
 
 class Named(nn.Module):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import chat_inputs, chat_model, inputs, native_model, randomize
 
 from ivl_kernels.nn import FlashVision, ViCO
+from tests.models import chat_inputs, chat_model, inputs, native_model, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 TILES = ((3, 1), (2,))

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from ivl_kernels import _dispatch, _native
 from ivl_kernels.ops import attention
 from ivl_kernels.testing import assert_accurate, poisoned
+from tests.simulator.gpu import backends
 
 BACKENDS = backends("native", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

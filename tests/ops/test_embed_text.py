@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu import backends, simulated_gpu
 
 from ivl_kernels.ops import embed_text
 from ivl_kernels.testing import poisoned
+from tests.simulator.gpu import backends, simulated_gpu
 
 BACKENDS = backends("native", "cuda", "reference")
 TOKEN = 7

@@ -5,10 +5,10 @@ import importlib
 
 import pytest
 import torch
-from gpu import simulated_gpu
 
 from ivl_kernels import _cuda
 from ivl_kernels.ops import pixel_shuffle_mlp, v2pe_rope, v2pe_rope_
+from tests.simulator.gpu import simulated_gpu
 
 projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.triton")
 BF16 = torch.bfloat16

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from gpu import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels.ops import moe_dispatch, moe_routing
 from ivl_kernels.testing import assert_accurate, poisoned
+from tests.simulator.gpu import backends
 
 BACKENDS = backends("native", "cuda", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

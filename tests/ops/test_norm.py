@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from gpu import backends, simulated_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
@@ -11,6 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from ivl_kernels import _native
 from ivl_kernels.ops import layer_norm, rms_norm
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
+from tests.simulator.gpu import backends, simulated_gpu
 
 BACKENDS = backends("native", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -301,7 +301,7 @@ WIDTHS = sorted({m.hidden for m in MODELS.values()} | {m.vision for m in MODELS.
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120, "gfx942"])
 def test_compiles_for_every_gpu(target):
-    aot = pytest.importorskip("aot")
+    aot = pytest.importorskip("tests.simulator.aot")
     from ivl_kernels.ops.norm import triton as kernels
 
     for width in WIDTHS if target == 90 else (1024, 5120):

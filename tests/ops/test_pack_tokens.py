@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-from gpu import backends, simulated_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from ivl_kernels import _dispatch
 from ivl_kernels.ops import pack_tokens
 from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_compaction
+from tests.simulator.gpu import backends, simulated_gpu
 
 BACKENDS = backends("native", "cuda", "reference")
 TOKEN, PAD = 7, 11

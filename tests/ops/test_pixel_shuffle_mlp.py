@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import native
 from ivl_kernels.testing import assert_accurate as assert_rule
 from ivl_kernels.testing import poisoned
+from tests.simulator.gpu import backends
 
 BACKENDS = backends("native", "triton", "reference")  # more of Triton in test_pixel_shuffle_mlp_gpu.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

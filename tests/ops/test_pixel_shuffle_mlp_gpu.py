@@ -3,17 +3,17 @@
 import re
 from unittest import mock
 
-import aot
 import pytest
 import torch
 import triton
-from gpu import Tf32Products, simulated_gpu
-from ops.test_pixel_shuffle_mlp import check, flat, make
 from triton.runtime.jit import JITFunction
 
 from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
 from ivl_kernels.testing import MODELS
+from tests.ops.test_pixel_shuffle_mlp import check, flat, make
+from tests.simulator import aot
+from tests.simulator.gpu import Tf32Products, simulated_gpu
 
 OLD_TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9)
 TENSOR_CORE = {

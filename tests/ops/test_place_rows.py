@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from gpu import backends, simulated_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels.ops import place_rows
 from ivl_kernels.testing import poisoned
+from tests.simulator.gpu import backends, simulated_gpu
 
 BACKENDS = backends("native", "cuda", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

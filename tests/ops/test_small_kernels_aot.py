@@ -2,11 +2,12 @@
 
 import importlib
 
-import aot
 import pytest
 import torch
-from gpu import CUDA_SOURCES, cuda_ptx
-from ptxsim.frontend import resources
+
+from tests.simulator import aot
+from tests.simulator.gpu import CUDA_SOURCES, cuda_ptx
+from tests.simulator.ptxsim.frontend import resources
 
 packing = importlib.import_module("ivl_kernels.ops.token_packing.triton")
 routing = importlib.import_module("ivl_kernels.ops.moe_routing.triton")

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from gpu import backends, simulated_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from ivl_kernels import _native
 from ivl_kernels.ops.tile_router import op, reference, select_tiles, tile_router
 from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
+from tests.simulator.gpu import backends, simulated_gpu
 
 ALL = backends("native", "triton", "reference")
 CPU = backends("native", "reference")
@@ -553,7 +553,7 @@ AOT_SHAPES = [
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120, "gfx942"])
 def test_triton_compiles_for(target, monkeypatch):
-    aot = pytest.importorskip("aot")
+    aot = pytest.importorskip("tests.simulator.aot")
     from ivl_kernels.ops.tile_router import triton as kernels
 
     number = 0 if target == "gfx942" else target
@@ -581,7 +581,7 @@ def test_triton_compiles_for(target, monkeypatch):
 @pytest.mark.parametrize("target", [86, 120])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_tiles_do_not_spill(target, dtype):
-    aot = pytest.importorskip("aot")
+    aot = pytest.importorskip("tests.simulator.aot")
     from ivl_kernels.ops.tile_router import triton as kernels
 
     with aot.compiling(target) as log:

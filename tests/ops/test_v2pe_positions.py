@@ -5,12 +5,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from gpu import backends
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl_kernels.ops import v2pe_position_ids
 from ivl_kernels.testing import poisoned
+from tests.simulator.gpu import backends
 
 BACKENDS = backends("native", "reference")
 IMAGE, TEXT, TILE, SMALL = 9, 1, 8, 2  # small tiles keep the cases short

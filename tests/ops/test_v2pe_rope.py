@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from gpu import backends, simulated_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -15,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 from ivl_kernels import _native
 from ivl_kernels.ops import rope_frequencies, v2pe_rope, v2pe_rope_
 from ivl_kernels.testing import assert_accurate, poisoned
+from tests.simulator.gpu import backends, simulated_gpu
 
 BACKENDS = backends("native", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,7 +5,7 @@ import torch
 
 from ivl_kernels.testing import MODELS
 
-aot = pytest.importorskip("aot")
+aot = pytest.importorskip("tests.simulator.aot")
 triton = pytest.importorskip("triton")
 
 HEADS = sorted({(m.q_heads, m.kv_heads, m.head_dim, m.qk_norm) for m in MODELS.values()})

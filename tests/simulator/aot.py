@@ -13,9 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
 
 from ivl_kernels._targets import TARGETS as LIMITS
+from tests.simulator.ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
 
 TARGETS = (80, 90, 100, 120, "gfx942")
 # Shared memory a block can have, in bytes.

@@ -2,7 +2,7 @@
 import os, sys, warnings
 import pytest, torch
 pytest.importorskip('liger_kernel')
-from ptxsim import patched_triton
+from tests.simulator.ptxsim import patched_triton
 torch.manual_seed(0)
 rnd = lambda *s, dt=torch.float32, g=True: torch.randn(*s).to(dt).requires_grad_(g)
 

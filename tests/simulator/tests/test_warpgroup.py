@@ -1,8 +1,8 @@
 """wgmma and tcgen05 of Triton kernels compiled for sm_90 and sm_100: operand layouts, and what must not pass."""
 import re
 import numpy as np, pytest, torch, triton, triton.language as tl
-from ptxsim import Out, run, run_cuda, run_triton
-from ptxsim.mem import SimError
+from tests.simulator.ptxsim import Out, run, run_cuda, run_triton
+from tests.simulator.ptxsim.mem import SimError
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Single PTX instructions against Python integer/fraction references."""
 import os, sys
 import math, numpy as np, pytest, torch
-from ptxsim import run, PtxError
+from tests.simulator.ptxsim import run, PtxError
 
 N = 256
 rng = np.random.default_rng(0)

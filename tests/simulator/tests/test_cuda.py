@@ -1,7 +1,7 @@
 """CUDA C++ kernels compiled with nvcc -ptx (sm_80), simulated, compared with torch."""
 import math, os, shutil, struct, sys
 import numpy as np, pytest, torch
-from ptxsim import run_cuda, Out, Struct, SimError, PtxError
+from tests.simulator.ptxsim import run_cuda, Out, Struct, SimError, PtxError
 pytestmark = pytest.mark.skipif(not shutil.which('nvcc'), reason='nvcc not installed')
 torch.manual_seed(0)
 
@@ -255,6 +255,6 @@ def test_faults_name_tensor_and_line():
 
 
 def test_unknown_instruction():
-    from ptxsim import run
+    from tests.simulator.ptxsim import run
     ptx = '.version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{\n  frobnicate.b32 %r1;\n  ret;\n}\n'
     with pytest.raises(PtxError, match='unknown instruction PTX line 6: `frobnicate'): run(ptx, 'k', 1, 32, [])

@@ -6,15 +6,15 @@ import contextlib
 import functools
 from pathlib import Path
 
-import ptxsim
 import pytest
 import torch
-from ptxsim.frontend import compile_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivl_kernels import _gpu
+from tests.simulator import ptxsim
+from tests.simulator.ptxsim.frontend import compile_cuda
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = 80
 CUDA_SOURCES = sorted(f.stem for f in (ROOT / "csrc" / "cuda").glob("*.cu"))
 

@@ -1,9 +1,9 @@
 """The simulator's own checks and counters: known access patterns, and mutated kernels that must be caught."""
-import os, re, shutil, sys
+import re, shutil
 import numpy as np, pytest, torch
-from ptxsim import run, run_cuda, compile_triton, patched_triton, run_triton, Out, SimError
-from ptxsim.ops import fma32, to_bf16, from_bf16, f32_odd, lut3
-from ptxsim.parse import wto
+from tests.simulator.ptxsim import run, run_cuda, compile_triton, patched_triton, run_triton, Out, SimError
+from tests.simulator.ptxsim.ops import fma32, to_bf16, from_bf16, f32_odd, lut3
+from tests.simulator.ptxsim.parse import wto
 nvcc = pytest.mark.skipif(not shutil.which('nvcc'), reason='nvcc not installed')
 
 
@@ -48,7 +48,7 @@ def test_divergence_counts():
 
 
 def _gemm(ns):
-    from test_triton import matmul_k
+    from tests.simulator.tests.test_triton import matmul_k
     M = N = 64; K = 160
     a, b, c = torch.randn(M, K).half(), torch.randn(K, N).half(), torch.empty(M, N)
     v = dict(a=a, b=b, c=c, idx=None, M=M, N=N, K=K, sam=K, sbk=N, scm=N, BM=64, BN=64, BK=32, PREC='tf32', GATHER=False)
@@ -61,7 +61,7 @@ def _gemm(ns):
 
 @pytest.mark.parametrize('ns', [2, 3])
 def test_missing_barrier_or_wait_is_found(ns):
-    pytest.importorskip('triton'); sys.path.insert(0, os.path.dirname(__file__))
+    pytest.importorskip('triton')
     ptx, go = _gemm(ns); rep, err = go(ptx)
     assert err < 1e-3 and rep.shared_races == 0 and rep.uninit_shared_reads == 0
     bars = list(re.finditer(r'bar\.sync[^\n]*', ptx)); found = 0
@@ -79,8 +79,8 @@ def test_strict_shared_uninit():
 
 
 def test_batches_agree():
-    pytest.importorskip('triton'); sys.path.insert(0, os.path.dirname(__file__))
-    from test_triton import softmax_k
+    pytest.importorskip('triton')
+    from tests.simulator.tests.test_triton import softmax_k
     x = torch.randn(50, 300); reps, outs = [], []
     for ml in (1, 700, 1 << 20):
         o = torch.empty_like(x); reps.append(run_triton(softmax_k, (50,), x, Out(o), 300, 300, 300, B=512, sim=dict(max_lanes=ml)).to_dict()); outs.append(o)
@@ -89,8 +89,8 @@ def test_batches_agree():
 
 
 def test_patched_launch_updates_in_place():
-    pytest.importorskip('triton'); sys.path.insert(0, os.path.dirname(__file__))
-    from test_triton import add_k
+    pytest.importorskip('triton')
+    from tests.simulator.tests.test_triton import add_k
     x = torch.randn(100); o = torch.zeros(200)
     with patched_triton() as log: add_k[(1,)](x, x, o[50:150], 100, B=128)
     assert torch.equal(o[50:150], 2 * x) and not o[:50].any() and len(log) == 1

@@ -1,7 +1,7 @@
 """Triton kernels compiled for sm_80 without a GPU, simulated, compared with torch."""
 import math, os, sys
 import pytest, torch, triton, triton.language as tl
-from ptxsim import run_triton, Out
+from tests.simulator.ptxsim import run_triton, Out
 
 torch.manual_seed(0)
 

@@ -1,0 +1,1 @@
+"""Tests mirror the package; what they share is imported from here (`tests.simulator`, `tests.models`)."""
