@@ -5,8 +5,7 @@
 namespace ivl {
 namespace {
 
-void tile(Tensor photos, Tensor scale, Tensor shift, int64_t columns, int64_t rows, int64_t tile, bool thumbnail,
-          Tensor out) {
+void tile(Tensor photos, Tensor scale, Tensor shift, int64_t columns, int64_t rows, bool thumbnail, Tensor& result) {
   TileImageArgs args = {};
   args.photos = in<uint8_t>(photos);
   args.frames = photos.size(0);
@@ -16,22 +15,16 @@ void tile(Tensor photos, Tensor scale, Tensor shift, int64_t columns, int64_t ro
   args.row_stride = photos.stride(1);
   args.columns = columns;
   args.rows = rows;
-  args.tile = tile;
+  args.tile = result.size(3);
   args.thumbnail = thumbnail;
   args.scale = in<float>(scale);
   args.shift = in<float>(shift);
-  args.out = ivl::out<void>(out);
-  dispatch_widened(out.scalar_type(), [&](auto zero) { tile_image<decltype(zero)>(args); });
+  args.out = out<void>(result);
+  dispatch_widened(result.scalar_type(), [&](auto zero) { tile_image<decltype(zero)>(args); });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
-  m.def(
-      "tile_image(Tensor photos, Tensor scale, Tensor shift, int columns, int rows, int tile, bool thumbnail, "
-      "Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) { m.impl("tile_image", TORCH_BOX(&tile)); }
+IVL_OPERATOR(tile_image_, tile)
 
 }  // namespace ivl

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 from ... import _native
+from .op import Tiling
 
 
-@functools.cache
-def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """[3] each: (level / 255 - mean) / std is level * scale + shift."""
-    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return (1 / (255 * s)).float(), (-m / s).float()
-
-
-def tile_image(
-    photos: Tensor, out: Tensor, columns: int, rows: int, thumbnail: bool, mean: Sequence[float], std: Sequence[float]
-) -> None:
+def tile_image_(a: Tiling) -> None:
+    photos = a.photos
     if photos.stride(3) != 1 or photos.stride(2) != 3:
         photos = photos.contiguous()
-    scale, shift = _affine(tuple(mean), tuple(std))
-    _native.op("tile_image")(photos, scale, shift, columns, rows, out.shape[-1], thumbnail, out)
+    mean, std = a.normalisation
+    # (level / 255 - mean) / std is level * scale + shift.
+    affine = (1 / (255 * std)).float(), (-mean / std).float()
+    _native.op("tile_image_")(photos, *affine, a.columns, a.rows, a.thumbnail, a.out)

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import NoneType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
 from ..._dispatch import Implementation
-from ..._library import Op
+from ..._library import Op, Written
 from .grid import choose_grid
 
+
+class Tiling(NamedTuple):
+    """photos [F, H, W, 3] uint8, out [F * T, 3, tile, tile], normalisation [2, 3] float64: mean and std."""
+
+    photos: Tensor
+    out: Written
+    normalisation: Tensor
+    columns: int
+    rows: int
+    thumbnail: bool
+
+
 _tile_image = Op(
-    "tile_image_(Tensor photos, Tensor(a!) out, int columns, int rows, bool thumbnail, float[] mean, float[] std, "
-    "str backend) -> ()",
-    package=__package__,
+    "tile_image_",
+    Tiling,
+    NoneType,
     key="out",
     implementations=(
-        Implementation("native", "native:tile_image", ("cpu",), KERNEL_DTYPES),
-        Implementation("reference", "reference:tile_image"),
+        Implementation("native", KERNEL_DTYPES),
+        Implementation("reference"),
     ),
-    fake=lambda *_: None,
+    fake=lambda a: None,
 )
 
 
@@ -55,13 +70,18 @@ def _check_options(dtype: torch.dtype, tile: int, mean: Sequence[float], std: Se
         raise ValueError(f"std: got {tuple(std)}, expected positive values")
 
 
+@functools.cache
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    return torch.tensor([mean, std], dtype=torch.float64)
+
+
 def _run(
     photo: Tensor, out: Tensor, columns: int, rows: int, small: bool, mean: Sequence[float], std: Sequence[float],
     backend: str,
 ) -> None:  # fmt: skip
     if out.numel():
         photos = photo if photo.dim() == 4 else photo[None]
-        _tile_image(photos, out, columns, rows, small, [*map(float, mean)], [*map(float, std)], backend)
+        _tile_image(Tiling(photos, out, _normalisation(tuple(mean), tuple(std)), columns, rows, small), backend)
 
 
 def tile_image(

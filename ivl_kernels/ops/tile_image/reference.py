@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .op import Tiling
 
 
 def _bicubic(x: float) -> float:
@@ -43,17 +44,14 @@ def _along(x: Tensor, axis: int, wanted: int) -> Tensor:
     return total.add_(0.5).floor_().clamp_(0, 255)
 
 
-def tile_image(
-    photos: Tensor, out: Tensor, columns: int, rows: int, thumbnail: bool, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    """Into `out` [F * T, 3, tile, tile]."""
-    tile, frames = out.shape[-1], photos.shape[0]
-    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    for photo, tiles in zip(photos, out.unflatten(0, (frames, -1))):
+def tile_image_(a: Tiling) -> None:
+    tile, frames = a.out.shape[-1], a.photos.shape[0]
+    wide = torch.float64 if a.out.dtype == torch.float64 else torch.float32
+    mean, std = a.normalisation.to(a.out.device, wide)[:, :, None, None]
+    for photo, tiles in zip(a.photos, a.out.unflatten(0, (frames, -1))):
         x = photo.permute(2, 0, 1).to(wide)
-        grid = _along(_along(x, 2, columns * tile), 1, rows * tile)
-        cut = grid.view(3, rows, tile, columns, tile).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        if thumbnail:
+        grid = _along(_along(x, 2, a.columns * tile), 1, a.rows * tile)
+        cut = grid.view(3, a.rows, tile, a.columns, tile).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        if a.thumbnail:
             cut = torch.cat([cut, _along(_along(x, 2, tile), 1, tile)[None]])
-        shift, scale = (torch.tensor(tuple(v), dtype=wide, device=x.device)[:, None, None] for v in (mean, std))
-        tiles.copy_(cut.div_(255).sub_(shift).div_(scale))
+        tiles.copy_(cut.div_(255).sub_(mean).div_(std))
