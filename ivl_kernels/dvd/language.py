@@ -119,6 +119,11 @@ class LanguageSide:
         return cls(model.eval(), fingerprint=fingerprint)
 
     @property
+    def tokens_a_tile(self) -> int:
+        """Placeholders that a prompt has for each tile."""
+        return self._family.tokens_a_tile
+
+    @property
     def limits(self) -> Limits:
         """What messages this model takes: for `VisualFeatures.from_bytes`."""
         family, embedding = self._family, self._family.embedding.weight

@@ -102,6 +102,11 @@ class VisionSide:
         return cls(model.to(device).eval(), cache=cache)
 
     @property
+    def tile_pixels(self) -> int:
+        """Pixels of a tile's side."""
+        return self._family.tile_pixels
+
+    @property
     def flash(self) -> bool:
         """Whether tiles are routed."""
         family = self._family
