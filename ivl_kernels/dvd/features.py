@@ -244,7 +244,8 @@ def _spans(header: dict[str, Any], size: int) -> dict[str, tuple[tuple[int, ...]
     """Shape, dtype, begin and end of `rows` and, where there are, `scores`: one after the other, and nothing else."""
     if "rows" not in header or not set(header) <= {"rows", "scores"}:
         raise MessageError("header", f"got tensors {', '.join(sorted(header))[:80]}, expected rows and perhaps scores")
-    spans, at = {}, 0
+    spans: dict[str, tuple[tuple[int, ...], torch.dtype, int, int]] = {}
+    at = 0
     for name in ("rows", "scores"):
         if name not in header:
             continue

@@ -104,7 +104,8 @@ class LanguageSide:
         layers, config.vision_config.num_hidden_layers = config.vision_config.num_hidden_layers, 0
         # Of the tower only the embeddings are built, and dropped.
         unread = {"_keys_to_ignore_on_load_unexpected": [r"vision_(tower|model)\.", *(rf"{name}\." for name in FLASH)]}
-        model: Any = type(base.__name__, (base,), unread).from_pretrained(folder, config=config, **options)
+        kind_without: Any = type(base.__name__, (base,), unread)
+        model = kind_without.from_pretrained(folder, config=config, **options)
         model.config.vision_config.num_hidden_layers = layers
         if kind is Transformers:
             model.model.vision_tower = model.model.multi_modal_projector = None

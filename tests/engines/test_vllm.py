@@ -69,7 +69,8 @@ def folder(tmp_path_factory):
     side = {"height": 64, "width": 64}
     images = transformers.GotOcr2ImageProcessor(size=side, crop_to_patches=True, min_patches=1, max_patches=6)
     processor = transformers.InternVLProcessor(
-        image_processor=images, tokenizer=fast, video_processor=transformers.InternVLVideoProcessor(size=side), image_seq_length=16,
+        image_processor=images, tokenizer=fast, video_processor=transformers.InternVLVideoProcessor(size=side),
+        image_seq_length=16,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("vllm") / "tiny"
     model.save_pretrained(path)
