@@ -50,6 +50,7 @@ class Sample:
 
 def samples(large: bool = False) -> Iterator[Sample]:
     """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
+    yield from _photographs(large)
     yield from _linear_layer(large)
     yield from _head(large)
     yield from _projector(large)
@@ -345,6 +346,19 @@ def _plain_attention(
             scores = torch.cat((scores, v["sinks"][:, None, None].expand(*scores.shape[:2], 1)), -1)
         results.append((scores.softmax(-1)[..., : q.shape[1]] @ value).transpose(0, 1))
     return torch.cat(results)
+
+
+def _photographs(large: bool) -> Iterator[Sample]:
+    height, width, tile = (1200, 1600, 448) if large else (41, 60, 18)
+
+    def make(generator: torch.Generator) -> dict[str, Any]:
+        levels = torch.randint(256, (height, width, 3), generator=generator)
+        return {"photo": levels.to(torch.uint8), "like": torch.empty(0, dtype=torch.float64)}
+
+    def call(v: dict[str, Any], backend: str) -> torch.Tensor:
+        return ops.tile_image(v["photo"], dtype=v["like"].dtype, tile=tile, backend=backend)
+
+    yield Sample("tile_image_", f"a photograph of {width} x {height}", make, call)
 
 
 def _linear_layer(large: bool) -> Iterator[Sample]:
