@@ -14,10 +14,10 @@ from .. import ops
 from ..flash import language_parts, pack
 from ..integrations.flash import PromptStreamer, default_mask, new_tokens
 from ..integrations.v2pe import prompt
-from ..models.families import Family, RemoteCode, Transformers, family_of
+from ..models.families import Family, RemoteCode, family_of
+from ..models.halves import family_class, language_half
 from .features import Limits, MessageError, VisualFeatures
-from .vision import chat_class
-from .weights import FLASH, family_class, fingerprint_of, held, read_config, rules_of, stored
+from .weights import fingerprint_of, held, rules_of, stored
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -91,32 +91,14 @@ class LanguageSide:
         Raises:
             ValueError: no InternVL checkpoint, or code that is not trusted.
         """
-        import transformers
-
         folder = os.fspath(folder)
-        kind = family_class(read_config(folder), folder)
-        base: Any = (
-            transformers.InternVLForConditionalGeneration
-            if kind is Transformers
-            else chat_class(folder, trust_remote_code)
-        )
-        config = base.config_class.from_pretrained(folder)
-        layers, config.vision_config.num_hidden_layers = config.vision_config.num_hidden_layers, 0
-        # Of the tower only the embeddings are built, and dropped.
-        unread = {"_keys_to_ignore_on_load_unexpected": [r"vision_(tower|model)\.", *(rf"{name}\." for name in FLASH)]}
-        kind_without: Any = type(base.__name__, (base,), unread)
-        model = kind_without.from_pretrained(folder, config=config, **options)
-        model.config.vision_config.num_hidden_layers = layers
-        if kind is Transformers:
-            model.model.vision_tower = model.model.multi_modal_projector = None
-        else:
-            for name in ("vision_model", "mlp1", *FLASH):
-                if hasattr(model, name):
-                    delattr(model, name)
-            model.img_context_token_id = model.img_context_token_id if token_id is None else token_id
+        kind = family_class(folder)
+        model = language_half(folder, kind, trust_remote_code, **options)
+        if token_id is not None and kind is RemoteCode:
+            model.img_context_token_id = token_id
         if fingerprint == "":
             found = stored(folder, kind)
-            fingerprint = fingerprint_of(found, rules_of(family_of(model), "mlp2" in found))  # type: ignore[arg-type]
+            fingerprint = fingerprint_of(found, rules_of(kind(model), "mlp2" in found))
         return cls(model.eval(), fingerprint=fingerprint)
 
     @property

@@ -13,19 +13,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..flash import FlashVision, VisionParts, project_into, route, vision_parts
 from ..models.families import Family, Transformers, family_of
-from ..models.remote_code import enable_remote_code
+from ..models.halves import family_class, vision_half
 from .cache import Entry, FeatureCache
 from .features import VisualFeatures
-from .weights import (
-    family_class,
-    fingerprint_of,
-    held,
-    load_parts,
-    parameters_on_meta,
-    read_config,
-    rules_of,
-    stored,
-)
+from .weights import fingerprint_of, held, load_parts, rules_of, stored
 
 
 @dataclass
@@ -86,19 +77,12 @@ class VisionSide:
             ValueError: no InternVL checkpoint, tensors that do not fit, or code that is not trusted.
         """
         folder = os.fspath(folder)
-        config = read_config(folder)
-        kind = family_class(config, folder)
+        kind = family_class(folder)
         found = stored(folder, kind)
-        with parameters_on_meta():
-            model: Any = build(folder, kind, trust_remote_code)
-        if kind is Transformers:
-            model.model.language_model = model.lm_head = None
-            if "mlp2" in found:
-                flash = FlashVision.from_pretrained(folder, dtype=dtype)
-                flash.attach(model)
-        else:
-            model.language_model = None
-        load_parts(family_of(model), found, dtype)  # type: ignore[arg-type]
+        model = vision_half(folder, kind, trust_remote_code)
+        if kind is Transformers and "mlp2" in found:
+            FlashVision.from_pretrained(folder, dtype=dtype).attach(model)
+        load_parts(kind(model), found, dtype)
         return cls(model.to(device).eval(), cache=cache)
 
     @property
@@ -290,20 +274,3 @@ class VisionSide:
             made.append({**known, count: rows[start : start + count].clone()})
             start += count
         self.cache.put(image.key, Entry(made, scores))
-
-
-def build(folder: str, kind: type[Family], trust_remote_code: bool, config: Any = None) -> Any:
-    """The model of a checkpoint's config, with random weights."""
-    import transformers
-
-    if kind is Transformers:
-        config = config or transformers.InternVLConfig.from_pretrained(folder)
-        return transformers.InternVLForConditionalGeneration(config)
-    model = chat_class(folder, trust_remote_code)
-    return model(config or model.config_class.from_pretrained(folder))  # type: ignore[attr-defined]
-
-
-def chat_class(folder: str, trust_remote_code: bool) -> type:
-    if not trust_remote_code:
-        raise ValueError(f"folder: {folder} brings its own code, expected trust_remote_code=True to run it")
-    return enable_remote_code(folder)

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..flash import FlashVision
-from ..models.families import Family, RemoteCode, Transformers
+from ..models.families import FLASH, Family, RemoteCode, Transformers
 from ..ops.tile_image import MEAN, STD
-
-FLASH = ("mlp2", "pooling_before_gating", "gating")
-# A checkpoint's name, and what it becomes: a part of the vision side, and the name in it.
-_NAMES = {
-    Transformers: re.compile(r"^(?:model\.)?(?P<part>vision_tower|multi_modal_projector)\.(?P<name>.+)$"),
-    RemoteCode: re.compile(rf"^(?P<part>vision_model|mlp1|{'|'.join(FLASH)})\.(?P<name>.+)$"),
-}
-
-
-def family_class(config: Mapping[str, Any], folder: str) -> type[Family]:
-    """The family of a checkpoint by its config.json."""
-    kinds: dict[str, type[Family]] = {"internvl": Transformers, "internvl_chat": RemoteCode}
-    kind = config.get("model_type")
-    if kind not in kinds:
-        raise ValueError(
-            f"folder: {folder}/config.json has model_type {kind!r}, expected 'internvl' or 'internvl_chat'"
-        )
-    return kinds[kind]
-
-
-def read_config(folder: str) -> dict[str, Any]:
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        return json.load(file)
 
 
 def parts_of(family: Family) -> dict[str, nn.Module]:
     """The modules of the vision side by the names that a checkpoint of the family has for them."""
-    vision, projector = (
-        ("vision_model", "mlp1") if isinstance(family, RemoteCode) else ("vision_tower", "multi_modal_projector")
-    )
-    parts = {vision: family.vision, projector: family.projector}
+    parts = {family.vision_name: family.vision, family.projector_name: family.projector}
     holder = family.flash_holder
     if holder is not None:
         parts |= {name: getattr(holder, name) for name in FLASH if hasattr(holder, name)}
@@ -74,9 +47,11 @@ def stored(folder: str, kind: type[Family]) -> dict[str, dict[str, Read]]:
         with safe_open(os.path.join(folder, where[key]), "pt") as opened:
             return opened.get_tensor(key)
 
+    flash = "|".join(FLASH) if kind is RemoteCode else "(?!)"  # the other family's are renamed on reading
+    names = re.compile(rf"^(?:model\.)?(?P<part>{kind.vision_name}|{kind.projector_name}|{flash})\.(?P<name>.+)$")
     found: dict[str, dict[str, Read]] = {}
     for key in where:
-        match = _NAMES[kind].match(key)
+        match = names.match(key)
         if match:
             found.setdefault(match["part"], {})[match["name"]] = lambda key=key: read(key)  # type: ignore[misc]
     if kind is Transformers and any(re.search(r"(^|\.)mlp2\.", key) for key in where):
@@ -121,23 +96,6 @@ def rules_of(family: Family, flash: bool) -> dict[str, Any]:
         settings = family.flash_settings
         rules["thresholds"] = [settings.flash_relative_threshold, settings.flash_absolute_threshold]
     return rules
-
-
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory; buffers are real."""
-    register = nn.Module.register_parameter
-
-    def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def load_parts(family: Family, found: Mapping[str, Mapping[str, Read]], dtype: torch.dtype | None) -> None:

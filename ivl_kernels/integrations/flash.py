@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..flash import FlashInputs, FlashParts, Routing, flash_family, flash_inputs, parts_of, router_problem
-from ..models.families import Family, RemoteCode, families_in, family_of
+from ..models.families import FLASH, Family, RemoteCode, families_in, family_of
 from ..models.packed import leak, takes_starts, varlen_keywords
 from ..models.plain import linear_stack
 from ..models.upstream import arguments, cache_of, class_of, filled
@@ -27,7 +27,6 @@ from .vision import shuffle_refused
 
 FindParts = Callable[[nn.Module], FlashParts]
 FORWARDS = (False, True, "unpadded")
-_NEEDED = ("mlp2", "pooling_before_gating", "gating")
 
 
 def _parse_forward(value: Any) -> Any:
@@ -102,7 +101,7 @@ def _reason(projector: nn.Module) -> str:
 def _problem(family: Family) -> str:
     """Why the model's modules are not those of a Flash model, or "". Modules that cannot be read are called."""
     holder, model = family.flash_holder, family.model
-    missing = [name for name in _NEEDED if not isinstance(getattr(holder, name, None), nn.Module)]
+    missing = [name for name in FLASH if not isinstance(getattr(holder, name, None), nn.Module)]
     if missing:
         return f"unknown structure: no {', '.join(missing)}"
     if isinstance(family, RemoteCode) and not callable(getattr(model, "generate_flash", None)):

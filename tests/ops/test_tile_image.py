@@ -3,7 +3,6 @@
 import numpy
 import pytest
 import torch
-from gpu import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,6 +11,7 @@ from ivl_kernels import _native
 from ivl_kernels.ops import choose_grid, tile_image, tile_images
 from ivl_kernels.ops.tile_image import MEAN, STD
 from ivl_kernels.testing import assert_accurate, poisoned
+from tests.simulator.gpu import backends
 
 BACKENDS = backends("native", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
