@@ -94,7 +94,8 @@ def rules_of(family: Family, flash: bool) -> dict[str, Any]:
     }
     if flash:
         settings = family.flash_settings
-        rules["thresholds"] = [settings.flash_relative_threshold, settings.flash_absolute_threshold]
+        names = ("flash_relative_threshold", "flash_absolute_threshold")
+        rules["thresholds"] = [getattr(settings, name, None) for name in names]
     return rules
 
 

@@ -72,14 +72,22 @@ def language_half(folder: str, kind: type[Family], trust_remote_code: bool, **op
 
     Args:
         options: of `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint has not all tensors of the language model.
     """
     base = _model_class(folder, kind, trust_remote_code)
     config = base.config_class.from_pretrained(folder)
     layers, config.vision_config.num_hidden_layers = config.vision_config.num_hidden_layers, 0
     known = [*(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or ())]
     known += [rf"(^|\.){name}\." for name in (kind.vision_name, "flash", *FLASH)]
-    without: Any = type(base.__name__, (base,), {"_keys_to_ignore_on_load_unexpected": known})
-    model = without.from_pretrained(folder, config=config, **options)
+    # In upstream's module, since it converts tensors' names for its own classes alone.
+    changed = {"_keys_to_ignore_on_load_unexpected": known, "__module__": base.__module__}
+    without: Any = type(base.__name__, (base,), changed)
+    model, report = without.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"folder: {folder} has no {', '.join(missing[:5])} ({len(missing)} in all)")
     model.config.vision_config.num_hidden_layers = layers
     kind(model).drop_vision()
     return model

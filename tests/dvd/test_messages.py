@@ -84,7 +84,7 @@ def test_parts_that_do_not_fit():
 def header_change(draw, header):
     """One thing that is wrong with a header; returns the reason that the error must have, or several."""
     metadata, rows = header["__metadata__"], header["rows"]
-    odd = draw.choice([None, True, -1, 1.5, "8", [], {}, [[]], 10**30, 2**63, "\x00", float("nan")])
+    odd = draw.choice([None, True, -1, 1.5, "8", [], {}, [[]], 10**30, 2**63, "\x00"])
     kind = draw.randrange(16)
     if kind == 0:
         metadata["version"] = draw.choice(["0", "2", "", "1.0", "１"])
@@ -166,7 +166,18 @@ def malformed(draw, blob):
         return draw.randbytes(draw.randrange(200)), {"size", "header"}
     if kind == 4:
         text = draw.choice(
-            [b"[]", b"null", b'"rows"', b"{}", b"[" * 3000, b"{" * 900, b"1" * 4000, b'{"a":1,"a":1}', b"\xff\xfe"]
+            [
+                b"[]",
+                b"null",
+                b'"rows"',
+                b"{}",
+                b"[" * 3000,
+                b"{" * 900,
+                b"1" * 4000,
+                b'{"rows":NaN}',
+                b'{"a":1,"a":1}',
+                b"\xff\xfe",
+            ]
         )
         return put_together(text, data), {"header"}
     if kind == 5:

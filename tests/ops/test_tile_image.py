@@ -49,14 +49,11 @@ def levels(tiles):
     return (tiles.double() * std + mean) * 255
 
 
-def assert_same_pixels(got, want, share=0.002):
-    """Within one level everywhere, and hardly ever by it."""
+def assert_same_pixels(got, want):
+    """The same levels; the arithmetic that normalises them is looked at elsewhere."""
     assert got.shape == want.shape and got.dtype == want.dtype
     slack = {torch.bfloat16: 0.6, torch.float16: 0.1}.get(got.dtype, 1e-3)
-    away = (levels(got) - levels(want)).abs()
-    assert float(away.max()) <= 1 + slack
-    if got.dtype == torch.float32:
-        assert float((away > 0.5).double().mean()) <= share
+    assert float((levels(got) - levels(want)).abs().max()) <= slack
 
 
 @backends("native", "reference")
@@ -69,7 +66,7 @@ def test_same_pixels(backend, height, width, tile, dtype, thumbnail, seed):
     pixels = photo(height, width, seed)
     with poisoned():
         got = tile_image(pixels, dtype=dtype, tile=tile, thumbnail=thumbnail, backend=backend)
-    assert_same_pixels(got, released(pixels, dtype, tile, thumbnail=thumbnail), share=0.02)
+    assert_same_pixels(got, released(pixels, dtype, tile, thumbnail=thumbnail))
 
 
 @pytest.mark.parametrize("size", [(600, 800), (1080, 1920), (448, 448), (3000, 4000)], ids=str)
@@ -82,7 +79,7 @@ def test_photographs(size, kind):
         assert len(got) == 13
 
 
-@pytest.mark.parametrize("size", [(600, 800), (700, 500)], ids=str)
+@pytest.mark.parametrize("size", [(600, 800), (900, 500)], ids=str)
 def test_transformers_processor(size):
     processing = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
     processor = processing.GotOcr2ImageProcessorPil(
@@ -93,10 +90,9 @@ def test_transformers_processor(size):
     want = processor(images=[Image.fromarray(pixels.numpy())], return_tensors="pt")["pixel_values"]
     got = tile_image(pixels)
     assert got.shape == want.shape
-    # It may resize along y first where the height shrinks more: then noise may differ by more than a level.
-    order = size[0] - 448 <= 2 * (size[1] - 448)
-    assert float((levels(got[:-1]) - levels(want[:-1])).abs().max()) <= 1.001
-    assert not order or float((levels(got) - levels(want)).abs().max()) <= 1.001
+    # Pillow 13 resizes the thumbnail of the second along y first: noise then differs by more than a level.
+    end = None if size[0] < size[1] else -1
+    assert float((levels(got[:end]) - levels(want[:end])).abs().max()) <= 1.001
 
 
 @BACKENDS
@@ -125,7 +121,7 @@ def test_every_instruction_set(isa):
         for height, width, tile in ((33, 57, 16), (100, 41, 30), (5, 3, 7), (200, 300, 64)):
             pixels = photo(height, width)
             for dtype in DTYPES:
-                assert_same_pixels(tile_image(pixels, tile=tile, dtype=dtype), released(pixels, dtype, tile), 0.02)
+                assert_same_pixels(tile_image(pixels, tile=tile, dtype=dtype), released(pixels, dtype, tile))
     finally:
         module.set_isa(best)
 
@@ -169,7 +165,7 @@ def test_far_apart_frames():
 def test_grid_out_and_thumbnail():
     pixels = photo(40, 60)
     got = tile_image(pixels, tile=16, grid=(5, 1))
-    assert_same_pixels(got, released(pixels, tile=16, grid=(5, 1)), 0.02)
+    assert_same_pixels(got, released(pixels, tile=16, grid=(5, 1)))
     out = torch.full((8, 3, 16, 16), float("nan"))
     assert tile_image(pixels, tile=16, grid=(5, 1), out=out[1:7]).data_ptr() == out[1].data_ptr()
     assert torch.equal(out[1:7], got) and out[0].isnan().all() and out[7].isnan().all()

@@ -1,5 +1,6 @@
 // Kernels of tile_image for one instruction set. Pillow resizes along x, rounds to 8 bits, then along y, and rounds
-// again; both roundings clip, so their order is part of the result.
+// again; both roundings clip, so their order is part of the result. Its arithmetic is exact: integers, weights of 22
+// bits. So is this, or a tie that falls otherwise in a row of equal pixels would show as two levels.
 //
 // Along x a vector holds one column of kLanes rows; along y, neighbours of one row. What lies between the two passes
 // is planar, so that the second one writes whole vectors of a tile.
@@ -13,8 +14,10 @@ constexpr int64_t kBand = 8;  // result rows of a task along y
 struct Taps {
   int64_t most = 0;
   std::vector<int64_t> first, count;
-  std::vector<float> weight;
+  std::vector<int32_t> weight;  // in units of 2^-kBits
 };
+
+constexpr int kBits = 22;
 
 // a = -0.5, Pillow's.
 inline double bicubic(double x) {
@@ -40,30 +43,41 @@ inline Taps taps(int64_t from, int64_t to) {
     for (int64_t k = 0; k < last - first; ++k)
       total += values[k] = bicubic((k + first - center + 0.5) / stretch);
     for (int64_t k = 0; k < last - first; ++k)
-      result.weight[i * result.most + k] = static_cast<float>(values[k] / total);
+      result.weight[i * result.most + k] = static_cast<int32_t>(std::round(values[k] / total * (1 << kBits)));
     result.first[i] = first;
     result.count[i] = last - first;
   }
   return result;
 }
 
-inline vf widened(const uint8_t* p) {
+inline vu widened(const uint8_t* p) {
   Vec<uint8_t, kLanes> bytes;
   std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+  return __builtin_convertvector(bytes, vu);
 }
 
-// To the nearest level, halves up, as the integers that Pillow shifts.
-inline vi level(vf v) {
-  const vf low = splat(0), high = splat(255);
-  v = v + splat(0.5f);
-  v = v < low ? low : v;
-  v = v > high ? high : v;
-  return __builtin_convertvector(v, vi);
+inline vu load(const uint32_t* p) {
+  vu v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
 
-inline void put_levels(uint8_t* p, vf v, int64_t n) {
-  const Vec<uint8_t, kLanes> bytes = __builtin_convertvector(level(v), Vec<uint8_t, kLanes>);
+inline void transpose(vu (&v)[kLanes]) {
+  vf moved[kLanes];
+  std::memcpy(moved, v, sizeof v);
+  transpose(moved);
+  std::memcpy(v, moved, sizeof v);
+}
+
+// Of a sum of weighted levels: the nearest level, halves up.
+inline vi level(vu sum) {
+  const vi v = (vi)(sum + (1u << (kBits - 1))) >> kBits, low = {}, high = vi{} + 255;
+  const vi positive = v < low ? low : v;
+  return positive > high ? high : positive;
+}
+
+inline void put_levels(uint8_t* p, vu sum, int64_t n) {
+  const Vec<uint8_t, kLanes> bytes = __builtin_convertvector(level(sum), Vec<uint8_t, kLanes>);
   std::memcpy(p, &bytes, n);
 }
 
@@ -76,41 +90,37 @@ struct Target {
 };
 
 // kLanes rows of a photograph from `row` on, transposed: [width * 3][kLanes]. Rows past the last repeat it.
-inline void transposed(const TileImageArgs& args, const uint8_t* photo, int64_t row, float* out) {
+inline void transposed(const TileImageArgs& args, const uint8_t* photo, int64_t row, uint32_t* out) {
   const uint8_t* p[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) p[i] = photo + std::min(row + i, args.height - 1) * args.row_stride;
   const int64_t n = args.width * 3;
-  vf v[kLanes];
+  vu v[kLanes];
   int64_t at = 0;
   for (; at + kLanes <= n; at += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) v[i] = widened(p[i] + at);
     transpose(v);
-    for (int64_t i = 0; i < kLanes; ++i) store(out + (at + i) * kLanes, v[i]);
+    std::memcpy(out + at * kLanes, v, sizeof v);
   }
   for (; at < n; ++at)
     for (int64_t i = 0; i < kLanes; ++i) out[at * kLanes + i] = p[i][at];
 }
 
 // The rows of a strip, resized along x.
-inline void along_x(const TileImageArgs& args, const Target& target, int64_t row, const float* strip) {
+inline void along_x(const TileImageArgs& args, const Target& target, int64_t row, const uint32_t* strip) {
   const int64_t count = std::min<int64_t>(kLanes, args.height - row), plane = args.height * target.width;
   for (int64_t x = 0; x < target.width; x += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, target.width - x);
-    vf v[3][kLanes];
+    vu v[3][kLanes] = {};
     for (int64_t i = 0; i < n; ++i) {
-      const float* w = target.x.weight.data() + (x + i) * target.x.most;
-      const float* column = strip + target.x.first[x + i] * 3 * kLanes;
-      vf sums[3] = {};
+      const int32_t* w = target.x.weight.data() + (x + i) * target.x.most;
+      const uint32_t* column = strip + target.x.first[x + i] * 3 * kLanes;
+      vu sums[3] = {};
       for (int64_t k = 0; k < target.x.count[x + i]; ++k, column += 3 * kLanes) {
-        const vf weight = splat(w[k]);
-        sums[0] = fma(weight, load(column), sums[0]);
-        sums[1] = fma(weight, load(column + kLanes), sums[1]);
-        sums[2] = fma(weight, load(column + 2 * kLanes), sums[2]);
+        const vu weight = vu{} + static_cast<uint32_t>(w[k]);
+        for (int c = 0; c < 3; ++c) sums[c] += weight * load(column + c * kLanes);
       }
       for (int c = 0; c < 3; ++c) v[c][i] = sums[c];
     }
-    for (int64_t i = n; i < kLanes; ++i)
-      for (int c = 0; c < 3; ++c) v[c][i] = vf{};
     for (int c = 0; c < 3; ++c) {
       transpose(v[c]);
       uint8_t* to = target.between + c * plane + row * target.width + x;
@@ -123,7 +133,7 @@ inline void along_x(const TileImageArgs& args, const Target& target, int64_t row
 template <class T>
 void along_y(const TileImageArgs& args, const Target& target, int64_t y, T* out) {
   const int64_t tile = args.tile, height = args.height;
-  const float* w = target.y.weight.data() + y * target.y.most;
+  const int32_t* w = target.y.weight.data() + y * target.y.most;
   const int64_t taps = target.y.count[y];
   for (int c = 0; c < 3; ++c) {
     const uint8_t* rows = target.between + (c * height + target.y.first[y]) * target.width;
@@ -132,24 +142,24 @@ void along_y(const TileImageArgs& args, const Target& target, int64_t y, T* out)
       const int64_t which = target.first_tile + y / tile * target.columns + column;
       T* to = out + ((which * 3 + c) * tile + y % tile) * tile;
       const uint8_t* from = rows + column * tile;
-      const auto finish = [&](vf v) { return fma(__builtin_convertvector(level(v), vf), scale, shift); };
+      const auto finish = [&](vu sum) { return fma(__builtin_convertvector(level(sum), vf), scale, shift); };
       int64_t x = 0;
       for (; x + 4 * kLanes <= tile; x += 4 * kLanes) {
-        vf sums[4] = {};
+        vu sums[4] = {};
         for (int64_t k = 0; k < taps; ++k)
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i)
-            sums[i] = fma(splat(w[k]), widened(from + k * target.width + x + i * kLanes), sums[i]);
+            sums[i] += static_cast<uint32_t>(w[k]) * widened(from + k * target.width + x + i * kLanes);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) store(to + x + i * kLanes, finish(sums[i]));
       }
       for (; x < tile; x += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, tile - x);
-        vf sum = {};
+        vu sum = {};
         for (int64_t k = 0; k < taps; ++k) {
           uint8_t levels[kLanes] = {};
           std::memcpy(levels, from + k * target.width + x, n);
-          sum = fma(splat(w[k]), widened(levels), sum);
+          sum += static_cast<uint32_t>(w[k]) * widened(levels);
         }
         store_some(to + x, finish(sum), n);
       }
@@ -184,7 +194,7 @@ void tile_image(const TileImageArgs& args) {
     const uint8_t* photo = args.photos + frame * args.frame_stride;
     T* out = static_cast<T*>(args.out) + frame * (tiles + args.thumbnail) * 3 * tile * tile;
     run_tasks(strips, [&](int64_t strip) {
-      Scratch<float> columns(args.width * 3 * kLanes);
+      Scratch<uint32_t> columns(args.width * 3 * kLanes);
       transposed(args, photo, strip * kLanes, columns.get());
       for (const Target& target : targets) along_x(args, target, strip * kLanes, columns.get());
     });

@@ -47,7 +47,7 @@ def tile_image(
         backend: force a backend; empty picks the best.
 
     Returns:
-        [T, 3, tile, tile], or [F * T, 3, tile, tile] frame by frame. Every level is within one of Pillow's.
+        [T, 3, tile, tile], or [F * T, 3, tile, tile] frame by frame. Every level is that of Pillow (up to 12).
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has been written then.

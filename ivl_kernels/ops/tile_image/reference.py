@@ -18,7 +18,10 @@ def _bicubic(x: float) -> float:
 
 
 def weights(size: int, wanted: int) -> tuple[Tensor, Tensor]:
-    """Of each of `wanted` results along an axis of `size`: the pixels it is made of, and their weights [wanted, K]."""
+    """Of each of `wanted` results along an axis of `size`: the pixels it is made of, and their weights [wanted, K].
+
+    Weights are whole multiples of 2 ** -22, as Pillow has them.
+    """
     scale = size / wanted
     stretch = max(scale, 1.0)
     support = 2 * stretch
@@ -29,7 +32,8 @@ def weights(size: int, wanted: int) -> tuple[Tensor, Tensor]:
         first, last = max(0, int(center - support + 0.5)), min(size, int(center + support + 0.5))
         row = [_bicubic((k - center + 0.5) / stretch) for k in range(first, last)]
         which[i, : len(row)] = torch.arange(first, last)
-        values[i, : len(row)] = torch.tensor(row, dtype=torch.float64) / math.fsum(row)
+        exact = torch.tensor(row, dtype=torch.float64) / sum(row)
+        values[i, : len(row)] = (exact.abs() * 2**22 + 0.5).floor().copysign(exact) * 2.0**-22
     return which, values
 
 
@@ -49,9 +53,9 @@ def tile_image_(a: Tiling) -> None:
     wide = torch.float64 if a.out.dtype == torch.float64 else torch.float32
     mean, std = a.normalisation.to(a.out.device, wide)[:, :, None, None]
     for photo, tiles in zip(a.photos, a.out.unflatten(0, (frames, -1))):
-        x = photo.permute(2, 0, 1).to(wide)
+        x = photo.permute(2, 0, 1).double()  # in which sums of levels and weights are exact
         grid = _along(_along(x, 2, a.columns * tile), 1, a.rows * tile)
         cut = grid.view(3, a.rows, tile, a.columns, tile).permute(1, 3, 0, 2, 4).flatten(0, 1)
         if a.thumbnail:
             cut = torch.cat([cut, _along(_along(x, 2, tile), 1, tile)[None]])
-        tiles.copy_(cut.div_(255).sub_(mean).div_(std))
+        tiles.copy_(cut.to(wide).div_(255).sub_(mean).div_(std))
