@@ -9,7 +9,7 @@ import numpy
 import torch
 from PIL import Image
 
-from bench.runner import Case, Work
+from bench.measure import Case, Work
 from ivl_kernels.ops import choose_grid, tile_image
 from ivl_kernels.ops.tile_image import MEAN, STD
 

@@ -26,7 +26,7 @@ import torch
 
 import ivl_kernels
 from bench.dvd import Cost
-from bench.runner import quantile
+from bench.measure import quantile
 from ivl_kernels.dvd import LanguageSide, VisionSide, VisualFeatures
 from ivl_kernels.dvd.pair import Pair
 from ivl_kernels.testing import tiny

@@ -27,6 +27,8 @@ for side in (VisionSide, LanguageSide):  # what the libraries load on first use
 before = resident()
 side = {"vision": VisionSide, "language": LanguageSide}[sys.argv[3]].from_pretrained(sys.argv[2])
 own = sum(p.nbytes for p in side.model.parameters())
+for p in side.model.parameters():  # tensors of a file are read when they are touched
+    p.detach().view(-1).sum()
 print(own, resident() - before)
 """
 

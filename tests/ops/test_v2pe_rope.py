@@ -133,6 +133,17 @@ def test_gpt_oss_half_width_cos_sin(backend, dtype):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
+@BACKENDS
+@pytest.mark.parametrize("norm", [False, True])
+def test_more_heads_than_a_program_holds_at_once(backend, norm):
+    q, k, positions, inv_freq = make(1, 1, 72, 66, 64, torch.bfloat16)
+    cos, sin = stock_cos_sin(positions, inv_freq, torch.bfloat16)
+    weights = [torch.rand(64).bfloat16() + 0.5 if norm else None for _ in range(2)]
+    given = dict(cos=cos, sin=sin, q_weight=weights[0], k_weight=weights[1], eps=EPS)
+    got, expected = (v2pe_rope(q, k, **given, backend=b) for b in (backend, "reference"))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 @backends("native", "triton", "reference")
 @settings(max_examples=16)
 @given(
@@ -274,6 +285,26 @@ def test_gradients_match_eager(backend, dtype, norm, width, rotary):
         got = run(ours, dtype)
     for g, t, e in zip(got, run(plain, torch.float64), run(plain, dtype)):
         assert_accurate(g, t, e)
+
+
+@BACKENDS
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_angles_of_one_row_for_all(backend, norm, table):
+    """Models give positions, or cos and sin, of one row [1, N] to a batch."""
+    q, k, positions, inv_freq = make(batch=3, tokens=70, dtype=torch.float32)
+    q, k = q.requires_grad_(), k.requires_grad_()
+    one = positions[:1]
+    weights = dict(q_weight=torch.rand(64) + 0.5, k_weight=torch.rand(64) + 0.5, eps=EPS) if norm else {}
+
+    def run(positions):
+        cos, sin = stock_cos_sin(positions, inv_freq, q.dtype)
+        angles, given = ((), dict(cos=cos, sin=sin)) if table else ((positions, inv_freq), {})
+        out = v2pe_rope(q, k, *angles, **given, **weights, backend=backend)
+        return *out, *torch.autograd.grad(out, (q, k), [torch.ones_like(x) for x in out])
+
+    for got, expected in zip(run(one), run(one.expand(3, -1).contiguous())):
+        assert torch.equal(got, expected)
 
 
 @BACKENDS

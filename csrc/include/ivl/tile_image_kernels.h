@@ -50,10 +50,17 @@ inline Taps taps(int64_t from, int64_t to) {
   return result;
 }
 
+// Not __builtin_convertvector alone: GCC takes bytes one by one.
 inline vu widened(const uint8_t* p) {
+#if IVL_VECTOR_BYTES == 64
+  return (vu)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif IVL_VECTOR_BYTES == 32
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   Vec<uint8_t, kLanes> bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   return __builtin_convertvector(bytes, vu);
+#endif
 }
 
 inline vu load(const uint32_t* p) {
@@ -77,8 +84,20 @@ inline vi level(vu sum) {
 }
 
 inline void put_levels(uint8_t* p, vu sum, int64_t n) {
+#if IVL_VECTOR_BYTES == 64
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)level(sum));
+#elif IVL_VECTOR_BYTES == 32
+  const __m256i both = (__m256i)level(sum);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  const __m128i bytes = _mm_packus_epi16(words, words);
+#else
   const Vec<uint8_t, kLanes> bytes = __builtin_convertvector(level(sum), Vec<uint8_t, kLanes>);
-  std::memcpy(p, &bytes, n);
+#endif
+  if (n == kLanes) {
+    std::memcpy(p, &bytes, kLanes);
+  } else {
+    std::memcpy(p, &bytes, n);
+  }
 }
 
 // One of the two pictures made of a photograph: the grid of tiles, or the thumbnail.
