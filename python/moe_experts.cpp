@@ -41,6 +41,22 @@ ExpertShape shape_of(const Tensor& hidden, const Tensor& weights, const Tensor& 
   return {hidden.size(0), weights.size(1), hidden.size(1), down.size(interleaved ? 1 : 2), down.size(0)};
 }
 
+bool in_blocks(const Maybe& scales) { return scales.has_value(); }
+
+template <class T>
+BlockExperts<T> blocks_of(const Tensor& gate_up, const Tensor& down, const Maybe& gate_up_scales,
+                          const Maybe& down_scales, bool interleaved, const Maybe& gate_up_bias,
+                          const Maybe& down_bias) {
+  return {gate_up.scalar_type() == ScalarType::Byte ? BlockFormat::mxfp4 : BlockFormat::fp8,
+          in<uint8_t>(gate_up), in<uint8_t>(down), gate_up_scales->const_data_ptr(), down_scales->const_data_ptr(),
+          interleaved, in_or_null<T>(gate_up_bias), in_or_null<T>(down_bias)};
+}
+
+// Of experts in few bits: the width of a plain matrix's rows is in their inputs alone.
+ExpertShape block_shape(const Tensor& hidden, const Tensor& weights, const Tensor& gate_up) {
+  return {hidden.size(0), weights.size(1), hidden.size(1), gate_up.size(1) / 2, gate_up.size(0)};
+}
+
 template <class F>
 void dispatch(const Tensor& hidden, F&& f) {
   dispatch_float(hidden.scalar_type(), [&](auto zero) {
@@ -49,8 +65,18 @@ void dispatch(const Tensor& hidden, F&& f) {
 }
 
 void forward(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor gate_up, Tensor down,
-             Maybe gate_up_bias, Maybe down_bias, bool gpt_oss, double alpha, double limit, bool interleaved,
-             Tensor result, Maybe pre) {
+             Maybe gate_up_bias, Maybe down_bias, Maybe gate_up_scales, Maybe down_scales, bool gpt_oss, double alpha,
+             double limit, bool interleaved, Tensor result, Maybe pre) {
+  if (in_blocks(gate_up_scales)) {
+    dispatch(hidden, [&](auto zero) {
+      using T = decltype(zero);
+      experts_forward<T>(block_shape(hidden, weights, gate_up), options_of(gpt_oss, alpha, limit), in<T>(hidden),
+                         in<float>(weights), in<int32_t>(permutation), in<int32_t>(offsets),
+                         blocks_of<T>(gate_up, down, gate_up_scales, down_scales, interleaved, gate_up_bias, down_bias),
+                         out<T>(result), out_or_null<T>(pre));
+    });
+    return;
+  }
   const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
   dispatch(hidden, [&](auto zero) {
     using T = decltype(zero);
@@ -63,9 +89,27 @@ void forward(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, 
 }
 
 void backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets,
-              Tensor gate_up, Tensor down, Maybe gate_up_bias, Maybe down_bias, Tensor pre, bool gpt_oss, double alpha,
-              double limit, bool interleaved, Maybe grad_hidden, Maybe grad_weights, Maybe grad_gate_up,
-              Maybe grad_down, Maybe grad_gate_up_bias, Maybe grad_down_bias) {
+              Tensor gate_up, Tensor down, Maybe gate_up_bias, Maybe down_bias, Maybe gate_up_scales, Maybe down_scales,
+              Tensor pre, bool gpt_oss, double alpha, double limit, bool interleaved, Maybe grad_hidden,
+              Maybe grad_weights, Maybe grad_gate_up, Maybe grad_down, Maybe grad_gate_up_bias, Maybe grad_down_bias) {
+  if (in_blocks(gate_up_scales)) {
+    dispatch(hidden, [&](auto zero) {
+      using T = decltype(zero);
+      const ExpertGradients<T> gradients{out_or_null<T>(grad_hidden),
+                                         out_or_null<float>(grad_weights),
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         out_or_null<T>(grad_gate_up_bias),
+                                         out_or_null<T>(grad_down_bias)};
+      experts_backward<T>(
+          block_shape(hidden, weights, gate_up), options_of(gpt_oss, alpha, limit), in<T>(grad), in<T>(hidden),
+          in<float>(weights), in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
+          blocks_of<T>(gate_up, down, gate_up_scales, down_scales, interleaved, gate_up_bias, down_bias), in<T>(pre),
+          gradients);
+    });
+    return;
+  }
   const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
   dispatch(hidden, [&](auto zero) {
     using T = decltype(zero);
@@ -143,12 +187,12 @@ void backward_list(Tensor grad, Tensor hidden, Tensor weights, Tensor permutatio
 STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
   m.def(
       "moe_experts(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor gate_up, Tensor down, "
-      "Tensor? gate_up_bias, Tensor? down_bias, bool gpt_oss, float alpha, float limit, bool interleaved, "
-      "Tensor(a!) result, Tensor(b!)? pre) -> ()");
+      "Tensor? gate_up_bias, Tensor? down_bias, Tensor? gate_up_scales, Tensor? down_scales, bool gpt_oss, float alpha, "
+      "float limit, bool interleaved, Tensor(a!) result, Tensor(b!)? pre) -> ()");
   m.def(
       "moe_experts_backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, "
-      "Tensor offsets, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, bool gpt_oss, "
-      "float alpha, float limit, bool interleaved, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weights, "
+      "Tensor offsets, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor? gate_up_scales, "
+      "Tensor? down_scales, Tensor pre, bool gpt_oss, float alpha, float limit, bool interleaved, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weights, "
       "Tensor(c!)? grad_gate_up, Tensor(d!)? grad_down, Tensor(e!)? grad_gate_up_bias, Tensor(f!)? grad_down_bias) "
       "-> ()");
   m.def(

@@ -9,10 +9,7 @@ template <class T>
 void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
                      const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out,
                      T* pre) {
-  if (pre != nullptr) {
-    const int64_t used = offsets[shape.experts], all = shape.tokens * shape.top_k;
-    std::memset(static_cast<void*>(pre + used * 2 * shape.inner), 0, (all - used) * 2 * shape.inner * sizeof(T));
-  }
+  clear_unused(shape, offsets, pre);
   IVL_CALL(forward, shape, options, hidden, weights, permutation, offsets, experts, out, pre);
 }
 

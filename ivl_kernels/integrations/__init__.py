@@ -5,6 +5,7 @@ from ._edit import Editor
 from ._patch import Adapter, Feature, PatchError, PatchHandle, Site, patch, patched
 from ._report import PatchReport, Row
 from ._verify import VerifyReport, verify
+from .quantised import QuantisationReport, load_quantised, quantise_experts
 
 __all__ = [
     "Adapter",
@@ -13,11 +14,14 @@ __all__ = [
     "PatchError",
     "PatchHandle",
     "PatchReport",
+    "QuantisationReport",
     "Row",
     "Site",
     "VerifyReport",
     "enable_remote_code",
+    "load_quantised",
     "patch",
     "patched",
+    "quantise_experts",
     "verify",
 ]

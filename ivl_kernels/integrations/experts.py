@@ -26,6 +26,7 @@ from .. import _native
 from .._checks import FLOATS
 from ..models.plain import not_plain, watched
 from ..models.upstream import forward_name, named_instances, replaced_before, signature
+from ..nn.quantised_experts import QuantisedExperts
 from ..ops.moe_experts import moe_experts, moe_experts_list
 from ._edit import Editor, attachment
 from ._patch import Adapter, Feature, PatchWarning, Site, _undo_site
@@ -495,6 +496,10 @@ class Experts(Adapter):
             served += [] if reason else [module]
             yield Site(FEATURE, path, module, "experts", reason)
         for path, module in model.named_modules():
+            if isinstance(module, QuantisedExperts):
+                reason = f"experts in {module.quantisation}: their module calls moe_experts itself"
+                yield Site(FEATURE, path, module, "experts", reason)
+                continue
             if _is_list_block(module):
                 yield Site(FEATURE, path, module, "experts", _block_problem(module, id(module) in whole))
             if _stacked_elsewhere(module):

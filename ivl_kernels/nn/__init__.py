@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .expert_parallel import ExpertParallelExperts
 from .experts import FusedExperts
 from .projector import PixelShuffleProjector
+from .quantised_experts import QuantisedExperts
 from .router import TileRouter
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "FusedExperts",
     "ImageRouting",
     "PixelShuffleProjector",
+    "QuantisedExperts",
     "Routing",
     "TileRouter",
     "ViCO",

@@ -25,6 +25,7 @@ from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
 from .._tf32 import rounded_to_tf32
 from .op import tile_rows
+from .triton_formats import of_expert, stored_tile
 
 
 @triton.jit
@@ -84,10 +85,32 @@ def _mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.cons
 
 @triton.jit
 def _product(
+    a_rows, a_mask, w, scales, expert, column, w_mask, EVEN: tl.constexpr, STEP_N: tl.constexpr, STEP_K: tl.constexpr,
+    COLUMNS: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr,
+    TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BM, N] = a [BM, K] times some columns of an expert's w [K, COLUMNS], in float32.
+
+    a_rows: pointers to the first of each K. Element (k, n) of w is at k * STEP_K + n * STEP_N; of stored values the
+    step along their rows is 1. EVEN: w_mask is all true.
+    """
+    if FORMAT:
+        return _stored_product(
+            a_rows, a_mask, w, scales, expert, column, w_mask, STEP_K == 1, COLUMNS, K, BM, N, BK, FORMAT == "mxfp4",
+            TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        w += expert.to(tl.int64) * (K * COLUMNS)
+        return _plain_product(
+            a_rows, a_mask, w + column * STEP_N, w_mask, EVEN, STEP_K, K, BM, N, BK, TALL, PRECISION, UPCAST
+        )
+
+
+@triton.jit
+def _plain_product(
     a_rows, a_mask, w_columns, w_mask, EVEN: tl.constexpr, STEP_K: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
     N: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BM, N] = a [BM, K] times w [K, N] in float32, from pointers to the first of each K; EVEN: w_mask is all true."""
     SWAP: tl.constexpr = TALL and BM < 64
     acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
     for start in range(0, K, BK):
@@ -100,6 +123,31 @@ def _product(
         else:
             left = tl.load(a, mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
             right = tl.load(w, mask=w_mask[None, :] & (k < K)[:, None], other=0.0)
+        acc = _mma(left, right, acc, SWAP, PRECISION, UPCAST)
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def _stored_product(
+    a_rows, a_mask, w, scales, expert, column, w_mask, ALONG_K: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, MXFP4: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """As `_product`; ALONG_K: the columns of w are rows in memory, else the rows are and `column` are neighbours."""
+    SWAP: tl.constexpr = TALL and BM < 64
+    dtype: tl.constexpr = a_rows.dtype.element_ty
+    WIDTH: tl.constexpr = K if ALONG_K else COLUMNS
+    w, scales = of_expert(w, scales, expert, COLUMNS if ALONG_K else K, WIDTH, MXFP4)
+    acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        left = tl.load(a_rows[:, None] + k[None, :], mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
+        if ALONG_K:
+            right = tl.trans(stored_tile(w, scales, column, w_mask, start, WIDTH, BK, MXFP4, dtype))
+        else:
+            right = stored_tile(w, scales, k, k < K, tl.min(column, 0), WIDTH, N, MXFP4, dtype)
         acc = _mma(left, right, acc, SWAP, PRECISION, UPCAST)
     if SWAP:
         acc = tl.trans(acc)
@@ -151,23 +199,21 @@ def _gate_up_store(
 
 @triton.jit
 def _gate_up_tile(
-    x, w, bias, act, pre, permutation, expert, first, end, n,
+    x, w, scales, bias, act, pre, permutation, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     token = tl.load(permutation + row, mask=live, other=0) // TOP_K
     j = tl.arange(0, 2 * BN)
     both = n * (2 * BN) + j < 2 * I
-    weights = w + expert.to(tl.int64) * (2 * I * H)
     column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
-    STEP_J: tl.constexpr = H if CONCATENATED else 1
-    STEP_K: tl.constexpr = 1 if CONCATENATED else 2 * I
+    ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
     acc = _product(
-        x + token.to(tl.int64) * H, live, weights + column * STEP_J, both, I % BN == 0, STEP_K, H,
-        BM, 2 * BN, BK, TALL, PRECISION, UPCAST,
+        x + token.to(tl.int64) * H, live, w, scales, expert, column, both, I % BN == 0, H if ROWS else 1,
+        1 if ROWS else 2 * I, 2 * I, H, BM, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         bias += expert * (2 * I)
@@ -178,14 +224,15 @@ def _gate_up_tile(
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_gate_up_kernel(
     x,  # [S, H]
-    w,  # [E, 2I, H] or [E, H, 2I]
+    w,  # [E, 2I, H] or [E, H, 2I], or bytes of values
+    scales,  # None, or those of the values
     bias,  # [E, 2I] or None
     act,  # [rows, I], written
     pre,  # [rows, 2I], written, or None
     permutation, offsets, tiles, num_tiles,
     E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
     GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
@@ -193,31 +240,30 @@ def moe_gate_up_kernel(
         return
     if BM >= 32 and end - first <= BM // 2:
         _gate_up_tile(
-            x, w, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT,
-            BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+            x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA,
+            LIMIT, BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         end = tl.minimum(end, first + BM)
         _gate_up_tile(
-            x, w, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT,
-            BM, BN, BK, TALL, PRECISION, UPCAST,
+            x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA,
+            LIMIT, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
 def _rows_tile(
-    a, w, bias, out, expert, first, end, n,
+    a, w, scales, bias, out, expert, first, end, n,
     K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     column = n * BN + tl.arange(0, BN)
     inside = column < N
-    weights = w + expert.to(tl.int64) * (K * N)
     acc = _product(
-        a + row.to(tl.int64) * K, live, weights + column * STEP_N, inside, N % BN == 0, STEP_K, K,
-        BM, BN, BK, TALL, PRECISION, UPCAST,
+        a + row.to(tl.int64) * K, live, w, scales, expert, column, inside, N % BN == 0, STEP_N, STEP_K, N, K,
+        BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + expert * N + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -228,12 +274,13 @@ def _rows_tile(
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_rows_kernel(
     a,  # [rows, K]
-    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N
+    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N; one of the steps is 1
+    scales,  # None, or those of the values
     bias,  # [E, N] or None
     out,  # [rows, N], written
     offsets, tiles, num_tiles,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), GROUP)
@@ -241,14 +288,14 @@ def moe_rows_kernel(
         return
     if BM >= 32 and end - first <= BM // 2:
         _rows_tile(
-            a, w, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-            BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+            a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+            BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         end = tl.minimum(end, first + BM)
         _rows_tile(
-            a, w, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-            BM, BN, BK, TALL, PRECISION, UPCAST,
+            a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+            BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
@@ -337,10 +384,10 @@ def _down_backward_store(
 
 @triton.jit
 def _down_backward_tile(
-    grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+    grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
@@ -348,11 +395,10 @@ def _down_backward_tile(
     token = flat // TOP_K
     i = n * BN + tl.arange(0, BN)
     inside = i < I
-    STEP_I: tl.constexpr = 1 if CONCATENATED else H
-    STEP_H: tl.constexpr = I if CONCATENATED else 1
+    ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
     acc = _product(
-        grad + token.to(tl.int64) * H, live, w + expert.to(tl.int64) * (H * I) + i * STEP_I, inside,
-        I % BN == 0, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
+        grad + token.to(tl.int64) * H, live, w, scales, expert, i, inside, I % BN == 0, 1 if ROWS else H,
+        I if ROWS else 1, I, H, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
     share = _down_backward_store(
@@ -371,7 +417,8 @@ def _down_backward_tile(
 @triton.jit(do_not_specialize=["rows", "num_tiles"])
 def moe_down_backward_kernel(
     grad,  # [S, H]
-    w,  # [E, H, I] or [E, I, H]
+    w,  # [E, H, I] or [E, I, H], or bytes of values
+    scales,  # None, or those of the values
     bias,  # [E, H] or None
     weights,  # [S, TOP_K]
     pre,  # [rows, 2I]
@@ -381,7 +428,7 @@ def moe_down_backward_kernel(
     permutation, offsets, tiles, rows, num_tiles,
     E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
     GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
@@ -389,14 +436,14 @@ def moe_down_backward_kernel(
         return
     if BM >= 32 and end - first <= BM // 2:
         _down_backward_tile(
-            grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
-            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+            grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         end = tl.minimum(end, first + BM)
         _down_backward_tile(
-            grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
-            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM, BN, BK, TALL, PRECISION, UPCAST,
+            grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
