@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.upstream import forward_name, named_instances, replaced_before
+from ..models.upstream import class_of, forward_name, named_instances, replaced_before
 from ..nn.quantised_experts import QuantisedExperts, stored
 from ..ops.moe_experts import formats
-from .experts import _STACKED, _Form, _form, _kind, _stacked_problem
+from ._expert_forms import WEIGHTS, Form, form_of
+from .experts import _STACKED, _stacked_problem
 
 __all__ = ["QuantisationReport", "load_quantised", "quantise_experts"]
 
 METHOD = "ivl_experts"  # quant_method of configs for what upstream's own names do not cover
-_NAMES = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class QuantisationReport:
         return "\n  ".join([*lines, *map(str, self.converted), *(f"{path}: {why}" for path, why in self.left)])
 
 
-def _empty(experts: Any, form: _Form, quantisation: str, backend: str, device: Any = None) -> QuantisedExperts:
+def _empty(experts: Any, form: Form, quantisation: str, backend: str, device: Any = None) -> QuantisedExperts:
     """A module for experts of the shape of these, its weights not yet written."""
     gate_up = experts.gate_up_proj
     transposed = form.layout == "interleaved"
@@ -80,7 +80,7 @@ def _empty(experts: Any, form: _Form, quantisation: str, backend: str, device: A
     )  # fmt: skip
 
 
-def _width_problem(experts: Any, form: _Form) -> str:
+def _width_problem(experts: Any, form: Form) -> str:
     sizes = {*experts.gate_up_proj.shape[1:], *experts.down_proj.shape[1:]}
     odd = sorted(size for size in sizes if size % formats.MXFP4_BLOCK)
     return f"a width of {odd[0]} is no multiple of {formats.MXFP4_BLOCK}" if odd else ""
@@ -88,8 +88,8 @@ def _width_problem(experts: Any, form: _Form) -> str:
 
 def _problem(experts: Any, to: str) -> str:
     """Why these stacked experts cannot be converted, or ""."""
-    why = _stacked_problem(experts, False)
-    form = _form(_kind(experts))
+    why = _stacked_problem(experts)
+    form = form_of(class_of(experts))
     if why or isinstance(form, str):
         return why or str(form)
     if to == "fp8" and form.layout == "interleaved":
@@ -124,15 +124,15 @@ def quantise_experts(model: nn.Module, to: str = "mxfp4", *, backend: str = "") 
         if why:
             report.left.append((path, why))
             continue
-        form = _form(_kind(experts))
-        assert isinstance(form, _Form)
+        form = form_of(class_of(experts))
+        assert isinstance(form, Form)
         new = _empty(experts, form, to, backend)
-        before = sum(getattr(experts, name).nbytes for name in _NAMES)
-        errors = {name: _convert(getattr(experts, name), form.layout == "interleaved", new, name) for name in _NAMES}
-        for name in _NAMES:
+        before = sum(getattr(experts, name).nbytes for name in WEIGHTS)
+        errors = {name: _convert(getattr(experts, name), form.layout == "interleaved", new, name) for name in WEIGHTS}
+        for name in WEIGHTS:
             if form.gpt_oss:
                 new._parameters[f"{name}_bias"] = experts._parameters[f"{name}_bias"]
-        after = sum(tensor.nbytes for name in _NAMES for tensor in new.tensors(name))
+        after = sum(tensor.nbytes for name in WEIGHTS for tensor in new.tensors(name))
         new.train(experts.training)
         if not path:
             raise ValueError("model: got the experts alone, expected a model that holds them")
@@ -247,12 +247,12 @@ def _replace(model: nn.Module, quantisation: str, backend: str) -> None:
     if not found:
         raise ValueError(f"model: got a {type(model).__name__} without stacked experts of {' or '.join(_STACKED)}")
     for path, experts in found:
-        form = _form(_kind(experts))
+        form = form_of(class_of(experts))
         why = form if isinstance(form, str) else replaced_before(experts, forward_name(experts))
         why = why or _width_problem(experts, form)  # type: ignore[arg-type]
         if why:
             raise ValueError(f"{path}: {why}")
-        assert isinstance(form, _Form)
+        assert isinstance(form, Form)
         model.set_submodule(path, _empty(experts, form, quantisation, backend, "meta"))
 
 
@@ -288,7 +288,7 @@ def _check_files(folder: Path, skeleton: nn.Module) -> None:
             continue
         matched = re.search(r"layers\.\d+\..*$", path)
         tail = matched.group() if matched else path
-        for matrix in _NAMES:
+        for matrix in WEIGHTS:
             for part in stored(matrix, (0, 0, 0), module.quantisation):
                 expected = getattr(module, part)
                 name = by_tail.get(f"{tail}.{part}")
@@ -305,7 +305,7 @@ def _described(tensor: torch.Tensor) -> str:
 
 
 def _check_scales(path: str, module: QuantisedExperts) -> None:
-    for name in _NAMES:
+    for name in WEIGHTS:
         scales = module.tensors(name)[1]
         bad = scales == 255 if scales.dtype == torch.uint8 else ~torch.isfinite(scales)
         if bool(bad.any()):

@@ -126,7 +126,10 @@ class ExpertParallelExperts(nn.Module):
         plain = gate_up_scales is None and down_scales is None
         self.gate_up_proj, self.down_proj = parameter(gate_up_proj, plain), parameter(down_proj, plain)
         self.gate_up_proj_bias, self.down_proj_bias = parameter(gate_up_proj_bias), parameter(down_proj_bias)
-        self.gate_up_proj_scales, self.down_proj_scales = parameter(gate_up_scales, False), parameter(down_scales, False)
+        self.gate_up_proj_scales, self.down_proj_scales = (
+            parameter(gate_up_scales, False),
+            parameter(down_scales, False),
+        )
 
     @staticmethod
     def shares(num_experts: int, ranks: int) -> list[int]:
