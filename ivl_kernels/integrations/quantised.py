@@ -92,6 +92,9 @@ def _problem(experts: Any, to: str) -> str:
     form = form_of(class_of(experts))
     if why or isinstance(form, str):
         return why or str(form)
+    for name in form.tensors:
+        if type(getattr(experts, name)) is not nn.Parameter:
+            return f"{name} is a {type(getattr(experts, name)).__name__}, not a plain parameter"
     if to == "fp8" and form.layout == "interleaved":
         return "blocks of 128 rows would hold gates and ups with one scale"
     return _width_problem(experts, form)
@@ -278,25 +281,25 @@ def _headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 def _check_files(folder: Path, skeleton: nn.Module) -> None:
     """Raise unless the files hold every tensor of the experts, with the dtype and shape that the skeleton has."""
     headers = _headers(folder)
-    by_tail: dict[str, str] = {}
-    for name in headers:
-        layer = re.search(r"layers\.\d+\..*$", name)
-        if layer and not name.startswith(("vision", "model.vision")):
-            by_tail[layer.group()] = name
+    by_tail = {_tail(name): name for name in headers}  # models nest their layers under other names than checkpoints
     for path, module in skeleton.named_modules():
         if not isinstance(module, QuantisedExperts):
             continue
-        matched = re.search(r"layers\.\d+\..*$", path)
-        tail = matched.group() if matched else path
         for matrix in WEIGHTS:
             for part in stored(matrix, (0, 0, 0), module.quantisation):
                 expected = getattr(module, part)
-                name = by_tail.get(f"{tail}.{part}")
-                if name is None:
+                name = by_tail.get(_tail(f"{path}.{part}"), "")
+                if not name:
                     raise ValueError(f"{path}.{part}: got no such tensor in {folder}, expected {_described(expected)}")
                 kind, shape, file = headers[name]
                 if _DTYPES.get(kind) != expected.dtype or shape != tuple(expected.shape):
                     raise ValueError(f"{name} in {file}: got {kind} {list(shape)}, expected {_described(expected)}")
+
+
+def _tail(name: str) -> str:
+    """A tensor's name from the number of its layer on."""
+    found = re.search(r"layers\.\d+\..*$", name)
+    return found.group() if found else name
 
 
 def _described(tensor: torch.Tensor) -> str:
