@@ -6,26 +6,19 @@
 namespace ivl {
 
 template <class T>
-void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* offsets, const BlockExperts<T>& experts, T* out,
-                     T* pre) {
-  clear_unused(shape, offsets, pre);
-  IVL_CALL(forward_blocks, shape, options, hidden, weights, permutation, offsets, experts, out, pre);
+void experts_forward(const BlockArgs<T>& args, T* out, T* pre) {
+  clear_unused(args.shape, args.offsets, pre);
+  IVL_CALL(forward_blocks, args, out, pre);
 }
 
 template <class T>
-void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                      const BlockExperts<T>& experts, const T* pre, ExpertGradients<T> gradients) {
-  IVL_CALL(backward_blocks, shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre,
-           gradients);
+void experts_backward(const BlockArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& gradients) {
+  IVL_CALL(backward_blocks, args, grad, pre, gradients);
 }
 
-#define IVL_INSTANTIATE(T)                                                                                         \
-  template void experts_forward(ExpertShape, GatedActivation, const T*, const float*, const int32_t*, const int32_t*, \
-                                const BlockExperts<T>&, T*, T*);                                                    \
-  template void experts_backward(ExpertShape, GatedActivation, const T*, const T*, const float*, const int32_t*,      \
-                                 const int32_t*, const int32_t*, const BlockExperts<T>&, const T*, ExpertGradients<T>);
+#define IVL_INSTANTIATE(T)                                   \
+  template void experts_forward(const BlockArgs<T>&, T*, T*); \
+  template void experts_backward(const BlockArgs<T>&, const T*, const T*, const ExpertGradients<T>&);
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(bfloat16)
 IVL_INSTANTIATE(float16)

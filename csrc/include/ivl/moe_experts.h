@@ -41,25 +41,41 @@ struct ExpertShape {
   int64_t tokens, top_k, width, inner, experts;  // S, k, H, I, E
 };
 
+template <class T, class A = T, class Experts = ExpertWeights<T>>
+struct ExpertsArgs {
+  ExpertShape shape;
+  GatedActivation activation;
+  const A* hidden;                                 // [S, H]
+  const float* weights;                            // [S * k]
+  const int32_t *permutation, *inverse, *offsets;  // sort the slots by expert: [S * k] twice and [E + 1]
+  Experts experts;
+
+  template <class B>
+  ExpertsArgs<T, B, Experts> with_hidden(const B* other) const {
+    return {shape, activation, other, weights, permutation, inverse, offsets, experts};
+  }
+  template <class Others>
+  ExpertsArgs<T, A, Others> with_experts(const Others& others) const {
+    return {shape, activation, hidden, weights, permutation, inverse, offsets, others};
+  }
+};
+template <class T>
+using BlockArgs = ExpertsArgs<T, T, BlockExperts<T>>;
+
 // Zeros for the slots without an expert in `pre` [S * k, 2I], which may be null.
 template <class T>
-void clear_unused(ExpertShape shape, const int32_t* offsets, T* pre) {
+void clear_unused(const ExpertShape& shape, const int32_t* offsets, T* pre) {
   if (pre == nullptr) return;
   const int64_t used = offsets[shape.experts], all = shape.tokens * shape.top_k;
   std::memset(static_cast<void*>(pre + used * 2 * shape.inner), 0, (all - used) * 2 * shape.inner * sizeof(T));
 }
 
-// out [S, H] = sum over k of weight * expert(hidden); `permutation` [S * k] and `offsets` [E + 1] sort the slots by
-// expert. `pre` [S * k, 2I], when not null, gets what goes into the activation (zero for slots without an expert).
+// out [S, H] = sum over k of weight * expert(hidden); `inverse` is not used. `pre` [S * k, 2I], when not null, gets what
+// goes into the activation (zero for slots without an expert).
 template <class T>
-void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out,
-                     T* pre);
-
+void experts_forward(const ExpertsArgs<T>& args, T* out, T* pre);
 template <class T>
-void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* offsets, const BlockExperts<T>& experts, T* out,
-                     T* pre);
+void experts_forward(const BlockArgs<T>& args, T* out, T* pre);
 
 // Null pointers are gradients that are not needed. gate, up and down as in ExpertWeights.
 template <class T>
@@ -74,14 +90,9 @@ struct ExpertGradients {
 };
 
 template <class T>
-void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                      const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients);
-
-// Weights in few bits get no gradients: those of `gradients.gate`, `up` and `down` are null.
+void experts_backward(const ExpertsArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& gradients);
+// Weights in few bits get no gradients: `gate`, `up` and `down` are null.
 template <class T>
-void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                      const BlockExperts<T>& experts, const T* pre, ExpertGradients<T> gradients);
+void experts_backward(const BlockArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& gradients);
 
 }  // namespace ivl

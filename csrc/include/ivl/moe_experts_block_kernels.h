@@ -85,26 +85,21 @@ void with_up_turned(const ExpertBlocks<T, Format>& experts, ExpertShape shape, i
 template <class T, class Format>
 bool turned_in_columns(const ExpertBlocks<T, Format>&) { return true; }
 
-template <class T>
-void forward_blocks(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                    const int32_t* permutation, const int32_t* offsets, const BlockExperts<T>& experts, T* out,
-                    T* pre) {
-  const auto run = [&](const auto& blocks) {
-    forward_as(shape, options, hidden, weights, permutation, offsets, blocks, out, pre);
-  };
-  if (experts.format == BlockFormat::mxfp4) run(ExpertBlocks<T, Mxfp4>(experts, shape));
-  else run(ExpertBlocks<T, Fp8>(experts, shape));
+// f(args) with the experts in the view of their format.
+template <class T, class F>
+void with_blocks(const BlockArgs<T>& args, F&& f) {
+  if (args.experts.format == BlockFormat::mxfp4) f(args.with_experts(ExpertBlocks<T, Mxfp4>(args.experts, args.shape)));
+  else f(args.with_experts(ExpertBlocks<T, Fp8>(args.experts, args.shape)));
 }
 
 template <class T>
-void backward_blocks(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                     const BlockExperts<T>& experts, const T* pre, const ExpertGradients<T>& to) {
-  const auto run = [&](const auto& blocks) {
-    backward_as(shape, options, grad, hidden, weights, permutation, inverse, offsets, blocks, pre, to);
-  };
-  if (experts.format == BlockFormat::mxfp4) run(ExpertBlocks<T, Mxfp4>(experts, shape));
-  else run(ExpertBlocks<T, Fp8>(experts, shape));
+void forward_blocks(const BlockArgs<T>& args, T* out, T* pre) {
+  with_blocks(args, [&](const auto& blocks) { forward(blocks, out, pre); });
+}
+
+template <class T>
+void backward_blocks(const BlockArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& to) {
+  with_blocks(args, [&](const auto& blocks) { backward(blocks, grad, pre, to); });
 }
 
 }  // namespace
