@@ -15,11 +15,12 @@ __all__ = ["QuantisedExperts"]
 class QuantisedExperts(nn.Module):
     """Drop-in module for the stacked experts of Qwen3-MoE and GPT-OSS, with weights in MXFP4 or block FP8.
 
-    Parameters, which get no gradients, named as checkpoints name them: `gate_up_proj_blocks` [E, 2I, H / 32, 16] and
-    `gate_up_proj_scales` [E, 2I, H / 32] uint8, `down_proj_blocks` [E, H, I / 32, 16] and `down_proj_scales` for
-    "mxfp4"; `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] float8_e4m3fn with `gate_up_proj_scale_inv` and
-    `down_proj_scale_inv` float32, one a block of 128 x 128, for "fp8". With biases also `gate_up_proj_bias` [E, 2I] and
-    `down_proj_bias` [E, H], which do. Rows of gate_up are g0, u0, g1, u1, ... where `interleaved`, else gates first.
+    Parameters, which get no gradients, for "mxfp4" as checkpoints have them: `gate_up_proj_blocks` [E, 2I, H / 32, 16],
+    `gate_up_proj_scales` [E, 2I, H / 32], `down_proj_blocks` [E, H, I / 32, 16], `down_proj_scales` [E, H, I / 32], all
+    uint8. For "fp8": `gate_up_proj_values` [E, 2I, H] and `down_proj_values` [E, H, I] float8_e4m3fn, and
+    `gate_up_proj_scale_inv` and `down_proj_scale_inv` float32, one a block of 128 x 128. With biases also
+    `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, H], which get some. Rows of gate_up are g0, u0, g1, u1, ...
+    where `interleaved`, else gates first.
 
     Args:
         num_experts: E.
@@ -127,4 +128,5 @@ def stored(name: str, shape: tuple[int, int, int], quantisation: str) -> dict[st
         size = (*blocks, formats.MXFP4_BLOCK // 2)
         return {f"{name}_blocks": (size, formats.MXFP4_DTYPE), f"{name}_scales": (blocks, torch.uint8)}
     blocks = experts, -(-rows // formats.FP8_BLOCK), -(-columns // formats.FP8_BLOCK)
-    return {name: (shape, formats.FP8_DTYPE), f"{name}_scale_inv": (blocks, torch.float32)}
+    # Under the name of the matrix itself transformers would take the values apart when it saves them.
+    return {f"{name}_values": (shape, formats.FP8_DTYPE), f"{name}_scale_inv": (blocks, torch.float32)}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as functional
 
 from .. import ops
+from ..ops.moe_experts.formats import dequantise
 from ..ops.tile_router import Attention, Block, Gate
 from .catalogue import MODELS
 
@@ -59,6 +60,7 @@ def samples(large: bool = False) -> Iterator[Sample]:
     yield from _norms(large)
     yield from _attention(large)
     yield from _moe(large)
+    yield from _stored_experts(large)
 
 
 def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -504,6 +506,46 @@ def _moe(large: bool) -> Iterator[Sample]:
 def _as_lists(v: dict[str, Any]) -> dict[str, Any]:
     gate, up = v.pop("gate_up").chunk(2, 1)
     return {**v, "gate": list(gate.contiguous()), "up": list(up.contiguous()), "down": list(v["down"])}
+
+
+def _stored_experts(large: bool) -> Iterator[Sample]:
+    """Matrices in MXFP4: any bytes are weights, and these scales make them about as large as others."""
+    tokens, width, inner, experts, k = (64, 2880, 2880, 8, 4) if large else (13, 64, 96, 6, 2)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        def stored(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+            shape, size = (experts, rows, columns // 32), 127 - math.ceil(math.log2(columns) / 2 + 1.5)
+            values = torch.randint(0, 256, (*shape, 16), generator=g, dtype=torch.uint8)
+            scales = torch.randint(size - 1, size + 2, shape, generator=g, dtype=torch.uint8)
+            return {name: values, f"{name}_scales": scales}
+
+        return {
+            "hidden": _normal(g, tokens, width),
+            "ids": torch.rand(tokens, experts, generator=g).argsort(1)[:, :k].contiguous(),
+            "weights": torch.rand(tokens, k, generator=g, dtype=torch.float64),
+            **stored("gate_up", 2 * inner, width),
+            **stored("down", width, inner),
+            "gate_up_bias": _normal(g, experts, 2 * inner, scale=0.1),
+            "down_bias": _normal(g, experts, width, scale=0.1),
+        }
+
+    def call(v: dict[str, Any], backend: str) -> Any:
+        return ops.moe_experts(**v, activation="gpt_oss", layout="interleaved", backend=backend)
+
+    def plain(v: dict[str, Any]) -> torch.Tensor:
+        dtype = v["hidden"].dtype
+        expanded = {n: dequantise(v[n], v[f"{n}_scales"], dtype).mT.contiguous() for n in ("gate_up", "down")}
+        return _plain_experts({**v, **expanded}, "gpt_oss", "interleaved")
+
+    yield Sample(
+        "moe_experts",
+        f"gpt_oss, MXFP4, {tokens} tokens, {k} of {experts}",
+        make,
+        call,
+        ("hidden", "weights", "gate_up_bias", "down_bias"),
+        graph=True,
+        plain=plain,
+    )
 
 
 def _plain_expert_lists(v: dict[str, Any]) -> torch.Tensor:

@@ -95,7 +95,7 @@ def _product(
     a_rows: pointers to the first of each K. Element (k, n) of w is at k * STEP_K + n * STEP_N; of stored values the
     step along their rows is 1. EVEN: w_mask is all true.
     """
-    if FORMAT:
+    if FORMAT != "":
         return _stored_product(
             a_rows, a_mask, w, scales, expert, column, w_mask, STEP_K == 1, COLUMNS, K, BM, N, BK, FORMAT == "mxfp4",
             TALL, PRECISION, UPCAST,
