@@ -18,6 +18,7 @@ from torch import nn
 from ..models.upstream import class_of, forward_name, named_instances, replaced_before
 from ..nn.quantised_experts import QuantisedExperts, stored
 from ..ops.moe_experts import formats
+from ._edit import attachment
 from ._expert_forms import WEIGHTS, Form, form_of
 from .experts import _STACKED, _stacked_problem
 
@@ -88,6 +89,8 @@ def _width_problem(experts: Any, form: Form) -> str:
 
 def _problem(experts: Any, to: str) -> str:
     """Why these stacked experts cannot be converted, or ""."""
+    if getattr(attachment(experts), "edits", {}):
+        return "patched: convert before `patch`, or undo that"
     why = _stacked_problem(experts)
     form = form_of(class_of(experts))
     if why or isinstance(form, str):
@@ -335,6 +338,9 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             with torch.device("meta"):
                 _replace(model, self.quantization_config.format, self.quantization_config.backend)
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             return model
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

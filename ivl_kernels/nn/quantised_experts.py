@@ -86,9 +86,12 @@ class QuantisedExperts(nn.Module):
         """The weights of "gate_up_proj" or "down_proj" that the stored ones stand for: [E, rows, columns]."""
         return formats.dequantise(*self.tensors(name), dtype)
 
-    def forward(self, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
         """hidden_states [..., H], expert ids [S, k] of the S flattened tokens, and their weights [S, k], or those of
         all experts [S, E]; the result has the shape and dtype of `hidden_states`."""
+        ids, weights = router_indices, routing_weights
         if weights.shape[1] != ids.shape[1]:  # of all experts: transformers 4
             weights = weights.gather(1, ids.clamp(max=self.num_experts - 1))
         gate_up, gate_up_scales = self.tensors("gate_up_proj")

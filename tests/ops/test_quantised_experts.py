@@ -195,6 +195,23 @@ def test_gradcheck(kind, gpt_oss):
 
 
 @BACKENDS
+@pytest.mark.parametrize("kind, gpt_oss", KINDS)
+def test_opcheck(backend, kind, gpt_oss):
+    case = stored(kind, gpt_oss, torch.float32, width=64, inner=32)
+    p = case.plain
+    dispatch = torch.ops.ivl.moe_dispatch(p.ids, 5, 16, "reference")
+    tensors = (p.hidden, p.weights, dispatch[0], dispatch[1], *dispatch[3:], case.gate_up, case.down, p.gate_up_bias,
+               p.down_bias, case.gate_up_scales, case.down_scales)  # fmt: skip
+    options = (p.activation, 1.702, 7.0, p.layout)
+    torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, False, backend))
+    torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, True, backend))
+    _, pre = torch.ops.ivl.moe_experts(*tensors, *options, True, "reference")
+    needs = [True, True, False, False, gpt_oss, gpt_oss]
+    args = (p.hidden, *tensors, *options, True, pre, needs, backend)
+    torch.library.opcheck(torch.ops.ivl.moe_experts_backward.default, args)
+
+
+@BACKENDS
 def test_compiles_whole(backend):
     case = stored("mxfp4", True, torch.float32, tokens=9, width=64, inner=32)
     run = torch.compile(lambda p: case.run(backend, p), fullgraph=True, backend="aot_eager")
