@@ -159,7 +159,7 @@ void pack(const BlockColumns<Format>& from, int64_t k, int64_t depth, float* to)
 // Lines of the rows that come next, fetched while others are multiplied: one of each row in turn.
 struct RowFetch {
   const uint8_t* rows[kDotColumns];
-  int64_t line = 0;
+  uint64_t line = 0;
 
   void one() {
     __builtin_prefetch(rows[line % kDotColumns] + line / kDotColumns * 64, 0, 2);
@@ -180,17 +180,18 @@ void dot_blocks(const A* const* a, const uint8_t* const* w, const float* const* 
   for (int r = 0; r < R; ++r) row[r] = a[r];
 #pragma GCC unroll 4
   for (int j = 0; j < kDotColumns; ++j) weight[j] = w[j];
+  RowFetch next = fetch;
   for (int64_t k = 0, at = 0; k < depth; k += kStep, at += Format::kBytes) {
     if constexpr (Format::kBytes >= kLine) {
 #pragma GCC unroll 4
-      for (int i = 0; i < Format::kBytes / kLine; ++i) fetch.one();
+      for (int i = 0; i < Format::kBytes / kLine; ++i) next.one();
     } else if (at % kLine == 0) {
-      fetch.one();
+      next.one();
     }
     vf y[kDotColumns], z[kDotColumns];
 #pragma GCC unroll 4
     for (int j = 0; j < kDotColumns; ++j) {
-      const auto scale = Format::ready(s[j] + k / Format::kBlock);
+      const auto scale = Format::ready(s[j] + static_cast<uint64_t>(k) / Format::kBlock);
 #if IVL_VECTOR_BYTES == 64
       if constexpr (units) {
         y[j] = Format::expand_units(weight[j] + at, scale);
@@ -212,6 +213,7 @@ void dot_blocks(const A* const* a, const uint8_t* const* w, const float* const* 
       }
     }
   }
+  fetch.line = next.line;
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     if (accumulate)
