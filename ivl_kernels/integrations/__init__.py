@@ -6,6 +6,7 @@ from ._patch import Adapter, Feature, PatchError, PatchHandle, Site, patch, patc
 from ._report import PatchReport, Row
 from ._verify import VerifyReport, verify
 from .quantised import QuantisationReport, load_quantised, quantise_experts
+from .trainer import WeightedLoss
 
 __all__ = [
     "Adapter",
@@ -18,6 +19,7 @@ __all__ = [
     "Row",
     "Site",
     "VerifyReport",
+    "WeightedLoss",
     "enable_remote_code",
     "load_quantised",
     "patch",
