@@ -98,6 +98,8 @@ def _problem(experts: Any, to: str) -> str:
     for name in form.tensors:
         if type(getattr(experts, name)) is not nn.Parameter:
             return f"{name} is a {type(getattr(experts, name)).__name__}, not a plain parameter"
+        if getattr(experts, name).device.type == "meta":
+            return f"{name} is on the meta device (offloaded)"
     if to == "fp8" and form.layout == "interleaved":
         return "blocks of 128 rows would hold gates and ups with one scale"
     return _width_problem(experts, form)
@@ -124,6 +126,8 @@ def quantise_experts(model: nn.Module, to: str = "mxfp4", *, backend: str = "") 
     """
     if to not in formats.FORMATS:
         raise ValueError(f"to: got {to!r}, expected one of {', '.join(formats.FORMATS)}")
+    if any(not path for path, _ in named_instances(model, *_STACKED)):
+        raise ValueError("model: got the experts alone, expected a model that holds them")
     report = QuantisationReport(to)
     for path, experts in list(named_instances(model, *_STACKED)):
         why = _problem(experts, to)
@@ -140,8 +144,6 @@ def quantise_experts(model: nn.Module, to: str = "mxfp4", *, backend: str = "") 
                 new._parameters[f"{name}_bias"] = experts._parameters[f"{name}_bias"]
         after = sum(tensor.nbytes for name in WEIGHTS for tensor in new.tensors(name))
         new.train(experts.training)
-        if not path:
-            raise ValueError("model: got the experts alone, expected a model that holds them")
         model.set_submodule(path, new)
         report.converted.append(Converted(path, errors, before, after))
     for path, module in model.named_modules():
@@ -217,7 +219,7 @@ def load_quantised(path: str | os.PathLike[str], *, model_class: Any = None, bac
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     with torch.device("meta"):
-        skeleton = kind(config) if kind.__name__ != "AutoModel" else kind.from_config(config)
+        skeleton = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
         _replace(skeleton, quantisation, backend)
     _check_files(folder, skeleton)
     _register()

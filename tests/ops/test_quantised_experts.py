@@ -1,5 +1,6 @@
 """Experts in MXFP4 and block FP8 against the reference on the weights that they stand for."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -203,12 +204,15 @@ def test_opcheck(backend, kind, gpt_oss):
     tensors = (p.hidden, p.weights, dispatch[0], dispatch[1], *dispatch[3:], case.gate_up, case.down, p.gate_up_bias,
                p.down_bias, case.gate_up_scales, case.down_scales)  # fmt: skip
     options = (p.activation, 1.702, 7.0, p.layout)
-    torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, False, backend))
-    torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, True, backend))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    # Whether inputs were written is asked with a product, which torch has not for float8.
+    run = functools.partial(torch.library.opcheck, test_utils=checks[1 if kind == "fp8" else 0 :])
+    run(torch.ops.ivl.moe_experts.default, (*tensors, *options, False, backend))
+    run(torch.ops.ivl.moe_experts.default, (*tensors, *options, True, backend))
     _, pre = torch.ops.ivl.moe_experts(*tensors, *options, True, "reference")
     needs = [True, True, False, False, gpt_oss, gpt_oss]
     args = (p.hidden, *tensors, *options, True, pre, needs, backend)
-    torch.library.opcheck(torch.ops.ivl.moe_experts_backward.default, args)
+    run(torch.ops.ivl.moe_experts_backward.default, args)
 
 
 @BACKENDS
