@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _StandIn:
-    """What takes the place of a GPU: `kind` is "interpreter" or "simulator"."""
+    """What takes the place of a GPU: `kind` is "interpreter", "simulator" or "idle"."""
 
     kind: str
     preferred: bool
@@ -34,7 +34,7 @@ def stand_in(
     """Let GPU backends serve CPU tensors while something executes their kernels without a GPU.
 
     Args:
-        kind: "interpreter" (Triton's) or "simulator" (compiled PTX).
+        kind: "interpreter" (Triton's), "simulator" (compiled PTX) or "idle" (launches that run nothing).
         cuda_launcher: replaces `_cuda.launch`; None leaves CUDA C++ unavailable.
         preferred: choose backends for CPU tensors as on a GPU, instead of only when one is forced.
         capability: what `capability` answers for CPU tensors.

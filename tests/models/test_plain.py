@@ -118,3 +118,11 @@ def test_an_rms_norm_is_judged_by_what_it_computes():
     assert rms_norm(Qwen3RMSNorm) == ("variance_epsilon", "")
     assert "computes something else" in rms_norm(GptOssRMSNorm)[1]  # the same in float32
     assert rms_norm(nn.LayerNorm)[1]
+
+
+def test_parameters_on_several_devices(monkeypatch):
+    named = Named().eval()
+    elsewhere, device = named.last.weight, torch.Tensor.device
+    where = property(lambda p: torch.device("cuda:1") if p is elsewhere else device.__get__(p))
+    monkeypatch.setattr(nn.Parameter, "device", where, raising=False)
+    assert linear_stack(named) == "its parameters are on several devices"
