@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass
-class _StandIn:
-    """What takes the place of a GPU: `kind` is "interpreter", "simulator" or "idle"."""
+@dataclass(frozen=True)
+class StandIn:
+    """What takes the place of a GPU: `kind` is "interpreter", "simulator" or "idle"; cuda: also for CUDA C++."""
 
     kind: str
     preferred: bool
     capability: int = 80
+    cuda: bool = False
 
 
-_stand_in: _StandIn | None = None
+_stand_in: StandIn | None = None
 
 
 @contextlib.contextmanager
@@ -41,16 +42,16 @@ def stand_in(
     """
     global _stand_in
     before = _stand_in, _cuda.launcher
-    _stand_in, _cuda.launcher = _StandIn(kind, preferred, capability), cuda_launcher
+    _stand_in, _cuda.launcher = StandIn(kind, preferred, capability, cuda_launcher is not None), cuda_launcher
     try:
         yield
     finally:
         _stand_in, _cuda.launcher = before
 
 
-def current() -> _StandIn | None:
+def current() -> StandIn | None:
     if _stand_in is None and os.environ.get("TRITON_INTERPRET") == "1":
-        return _StandIn("interpreter", preferred=False)
+        return StandIn("interpreter", preferred=False)
     return _stand_in
 
 
@@ -59,9 +60,9 @@ def preferred() -> bool:
     return _stand_in is not None and _stand_in.preferred
 
 
-def simulated() -> bool:
-    """Something stands in for a GPU, whether or not it is preferred."""
-    return _stand_in is not None
+def standing() -> StandIn | None:
+    """What stands in for a GPU, whether or not it is preferred; Triton's interpreter by its variable aside."""
+    return _stand_in
 
 
 def interpreting() -> bool:

@@ -62,15 +62,16 @@ def next_power_of_2(n: int) -> int:
 
 def _kind(value: Any) -> Any:
     """What a compiled kernel may depend on."""
-    if isinstance(value, torch.Tensor):
+    kind = type(value)
+    if kind is int:
+        return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value <= 0x7FFFFFFF)
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16
-    if type(value) is int:
-        return 1 if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31)
-    return float if type(value) is float else value
+    return kind if kind is float else value
 
 
 def _direct() -> bool:
-    stand_in = _gpu.current()
+    stand_in = _gpu.standing()
     if stand_in is not None:
         return stand_in.kind == "idle"
-    return torch.version.hip is None and torch.cuda.is_initialized()
+    return torch.version.hip is None and torch.cuda.is_initialized() and not _gpu.interpreting()

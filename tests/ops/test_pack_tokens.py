@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels import _dispatch
-from ivl_kernels.ops import pack_tokens
+from ivl_kernels.ops import PackedTokens, pack_tokens
 from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_compaction
 from tests.simulator.gpu import backends, simulated_gpu
@@ -257,6 +257,15 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
             assert all(0 <= row < packed.ids.numel() for row in packed.tile_rows.tolist())
             with pytest.raises(ValueError, match=message):
                 packed.check()
+
+
+@pytest.mark.parametrize("report", [None, torch.full((2, 5), -1)])
+def test_what_the_host_was_not_told_raises(report):
+    status = torch.zeros(2, 5, dtype=torch.int64, device="meta")  # elsewhere, and not read
+    packed = PackedTokens(*[torch.zeros(2, 3)] * 6, _inputs=(status,), _report=report)
+    for name in ("compressed_tiles", "masked_tokens"):
+        with pytest.raises(RuntimeError, match="capacity mode on a GPU"):
+            getattr(packed, name)
 
 
 @pytest.mark.parametrize("capacity", [False, True])
