@@ -165,8 +165,8 @@ def test_nan_stays_nan(isa):
 
 
 def test_rows_of_a_token_do_not_depend_on_the_others(isa):
-    """Up to the tiles of dot products, a token's result is the same alone and among others."""
-    case = stored("mxfp4", True, torch.bfloat16, tokens=6, width=64, inner=96, experts=1, top_k=1)
+    """In dot products of float32 a token's result is the same alone and among others."""
+    case = stored("mxfp4", True, torch.float32, tokens=6, width=64, inner=96, experts=1, top_k=1)
     one = replace(case.plain, **{n: getattr(case.plain, n)[2:3] for n in ("hidden", "ids", "weights")})
     assert torch.equal(case.run("native")[2:3], case.run("native", one))
 

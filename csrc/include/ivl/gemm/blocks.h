@@ -156,6 +156,8 @@ void pack(const BlockColumns<Format>& from, int64_t k, int64_t depth, float* to)
   }
 }
 
+constexpr int64_t kTilesAhead = 2;  // how far ahead weights are fetched: one tile takes less than memory does
+
 // Lines of the rows that come next, fetched while others are multiplied: one of each row in turn.
 struct RowFetch {
   const uint8_t* rows[kDotColumns];
@@ -171,7 +173,7 @@ struct RowFetch {
 template <class A, int R, class Format>
 void dot_blocks(const A* const* a, const uint8_t* const* w, const float* const* s, int64_t depth, RowFetch& fetch,
                 vf (*sums)[kDotColumns], bool accumulate, float* c) {
-  constexpr bool units = std::is_same_v<A, bfloat16>;
+  constexpr bool units = std::is_same_v<A, bfloat16>, scaled_sums = units && R <= Format::kScaledSums;
   constexpr int64_t kLine = 64 / kDotColumns;  // bytes of a row to a line of all
   vf v[R][kDotColumns] = {};
   const A* row[R];
@@ -191,6 +193,13 @@ void dot_blocks(const A* const* a, const uint8_t* const* w, const float* const* 
     vf y[kDotColumns], z[kDotColumns];
 #pragma GCC unroll 4
     for (int j = 0; j < kDotColumns; ++j) {
+#if IVL_VECTOR_BYTES == 64
+      if constexpr (scaled_sums) {
+        y[j] = Format::expand_units(weight[j] + at);
+        z[j] = splat(s[j][static_cast<uint64_t>(k) / Format::kBlock]);
+        continue;
+      }
+#endif
       const auto scale = Format::ready(s[j] + static_cast<uint64_t>(k) / Format::kBlock);
 #if IVL_VECTOR_BYTES == 64
       if constexpr (units) {
@@ -205,7 +214,8 @@ void dot_blocks(const A* const* a, const uint8_t* const* w, const float* const* 
       vf x;
       std::memcpy(&x, row[r] + k, sizeof x);
 #pragma GCC unroll 4
-      for (int j = 0; j < kDotColumns; ++j) v[r][j] = multiply_add<A>(x, y[j], v[r][j]);
+      for (int j = 0; j < kDotColumns; ++j)
+        v[r][j] = scaled_sums ? fma(multiply_add<A>(x, y[j], vf{}), z[j], v[r][j]) : multiply_add<A>(x, y[j], v[r][j]);
       if constexpr (!units) {
         x = load(row[r] + k + kLanes);
 #pragma GCC unroll 4
@@ -271,21 +281,34 @@ void multiply_block_dots(const A* const* rows, int64_t count, int64_t depth, int
   const int64_t block = tiles == 1 ? kChain * kLanes : kDotBytes / static_cast<int64_t>(sizeof(A));
   const Scratch<float> scales(kDotColumns * blocks);
   const float* scale[kDotColumns];
+  // Where the tile at this column of a panel, or of the one behind it, begins; its scales are fetched.
+  const auto place = [&](int64_t p, int64_t column) {
+    for (; p < panels; ++p, column -= kPanel) {
+      const auto panel = source(p);
+      for (; column < kPanel; column += kDotColumns) {
+        if (panel.left(column) <= 0) continue;
+        const char* from = reinterpret_cast<const char*>(panel.scales(column));
+        const char* end = reinterpret_cast<const char*>(panel.scales(column) + (kDotColumns - 1) * panel.scale_stride +
+                                                        blocks);
+        for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+        return panel.at(column);
+      }
+    }
+    return after ? after + column * source(0).stride : nullptr;
+  };
   for (int64_t p = 0; p < panels; ++p) {
     const auto panel = source(p);
     for (int64_t column = 0; column < kPanel; column += kDotColumns) {
       const int64_t valid = panel.left(column);
       if (valid <= 0) continue;
-      int64_t then = column + kDotColumns;
-      while (then < kPanel && panel.left(then) <= 0) then += kDotColumns;
-      const uint8_t* following = then < kPanel ? panel.at(then) : p + 1 < panels ? source(p + 1).first : after;
       const uint8_t* w[kDotColumns];
       RowFetch fetch;
+      const uint8_t* ahead = place(p, column + kTilesAhead * kDotColumns);
       for (int64_t j = 0; j < kDotColumns; ++j) {
-        const int64_t place = std::min(j, valid - 1);
-        w[j] = panel.at(column) + place * panel.stride;
-        fetch.rows[j] = following ? following + j * panel.stride : w[j];
-        Format::widen_scales(panel.scales(column) + place * panel.scale_stride, blocks, scales.get() + j * blocks);
+        const int64_t at = std::min(j, valid - 1);
+        w[j] = panel.at(column) + at * panel.stride;
+        fetch.rows[j] = ahead ? ahead + j * panel.stride : w[j];
+        Format::widen_scales(panel.scales(column) + at * panel.scale_stride, blocks, scales.get() + j * blocks);
       }
       for (int64_t k = 0; k < depth; k += block) {
         const int64_t deep = std::min(block, depth - k);
