@@ -101,8 +101,12 @@ def _stored_inputs(n: Numbers, tokens: int, width: int, inner: int, experts: int
             return torch.empty(shape, dtype=torch.uint8, device=n.device)
         return (n.uniform(*shape, dtype=torch.float32) * (high - low) + low).to(torch.uint8)
 
-    values = inputs(n, tokens, width, 0, experts, top_k, True, True) | {
-        "gate_up_bias": n.normal(experts, 2 * inner, scale=0.1)
+    values: Inputs = {
+        "ids": n.choices(tokens, experts, top_k),
+        "hidden": n.normal(tokens, width),
+        "weights": n.uniform(tokens, top_k),
+        "gate_up_bias": n.normal(experts, 2 * inner, scale=0.1),
+        "down_bias": n.normal(experts, width, scale=0.1),
     }
     for name, rows, columns in (("gate_up", 2 * inner, width), ("down", width, inner)):
         shape, size = (experts, rows, columns // 32), 126 - math.ceil(math.log2(columns) / 2)
