@@ -21,6 +21,8 @@ _LAZY = {
     "VisionSide": "ivl_kernels.dvd",
     "LanguageSide": "ivl_kernels.dvd",
     "VisualFeatures": "ivl_kernels.dvd",
+    "load_quantised": "ivl_kernels.integrations",
+    "quantise_experts": "ivl_kernels.integrations",
 }
 _SUBMODULES = ("ops", "nn", "flash", "integrations", "dvd", "doctor", "testing")
 
