@@ -15,10 +15,11 @@ A backend is one of:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,28 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+_preferred = ""
+
+
+@contextlib.contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """Let `backend` come first in every op that has it and where it can serve; elsewhere the best one serves as ever.
+
+    For tools that look at one backend of ops which call others; to force one, an op takes `backend=`.
+    """
+    global _preferred
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def preference() -> str:
+    """The backend that `preferring` puts first, or an empty string."""
+    return _preferred
+
+
 def _triton_problem(device: int | None) -> str | None:
     if not _has_triton():
         return "triton is not installed"
@@ -85,11 +108,6 @@ def _triton_problem(device: int | None) -> str | None:
     if not torch.cuda.is_available():  # something stands in for a GPU, or the question is about one
         return None
     return _cuda.too_old(torch.cuda.current_device() if device is None else device)
-
-
-def unforced() -> bool:
-    """No stand-in for a GPU, and no backend forced by the environment."""
-    return not _gpu.simulated() and not _env.BACKEND.get()
 
 
 def _problem(impl: Implementation, kind: str, device: int | None, dtype: str, args: Any) -> str | None:
@@ -168,6 +186,8 @@ def choose(
         raise BackendError(f"ivl::{op}: backend '{forced}' was forced but cannot serve this call: {'; '.join(reasons)}")
     if kind == "cpu" and _gpu.preferred():
         kind = "cuda"
+    if _preferred:
+        implementations = sorted(implementations, key=lambda impl: impl.backend != _preferred)
     passed: list[tuple[str, str]] = []
     for impl in implementations:
         why = _problem(impl, kind, device.index, dtype, args)

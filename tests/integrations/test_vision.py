@@ -545,7 +545,7 @@ def test_trace(name, gradients, tmp_path):
     module = Positional(model, batch.get("image_flags"))
     try:
         torch.jit.trace(module, tuple(args), check_trace=False)
-    except RuntimeError as error:
+    except Exception as error:  # 5.5: IndexError
         pytest.skip(f"transformers {transformers.__version__}: the plain model cannot be traced: {error}")
     patch(model, strict=True, projector=True, packing=True)
     with torch.set_grad_enabled(gradients):
