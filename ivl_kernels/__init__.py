@@ -18,6 +18,8 @@ _LAZY = {
     "verify": "ivl_kernels.integrations",
     "VerifyReport": "ivl_kernels.integrations",
     "enable_remote_code": "ivl_kernels.integrations",
+    "load_quantised": "ivl_kernels.integrations",
+    "quantise_experts": "ivl_kernels.integrations",
 }
 _SUBMODULES = ("ops", "nn", "flash", "integrations", "doctor", "testing")
 
