@@ -8,6 +8,17 @@ namespace {
 
 constexpr int64_t kStep = 2 * kLanes;  // weights expanded at a time
 
+// kLanes bytes, each in a lane.
+inline vu load_bytes(const uint8_t* at) {
+#if IVL_VECTOR_BYTES == 64
+  return (vu)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif IVL_VECTOR_BYTES == 32
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+#else
+  return vu{at[0], at[1], at[2], at[3]};
+#endif
+}
+
 // Two values a byte, the first in the low half: sign, two bits of exponent, one of mantissa. A scale byte b is 2^(b-127).
 struct Mxfp4 {
   using Scale = uint8_t;
@@ -23,9 +34,7 @@ struct Mxfp4 {
     const auto bits_of = [](auto byte) { return byte << 23; };
     int64_t i = 0;
     for (; i + kLanes <= count; i = i + kLanes < count && i + 2 * kLanes > count ? count - kLanes : i + kLanes) {
-      Vec<uint8_t, kLanes> bytes;
-      std::memcpy(&bytes, from + i, sizeof bytes);
-      const vu bits = bits_of(__builtin_convertvector(bytes, vu));
+      const vu bits = bits_of(load_bytes(from + i));
       store(to + i, (vf)(bits != 0 ? bits : vu{} + kTiny));
     }
     for (; i < count; ++i) to[i] = same_bits<float>(from[i] ? bits_of(uint32_t{from[i]}) : kTiny);
@@ -45,16 +54,16 @@ struct Mxfp4 {
 
   static void expand(const uint8_t* at, Ready table, vf& evens, vf& odds) {
 #if IVL_VECTOR_BYTES == 64
-    const __m512i codes = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    evens = (vf)_mm512_maskz_permutexvar_ps(0xffff, codes, (__m512)table);
-    odds = (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)((vu)codes >> 4), (__m512)table);
+    const vu pairs = load_bytes(at);
+    evens = (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)pairs, (__m512)table);
+    odds = (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(pairs >> 4), (__m512)table);
 #elif IVL_VECTOR_BYTES == 32
-    const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+    const vu pairs = load_bytes(at);
     const auto value = [&](vu code) {
       const vu size = (vu)_mm256_permutevar8x32_ps((__m256)table, (__m256i)code);
       return (vf)(size ^ ((code << 28) & 0x80000000u));
     };
-    evens = value((vu)codes), odds = value((vu)codes >> 4);
+    evens = value(pairs), odds = value(pairs >> 4);
 #else
     constexpr float kValues[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
     float low[kLanes], high[kLanes];
@@ -98,13 +107,11 @@ struct Fp8 {
   static Ready ready(const float* scale) { return splat(*scale); }
 
   static vf expand(const uint8_t* at) {
-    Vec<int8_t, kLanes> bytes;
-    std::memcpy(&bytes, at, sizeof bytes);
-    const vi x = __builtin_convertvector(bytes, vi);
+    const vu x = load_bytes(at);
     // Exponent and mantissa in their places, then 2^120 for the other bias: subnormals come out right too.
-    const vf size = (vf)((x << 20) & 0x07f00000) * splat(0x1p120f);
-    const vi nan = (x & 0x7f) == 0x7f;
-    return (vf)((vi)size | (x & static_cast<int32_t>(0x80000000)) | (nan & 0x7fc00000));
+    const vf size = (vf)((x << 20) & 0x07f00000u) * splat(0x1p120f);
+    const vu nan = (vu)((x & 0x7fu) == 0x7fu);
+    return (vf)((vu)size | ((x << 24) & 0x80000000u) | (nan & 0x7fc00000u));
   }
   static void expand(const uint8_t* at, Ready scale, vf& low, vf& high) {
     low = expand(at) * scale, high = expand(at + kLanes) * scale;
