@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ivl_kernels import _native
 from ivl_kernels.ops.tile_router import op, reference, select_tiles, tile_router
+from ivl_kernels.ops.tile_router.op import FewRows, FewRowsTransposed, Pool, PoolBackward
 from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
 from tests.simulator.gpu import OLD_TRITON, backends, simulated_gpu
@@ -82,8 +83,8 @@ def test_released_width():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pool_released_widths(width, dtype):
     z, u = pool_inputs(1, 1024, width, 16, dtype)
-    truth = reference.tile_pool(z.double(), u.double())
-    assert_accurate(op._pool(z, u, "native")[0], truth[0], reference.tile_pool(z, u)[0])
+    truth = reference.tile_pool(Pool(z.double(), u.double()))
+    assert_accurate(op._pool(Pool(z, u), "native")[0], truth[0], reference.tile_pool(Pool(z, u))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -110,11 +111,11 @@ def test_pool_native(isa, dtype, tiles, rows, width, heads, seed, shared):
     view = wide[:, 1:-1, 2:-1]
     view.copy_(z)
     with poisoned():
-        pooled, lse = op._pool(view, u, "native")
-        grad_z, grad_u = op._pool_backward(view, u, pooled, lse, grad, True, "native")
-        none, same = op._pool_backward(view, u, pooled, lse, grad, False, "native")
-    truth = reference.tile_pool(z.double(), u.double())
-    exact = reference.tile_pool_backward(z.double(), u.double(), *truth, grad.double(), True)
+        pooled, lse = op._pool(Pool(view, u), "native")
+        grad_z, grad_u = op._pool_backward(PoolBackward(Pool(view, u), pooled, lse, grad, True), "native")
+        none, same = op._pool_backward(PoolBackward(Pool(view, u), pooled, lse, grad, False), "native")
+    truth = reference.tile_pool(Pool(z.double(), u.double()))
+    exact = reference.tile_pool_backward(PoolBackward(Pool(z.double(), u.double()), *truth, grad.double(), True))
     eps = torch.finfo(u.dtype).eps
     for got, want, roundings in (
         (pooled, truth[0], 30 * eps),
@@ -140,11 +141,15 @@ def test_few_rows_native(isa, dtype, rows, groups, each, width, seed, bias):
     x = torch.randn(rows, groups, width, generator=generator, dtype=sums)
     y = torch.randn(rows, groups, each, generator=generator, dtype=sums)
     with poisoned():
-        forward, back = op._linear(x, w, b, "native"), op._linear_transposed(y, w, "native")
+        forward, back = op._linear(FewRows(x, w, b), "native"), op._linear_transposed(FewRowsTransposed(y, w), "native")
     tolerance = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 3e-5}
     wide = None if b is None else b.double()
-    torch.testing.assert_close(forward.double(), reference.few_rows_linear(x.double(), w.double(), wide), **tolerance)
-    torch.testing.assert_close(back.double(), reference.few_rows_linear_transposed(y.double(), w.double()), **tolerance)
+    torch.testing.assert_close(
+        forward.double(), reference.few_rows_linear(FewRows(x.double(), w.double(), wide)), **tolerance
+    )
+    torch.testing.assert_close(
+        back.double(), reference.few_rows_linear_transposed(FewRowsTransposed(y.double(), w.double())), **tolerance
+    )
 
 
 @GPU
@@ -169,11 +174,13 @@ def test_pool_triton(backend, dtype, tiles, rows, width, heads):
     # TF32 keeps 11 bits of what is not in 16 bits already.
     roundings = 3e-5 if dtype == torch.float32 else 5e-3
     for queries in (u, shared):
-        truth = reference.tile_pool(z.double(), queries.double())
-        exact = reference.tile_pool_backward(z.double(), queries.double(), *truth, grad.double(), True)
+        truth = reference.tile_pool(Pool(z.double(), queries.double()))
+        exact = reference.tile_pool_backward(
+            PoolBackward(Pool(z.double(), queries.double()), *truth, grad.double(), True)
+        )
         with poisoned():
-            pooled, lse = op._pool(z, queries, backend)
-            grad_z, grad_u = op._pool_backward(z, queries, pooled, lse, grad, True, backend)
+            pooled, lse = op._pool(Pool(z, queries), backend)
+            grad_z, grad_u = op._pool_backward(PoolBackward(Pool(z, queries), pooled, lse, grad, True), backend)
         for got, want in ((pooled, truth[0]), (lse, truth[1]), (grad_u, exact[1]), (grad_z, exact[0])):
             atol = (roundings + torch.finfo(got.dtype).eps) * max([1.0, *want.abs().flatten().tolist()])
             torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
@@ -189,13 +196,16 @@ def test_few_rows_triton(backend, dtype, rows, groups, each, width):
     x, y = torch.randn(rows, groups, width), torch.randn(rows, groups, each)
     with poisoned():
         apart = torch.zeros(len(b), 2, dtype=dtype)[:, 0].copy_(b)  # not contiguous
-        forward, back = op._linear(x, w, apart, backend), op._linear_transposed(y, w, backend)
-        plain = op._linear(x, w, None, backend)
+        forward, back = (
+            op._linear(FewRows(x, w, apart), backend),
+            op._linear_transposed(FewRowsTransposed(y, w), backend),
+        )
+        plain = op._linear(FewRows(x, w, None), backend)
     atol = (2e-6 if dtype == torch.float32 else 1e-3) * width**0.5 * 4
-    exact = reference.few_rows_linear(x.double(), w.double(), b.double())
+    exact = reference.few_rows_linear(FewRows(x.double(), w.double(), b.double()))
     torch.testing.assert_close(forward.double(), exact, rtol=0, atol=atol)
     torch.testing.assert_close(plain.double(), exact - b.double(), rtol=0, atol=atol)
-    exact = reference.few_rows_linear_transposed(y.double(), w.double())
+    exact = reference.few_rows_linear_transposed(FewRowsTransposed(y.double(), w.double()))
     torch.testing.assert_close(back.double(), exact, rtol=0, atol=atol)
 
 
@@ -215,7 +225,7 @@ def test_triton_reads_each_tile_once():
     z, u = pool_inputs(1, 65, 1024, 16, torch.bfloat16)
     z = z[:, 1:]
     with simulated_gpu() as log:
-        op._pool(z, u, "triton")
+        op._pool(Pool(z, u), "triton")
     pool = log[0]
     assert pool.kernel == "pool_kernel"
     read = pool.tensors["z"]
@@ -224,10 +234,10 @@ def test_triton_reads_each_tile_once():
     assert pool.store_efficiency == 1
     # A wider tile is read once for the scores (in a backward both kinds at once) and once more for the sums.
     z, u = pool_inputs(1, 32, 3200, 16, torch.bfloat16)
-    saved = op._pool(z, u, "reference")
+    saved = op._pool(Pool(z, u), "reference")
     with simulated_gpu() as log:
-        op._pool(z, u, "triton")
-        op._pool_backward(z, u, *saved, torch.randn_like(u), False, "triton")
+        op._pool(Pool(z, u), "triton")
+        op._pool_backward(PoolBackward(Pool(z, u), *saved, torch.randn_like(u), False), "triton")
     assert [r.kernel for r in log] == ["scores_kernel", "weights_kernel", "weighted_sum_kernel"] * 2
     for report in log[::3] + log[2::3]:
         assert report.tensors["z"]["load_bytes"] == z.numel() * 2
@@ -239,8 +249,8 @@ def test_triton_reads_each_tile_once():
 def test_triton_streams_weights_once(dtype):
     x, w = torch.randn(13, 1, 1024), torch.randn(64, 1024).to(dtype)
     with simulated_gpu() as log:
-        op._linear(x, w, None, "triton")
-        op._linear_transposed(torch.randn(13, 4, 16), w, "triton")
+        op._linear(FewRows(x, w, None), "triton")
+        op._linear_transposed(FewRowsTransposed(torch.randn(13, 4, 16), w), "triton")
     assert [r.kernel for r in log] == ["linear_kernel", "linear_transposed_kernel"]
     for report in log:
         read = report.tensors["w"]
@@ -251,12 +261,12 @@ def test_triton_streams_weights_once(dtype):
 def test_pool_large_scores_and_nan():
     for backend in ("native", "reference"):
         z, u = pool_inputs(2, 300, 33, 5, torch.float32)
-        got = op._pool(z, u * 1000, backend)[0]
+        got = op._pool(Pool(z, u * 1000), backend)[0]
         torch.testing.assert_close(
-            got.double(), reference.tile_pool(z.double(), (u * 1000).double())[0], rtol=0, atol=5e-4
+            got.double(), reference.tile_pool(Pool(z.double(), (u * 1000).double()))[0], rtol=0, atol=5e-4
         )
         z[1, 17, 3] = torch.nan
-        pooled = op._pool(z, u, backend)[0]
+        pooled = op._pool(Pool(z, u), backend)[0]
         assert pooled[0].isfinite().all() and pooled[1].isnan().all()
 
 
@@ -363,7 +373,7 @@ def test_gradcheck_of_each_op(backend):
 @ALL
 def test_pool_backward_of_strided_gradients(backend):
     z, u = pool_inputs(2, 20, 32, 4, torch.float32)
-    pooled, lse = reference.tile_pool(z, u)
+    pooled, lse = reference.tile_pool(Pool(z, u))
     backward, grad = torch.ops.ivl.tile_pool_backward, torch.randn_like(u)
     expected = backward(z, u, pooled, lse, grad, True, backend)
     got = backward(z, u, pooled.mT.contiguous().mT, lse.t().contiguous().t(), grad.mT.contiguous().mT, True, backend)
@@ -374,7 +384,7 @@ def test_pool_backward_of_strided_gradients(backend):
 @ALL
 def test_opcheck(backend):
     z, u = pool_inputs(2, 20, 32, 4, torch.float32)
-    pooled, lse = reference.tile_pool(z, u)
+    pooled, lse = reference.tile_pool(Pool(z, u))
     ops = torch.ops.ivl
     torch.library.opcheck(ops.tile_pool.default, (z, u, backend))
     for need in (True, False):
@@ -565,11 +575,13 @@ def test_triton_compiles_for(target, monkeypatch):
         for tiles, rows, width, dtype in AOT_SHAPES:
             z = torch.empty(tiles, rows + 1, width, dtype=dtype, device="meta")[:, 1:]
             u = torch.empty(tiles, 16, width, device="meta")
-            pooled, lse = kernels.tile_pool(z, u)
-            kernels.tile_pool_backward(z, u, pooled, lse, torch.empty_like(u), True)
+            pooled, lse = kernels.tile_pool(Pool(z, u))
+            kernels.tile_pool_backward(PoolBackward(Pool(z, u), pooled, lse, torch.empty_like(u), True))
             w = torch.empty(4 * width, width, dtype=dtype, device="meta")
-            kernels.few_rows_linear(torch.empty(tiles, 1, width, device="meta"), w, w[:, 0])
-            kernels.few_rows_linear_transposed(torch.empty(tiles, 16, width // 16, device="meta"), w[:width])
+            kernels.few_rows_linear(FewRows(torch.empty(tiles, 1, width, device="meta"), w, w[:, 0]))
+            kernels.few_rows_linear_transposed(
+                FewRowsTransposed(torch.empty(tiles, 16, width // 16, device="meta"), w[:width])
+            )
     used = {"scores_kernel", "weights_kernel", "weighted_sum_kernel", "linear_kernel", "linear_transposed_kernel"}
     if number:
         used |= {"pool_kernel", "combine_kernel"}
@@ -588,8 +600,8 @@ def test_many_tiles_do_not_spill(target, dtype):
     with aot.compiling(target) as log:
         for tiles, width in [(20, 1024), (40, 1024), (40, 3200)]:
             w = torch.empty(width, width, dtype=dtype, device="meta")
-            kernels.few_rows_linear(torch.empty(tiles, 1, width, device="meta"), w, w[:, 0])
-            kernels.few_rows_linear_transposed(torch.empty(tiles, 16, width // 16, device="meta"), w)
+            kernels.few_rows_linear(FewRows(torch.empty(tiles, 1, width, device="meta"), w, w[:, 0]))
+            kernels.few_rows_linear_transposed(FewRowsTransposed(torch.empty(tiles, 16, width // 16, device="meta"), w))
     assert len(log) == 6
     for compiled in log:
         assert compiled.shared <= aot.SHARED_LIMIT[target], compiled.kernel

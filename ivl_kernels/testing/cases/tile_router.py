@@ -97,7 +97,7 @@ def _at(s: Shape) -> Case:
 def _pooling(s: Shape) -> Case:
     """The pooling of one round: what the router's time goes into."""
     from ...ops.tile_router import triton as kernels
-    from ...ops.tile_router.op import _Pool
+    from ...ops.tile_router.op import Pool, pool
 
     tiles, tokens, width = s.tiles, s.side**2, s.model.vision
 
@@ -124,7 +124,7 @@ def _pooling(s: Shape) -> Case:
         "tile_pool",
         s.name,
         lambda n: {"z": n.normal(tiles, tokens, width), "u": n.normal(tiles, HEADS, width, dtype=torch.float32)},
-        lambda v, backend: _Pool.apply(v["z"], v["u"], backend),
+        lambda v, backend: pool(Pool(v["z"], v["u"]), backend),
         ("u", "z"),
         cost=cost,
     )
