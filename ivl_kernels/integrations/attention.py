@@ -1,11 +1,13 @@
-"""Attention of the vision transformer on the package's kernel, through upstream's own body.
+"""Attention of the vision transformer and of the language model on the package's kernel.
 
-Of upstream's attention module one name is replaced: the table of attention functions, whose "sdpa" is ours where a call
-is plain attention of whole tiles (no mask, no dropout, not causal) on the CPU. Whatever else was chosen is upstream's.
+Upstream's own forward runs on a stand-in whose configuration chooses ours, which is registered with transformers under
+a name of its own. It serves what a call is known to mean: no mask, or one that says causal, sliding window or
+everything. Whatever else was chosen or given goes to the function that upstream would have called.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,100 +18,189 @@ from torch import nn
 from .. import _native
 from .._checks import KERNEL_DTYPES
 from .._library import transformed
-from ..models.families import families_in
-from ..models.upstream import class_of, forward_name, renamed, replaced_before, unchanged, uses
+from ..models.families import families_in, text_stacks
+from ..models.plain import watched
+from ..models.upstream import StandIn, class_of, forward_name, replaced_before, signature, uses
 from ..ops import attention
+from ..ops.attention.reference import visible
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
 from ._report import serving
 
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
-_SERVED = "sdpa"
+_EAGER = "eager_attention_forward"
+_SDPA = "transformers.integrations.sdpa_attention"
+# What transformers' sdpa takes and ours knows; other parameters of it must be left out.
+_KNOWN = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
 
 
-class _Table:
-    """Upstream's table of attention functions with ours in the place of sdpa."""
-
-    def __init__(self, stock: Any, backend: str) -> None:
-        self._stock, self._backend = stock, backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        return self._ours(name, self._stock[name])
-
-    def get_interface(self, name: str, default: Any) -> Callable[..., Any]:
-        return self._ours(name, self._stock.get_interface(name, default))
-
-    def _ours(self, name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
-        own = getattr(stock, "__module__", "") == "transformers.integrations.sdpa_attention"
-        return _attend(stock, self._backend) if name == _SERVED and own else stock
+def _tables(module: Any) -> Mapping[str, Any]:
+    """The names of the module that holds the forward of this attention layer."""
+    return inspect.unwrap(class_of(module).forward).__globals__
 
 
-def _attend(stock: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **options: Any) -> Any:
-        plain = mask is None and not rest and not options.get("dropout") and options.get("is_causal") is False
-        if not plain or not all(map(_reads, (q, k, v))) or torch.is_autocast_enabled("cpu"):
-            return stock(module, q, k, v, mask, *rest, **options)
-        heads_last = (x.transpose(1, 2) for x in (q, k, v))
-        return attention(*heads_last, scale=options.get("scaling"), backend=backend), None
+def _stock(module: Any, name: str) -> Callable[..., Any]:
+    """What upstream's forward would call now."""
+    names = _tables(module)
+    return names[_TABLE][name] if name != "eager" else names[_EAGER]
+
+
+def _meaning(mask: Any, queries: int, keys: int, causal: bool, window: int) -> tuple[bool, int] | None:
+    """(causal, window) of what a call means by its mask [B, 1, queries, keys]; None where that is not known."""
+    if mask is None:  # as transformers reads it: causal from the first key on
+        return causal and queries > 1, 0
+    if type(mask) is not torch.Tensor or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys):
+        return None
+    seen = mask
+    if mask.dtype != torch.bool:
+        seen = mask == 0
+        if bool((~seen & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+            return None
+    if bool(seen.all()):
+        return False, 0
+    for size in {0, window}:
+        pattern = visible(queries, keys, True, size, mask.device)
+        if queries <= keys and torch.equal(seen, pattern.expand_as(seen)):
+            return True, size
+    return None
+
+
+def _attend(stock: Callable[..., Any], backend: str, eager: bool) -> Callable[..., Any]:
+    unknown = {"softcap", *signature(stock).parameters} - _KNOWN
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *rest: Any, **options: Any) -> Any:
+        def theirs() -> Any:
+            return stock(module, query, key, value, attention_mask, *rest, **options)
+
+        sinks, causal = options.get("s_aux"), options.get("is_causal")
+        plain = not (rest or options.get("dropout") or options.get("output_attentions"))
+        plain = plain and all(options.get(name) is None for name in unknown)
+        if not plain or (sinks is None) == eager or not _reads(query, key, value):
+            return theirs()
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        queries, keys = query.shape[2], key.shape[2]
+        found = _meaning(attention_mask, queries, keys, causal and not eager, options.get("sliding_window") or 0)
+        if found is None or found[0] and queries > keys:
+            return theirs()
+        causal, window = found
+        if attention_mask is None and causal:
+            key, value = key[:, :, :queries], value[:, :, :queries]
+        heads_last = (x.transpose(1, 2) for x in (query, key, value))
+        out = attention(
+            *heads_last,
+            causal=causal,
+            window=window or None,
+            sinks=sinks,
+            scale=options.get("scaling"),
+            backend=backend,
+        )
+        return out, None
 
     return attend
 
 
-def _reads(x: Any) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+def _reads(q: Any, k: Any, v: Any) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch.is_autocast_enabled("cpu"):
         return False
-    fits = type(x) is torch.Tensor and x.device.type == "cpu" and x.dim() == 4 and x.shape[-1] % 8 == 0
-    return fits and 0 < x.shape[-1] <= 256 and str(x.dtype).removeprefix("torch.") in KERNEL_DTYPES
+    if any(
+        type(x) is not torch.Tensor or x.device.type != "cpu" or x.dim() != 4 or x.dtype != q.dtype for x in (q, k, v)
+    ):
+        return False
+    if q.shape[-1] % 8 or not 0 < q.shape[-1] <= 256 or str(q.dtype).removeprefix("torch.") not in KERNEL_DTYPES:
+        return False
+    same = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[-1] == q.shape[-1]
+    return same and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
 
 
-def _layers(vision: Any) -> list[Any]:
-    return [m for m in vision.modules() if uses(class_of(m).forward, _TABLE)]
+def _served(module: Any) -> str:
+    """The name under which this attention layer's function is chosen if ours may take its place, else ""."""
+    name = getattr(module.config, "_attn_implementation", None)
+    if name == "sdpa":
+        own = _TABLE in _tables(module) and "sdpa" in _tables(module)[_TABLE]
+        return name if own and getattr(_stock(module, name), "__module__", "") == _SDPA else ""
+    return name if name == "eager" and _sinks_as_ours(_tables(module).get(_EAGER)) and hasattr(module, "sinks") else ""
 
 
-def _forward(kind: Any, backend: str) -> Callable[..., Any]:
-    stock = kind.forward
-    body = renamed(stock, **{_TABLE: _Table(inspect.unwrap(stock).__globals__[_TABLE], backend)})
+@functools.cache
+def _sinks_as_ours(function: Any) -> bool:
+    """Whether an eager attention function computes softmax with a sink, as GPT-OSS does: judged by what it computes."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 5, 8, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64)
+    layer = nn.Module()
+    layer.sinks, layer.num_key_value_groups, layer.training = sinks, 2, False  # type: ignore[assignment]
+    seen = visible(5, 5, True, 0, q.device)
+    mask = torch.zeros(1, 1, 5, 5, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            got = function(layer, q, k, v, mask, scaling=0.3, dropout=0.0, s_aux=sinks)[0]
+            heads_last = (x.transpose(1, 2) for x in (q, k, v))
+            expected = attention(*heads_last, causal=True, sinks=sinks, scale=0.3, backend="reference")
+        return bool(torch.allclose(got, expected, rtol=0, atol=1e-12))
+    except Exception:
+        return False
 
+
+@functools.cache
+def _registered(table: Any, stock: Callable[..., Any], name: str, backend: str) -> str:
+    """The name in transformers' table of attention functions under which ours takes the place of `stock`."""
+    function = _attend(stock, backend, name == "eager")
+    ours = f"ivl_kernels {name} {id(stock)} {backend}".strip()
+    table.register(ours, function)
+    return ours
+
+
+def _forward(backend: str) -> Callable[..., Any]:
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        if class_of(self) is not kind or kind.forward is not stock or not unchanged(body, stock):
+        name = "" if torch.compiler.is_compiling() else _served(self)
+        # Eager attention also returns its weights: whoever may look at them gets them.
+        if not name or name == "eager" and (watched(self) or getattr(self.config, "output_attentions", False)):
             return inner(self, *args, **kwargs)
-        return body(self, *args, **kwargs)
+        chosen = _registered(type(_tables(self)[_TABLE]), _stock(self, name), name, backend)
+        return inner(StandIn(self, config=StandIn(self.config, _attn_implementation=chosen)), *args, **kwargs)
 
     return forward
 
 
+def _layers(root: Any) -> list[Any]:
+    return [m for m in root.modules() if uses(class_of(m).forward, _TABLE) and hasattr(m, "config")]
+
+
+def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    for _, family in families_in(model):
+        yield paths[id(family.vision)], family.vision
+    yield from text_stacks(model)
+
+
 class Attention(Adapter):
     features = {
-        "attention": Feature(False, "attention of the vision transformer without a [tokens, tokens] matrix (CPU)"),
+        "attention": Feature(True, "attention without a [tokens, tokens] matrix or repeated keys (CPU)"),
     }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
-        paths = {id(module): path for path, module in model.named_modules()}
-        for _, family in families_in(model):
-            vision = family.vision
-            layers = _layers(vision)
+        for path, root in _roots(model):
+            layers, theirs = _layers(root), ""
             reasons = {replaced_before(layer, forward_name(layer)) for layer in layers} - {""}
             if not layers:
-                reasons = {f"{type(vision).__name__} does not choose its attention from transformers' table"}
-            elif layers[0].config._attn_implementation != _SERVED:
-                reasons = {f"its attention is {layers[0].config._attn_implementation}, not {_SERVED}"}
-            reason = _native.problem() or "; ".join(sorted(reasons))
-            yield Site("attention", paths[id(vision)], vision, f"{len(layers)} attention layers", reason)
+                theirs = f"{type(root).__name__} does not choose its attention from transformers' table"
+            elif not _served(layers[0]):
+                theirs = f"its attention is {layers[0].config._attn_implementation}"
+            elif all(p.device.type not in ("cpu", "meta") for p in layers[0].parameters()):
+                theirs = "not on a CPU"
+            theirs = theirs or _native.problem() or ""
+            what, reason = f"{len(layers)} attention layers", "; ".join(sorted(reasons))
+            yield Site("attention", path, root, what, reason or theirs, upstream=not reason)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
-        made: dict[Any, Any] = {}
+        function = _forward(options["backend"])
         for layer in _layers(site.module):
-            kind = class_of(layer)
-            if kind not in made:
-                made[kind] = _forward(kind, options["backend"])
-            edit.method(layer, forward_name(layer), made[kind])
+            edit.method(layer, forward_name(layer), function)
 
     def serving(self, site: Site) -> str:
-        name = _layers(site.module)[0].config._attn_implementation
-        return serving("attention", site.module) if name == _SERVED else f"upstream's own code: {name} was chosen"
+        layer = _layers(site.module)[0]
+        name = layer.config._attn_implementation
+        return serving("attention", site.module) if _served(layer) else f"upstream's own code: {name} was chosen"
 
 
 ADAPTER = Attention()

@@ -72,7 +72,7 @@ def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 class Linear(Adapter):
     features = {
-        "linear": Feature(False, "linear layers on the package's own matrix product where it is faster (CPU)"),
+        "linear": Feature(True, "linear layers on the package's own matrix product where it is faster (CPU)"),
     }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
@@ -81,7 +81,7 @@ class Linear(Adapter):
             reason = _native.problem() or ("" if layers else "no plain linear layer")
             if layers and all(layer.weight.device.type not in ("cpu", "meta") for layer in layers):
                 reason = f"on {layers[0].weight.device.type} the BLAS serves"
-            yield Site("linear", path, root, f"{len(layers)} linear layers", reason or "")
+            yield Site("linear", path, root, f"{len(layers)} linear layers", reason or "", upstream=True)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
         for layer in _layers(site.module):

@@ -1,4 +1,4 @@
-"""The vision transformer's attention on the package's kernel."""
+"""Attention of the vision transformer and the language model on the package's kernel."""
 
 import copy
 
@@ -10,6 +10,7 @@ from ivl_kernels import ops
 from ivl_kernels.integrations import attention as adapter
 from ivl_kernels.integrations._patch import features
 from ivl_kernels.testing import assert_accurate
+from tests.against_plain import cache_in, cache_names
 from tests.models import chat_model, inputs, native_model
 
 BATCH = ((2,), (1, 1), ())
@@ -68,7 +69,7 @@ def test_what_else_was_chosen_is_upstreams(calls):
     assert torch.equal(vision(pixel_values=pixels).last_hidden_state, plain)
     assert not calls and "eager was chosen" in str(handle.report())
     handle.undo()
-    assert [row.state for row in patch(model).report().rows if row.feature == "attention"] == ["refused"]
+    assert {row.state for row in patch(model).report().rows if row.feature == "attention"} == {"upstream"}
     model.set_attn_implementation("sdpa")
     patch(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -79,10 +80,9 @@ def test_what_else_was_chosen_is_upstreams(calls):
 
 
 def test_remote_code_computes_attention_itself():
-    with pytest.warns(UserWarning, match="nothing was patched"):
-        handle = patch(chat_model("hub"))
-    (row,) = [row for row in handle.report().rows if row.feature == "attention"]
-    assert row.state == "refused" and "does not choose its attention" in row.detail
+    vision, text = (row for row in patch(chat_model("hub")).report().rows if row.feature == "attention")
+    assert vision.state == "upstream" and "does not choose its attention" in vision.detail
+    assert text.state == "patched" and text.detail.startswith("native")
 
 
 @torch.no_grad()
@@ -118,3 +118,134 @@ def test_a_function_of_somebody_else_under_this_name(before, calls, monkeypatch)
     finally:
         ALL_ATTENTION_FUNCTIONS.register("sdpa", stock)
     assert torch.equal(got, expected) and not calls
+
+
+LENGTHS = (9, 40)  # within the sliding window of a tiny model, and beyond it
+
+
+@pytest.fixture
+def meanings(monkeypatch):
+    """(queries, keys, causal, window, sinks) of every call that is served."""
+    seen = []
+
+    def served(q, k, v, *, causal, window, sinks, **options):
+        seen.append((q.shape[1], k.shape[1], causal, window, sinks is not None))
+        return ops.attention(q, k, v, causal=causal, window=window, sinks=sinks, **options)
+
+    monkeypatch.setattr(adapter, "attention", served)
+    return seen
+
+
+def text_model(name, dtype=torch.float32):
+    model = native_model(name, dtype=dtype).model.language_model
+    if name == "gpt_oss":
+        model.config._experts_implementation = "eager"
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt_oss"])
+def test_language(name, length, dtype, meanings):
+    model = text_model(name, dtype)
+    wide = copy.deepcopy(model).double()
+    ids = torch.randint(1, 280, (2, length))
+
+    def run(module, **given):
+        module.zero_grad(set_to_none=True)
+        out = module(input_ids=ids, use_cache=False, **given).last_hidden_state
+        out.double().square().mean().backward()
+        return out.detach(), {name: p.grad for name, p in module.named_parameters()}
+
+    exact, wide_grads = run(wide)
+    plain, grads = run(model)
+    handle = patch(model, strict=True)
+    got, ours = run(model)
+    windows = {None, model.config.sliding_window} if name == "gpt_oss" and length > 16 else {None}
+    assert {m[3] for m in meanings} == windows and all(m[2] and m[4] == (name == "gpt_oss") for m in meanings)
+    assert len(meanings) == len(model.layers)
+    assert_accurate(got, exact, plain)
+    for key, grad in grads.items():
+        if grad is None:
+            assert ours[key] is None, key
+        elif dtype == torch.float32 or "experts" not in key:
+            error, usual = ((g.double() - wide_grads[key]).norm() for g in (ours[key], grad))
+            assert error <= 2 * usual + 1e-5 * wide_grads[key].norm(), key
+    handle.undo()
+    assert torch.equal(run(model)[0], plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_with_a_cache(name, meanings):
+    """A prompt, tokens one by one past the window, then several at once: every step is served."""
+    plain, model = text_model(name), text_model(name)
+    patch(model)
+    ours = theirs = None
+    sinks = name == "gpt_oss"
+    for count in (20, 1, 1, 5):
+        ids = torch.randint(1, 280, (1, count))
+
+        def step(model, cache):
+            given = {} if cache is None else {cache_names(model)[0]: cache}
+            output = model(input_ids=ids, use_cache=True, **given)  # noqa: B023
+            return output.last_hidden_state, cache_in(output)
+
+        expected, theirs = step(plain, theirs)
+        meanings.clear()
+        got, ours = step(model, ours)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+        assert len(meanings) == len(model.layers) and all(m[4] == sinks for m in meanings), count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_masks_that_mean_something_else(name, meanings):
+    """Padding, packed rows and masks by hand go to upstream's function."""
+    model = text_model(name)
+    ids = torch.randint(1, 280, (2, 9))
+    padded = torch.ones(2, 9, dtype=torch.int64)
+    padded[0, :3] = 0
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
+    free = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(2)
+    slope = torch.zeros(2, 1, 9, 9).masked_fill(~free.tril(), -1e4) - 0.5 * torch.arange(9)
+    calls = [dict(attention_mask=padded), dict(position_ids=packed, use_cache=False)]
+    calls += [dict(attention_mask={kind: mask for kind in ("full_attention", "sliding_attention")})
+              for mask in ((free, slope) if name == "qwen3" else (slope,))]  # fmt: skip
+    expected = [model(input_ids=ids, **given).last_hidden_state for given in calls]
+    patch(model)
+    for given, plain in zip(calls, expected):
+        assert torch.equal(model(input_ids=ids, **given).last_hidden_state, plain)
+    assert not meanings
+    whole = dict(attention_mask=torch.ones(2, 9, dtype=torch.int64))
+    model(input_ids=ids, **whole)
+    assert len(meanings) == len(model.layers)
+
+
+@torch.no_grad()
+def test_who_looks_at_the_weights_of_eager_attention(meanings):
+    model = text_model("gpt_oss")
+    ids = torch.randint(1, 280, (1, 9))
+    expected = model(input_ids=ids, output_attentions=True).attentions
+    model = text_model("gpt_oss")
+    patch(model)
+    model(input_ids=ids)
+    assert meanings
+    meanings.clear()
+    got = model(input_ids=ids, output_attentions=True).attentions
+    assert len(got) == len(model.layers) and all(torch.equal(a, b) for a, b in zip(got, expected)) and not meanings
+
+
+@torch.no_grad()
+def test_compiled_and_dropped_out(meanings):
+    model = text_model("qwen3")
+    ids = torch.randint(1, 280, (1, 9))
+    plain = model(input_ids=ids, use_cache=False).last_hidden_state
+    patch(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).last_hidden_state, plain, rtol=0, atol=1e-5)
+    model.train()
+    for layer in model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model(input_ids=ids)
+    assert not meanings
