@@ -6,22 +6,22 @@ import json
 
 import pytest
 
-from bench import inspect as tool
+from bench.inspect import counters, machine, subjects, tables
 
 MARGIN = 0.05
 
 
 @pytest.fixture(scope="module")
 def baseline():
-    return json.loads(tool.BASELINE.read_text())
+    return json.loads(tables.BASELINE.read_text())
 
 
 @pytest.fixture(scope="module")
 def counted(baseline):
-    return {tuple(row[key] for key in tool.KEYS["counters"]): row for row in baseline["counters"]}
+    return {tuple(row[key] for key in tables.KEYS["counters"]): row for row in baseline["counters"]}
 
 
-QUICK = [name for name in tool.SUBJECTS if not name.startswith(("liger", "pixel", "tile"))]
+QUICK = [name for name in subjects.SUBJECTS if not name.startswith(("liger", "pixel", "tile"))]
 
 
 @pytest.mark.skipif(
@@ -30,14 +30,14 @@ QUICK = [name for name in tool.SUBJECTS if not name.startswith(("liger", "pixel"
 @pytest.mark.parametrize("name", QUICK)
 def test_no_worse_than_the_baseline(name, baseline):
     """The last of an op's shapes, all of its backends, forward and backward; `make inspect` does all shapes."""
-    subject = tool.SUBJECTS[name]
+    subject = subjects.SUBJECTS[name]
     shape = subject.small[-1] if subject.memory_bound else subject.small[0]
     job = subject.make(shape)
     job.eager, job.peers = None, None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tool.SUBJECTS, name, dataclasses.replace(subject, make=lambda _: job))
-        rows = tool.counted_rows(name, shape)
-    assert tool.check({"counters": rows}, baseline, MARGIN) == []
+        patch.setitem(subjects.SUBJECTS, name, dataclasses.replace(subject, make=lambda _: job))
+        rows = counters.counted_rows(name, shape)
+    assert tables.check({"counters": rows}, baseline, MARGIN) == []
     assert all(row["shared_races"] == 0 for row in rows)
 
 
@@ -55,30 +55,30 @@ def test_no_worse_than_the_baseline(name, baseline):
 )
 def test_machine_code_no_worse_than_the_baseline(name, target, dtype, baseline):
     """The first of an op's shapes on one target; `make inspect` does all."""
-    shape, models = next(tool.real_shapes(name, []))
-    shape = dataclasses.replace(shape, dtype=tool.DTYPES[dtype])
-    rows = tool.machine_rows(name, [(shape, models)], [target], jobs=1)
-    key = (*tool.KEYS["machine"], "kernel")
+    shape, models = next(subjects.real_shapes(name, []))
+    shape = dataclasses.replace(shape, dtype=subjects.DTYPES[dtype])
+    rows = machine.machine_rows(name, [(shape, models)], [target], jobs=1)
+    key = (*tables.KEYS["machine"], "kernel")
     known = {str([row[k] for k in key]) for row in baseline["machine"]}
     assert rows and {str([row[k] for k in key]) for row in rows} <= known
-    assert tool.check({"machine": rows}, baseline, MARGIN) == []
+    assert tables.check({"machine": rows}, baseline, MARGIN) == []
 
 
 def test_limits(counted):
     """Memory-bound ops at every shape: distinct bytes and sectors, and a least that is one."""
-    assert {key[0] for key in counted} == set(tool.SUBJECTS)
-    assert tool.over_the_limits(list(counted.values())) == []
+    assert {key[0] for key in counted} == set(subjects.SUBJECTS)
+    assert tables.over_the_limits(list(counted.values())) == []
     assert all(row.get("shared_races", 0) == 0 for row in counted.values())
 
 
 def test_check_finds_what_got_worse(baseline):
     worse = json.loads(json.dumps(baseline))
     next(row for row in worse["counters"] if row["who"] == "cuda")["sector_bytes"] *= 2
-    machine = next(row for row in worse["machine"] if row["tensor_core_instructions"])
-    machine["spills"] += 8
-    machine["tensor_core_instructions"] = 0
-    assert tool.check(baseline, baseline, MARGIN) == []
-    assert len(tool.check(worse, baseline, MARGIN)) == 3
+    product = next(row for row in worse["machine"] if row["tensor_core_instructions"])
+    product["spills"] += 8
+    product["tensor_core_instructions"] = 0
+    assert tables.check(baseline, baseline, MARGIN) == []
+    assert len(tables.check(worse, baseline, MARGIN)) == 3
 
 
 @pytest.mark.parametrize("op", ["v2pe_rope", "v2pe_rope with norm", "moe_experts"])
@@ -115,12 +115,12 @@ OURS = ("cuda", "triton", "ours")
 
 def test_nothing_spills(baseline):
     """On any target, at any width of the catalogue; every op was compiled for all of them."""
-    ops = [name for name in tool.SUBJECTS if not name.startswith("liger")]
+    ops = [name for name in subjects.SUBJECTS if not name.startswith("liger")]
     covered = {(row["op"], row["dtype"], row["target"]) for row in baseline["machine"]}
     for name in ops:
-        for dtype in tool.SUBJECTS[name].dtypes:
-            cuda_only = tool.SUBJECTS[name].backends == ("cuda",)
-            wanted = set(tool.NVIDIA) if cuda_only else set(tool.TARGETS)
+        for dtype in subjects.SUBJECTS[name].dtypes:
+            cuda_only = subjects.SUBJECTS[name].backends == ("cuda",)
+            wanted = set(machine.NVIDIA) if cuda_only else set(machine.TARGETS)
             assert {target for op, kind, target in covered if (op, kind) == (name, dtype)} == wanted, (name, dtype)
     assert [row for row in baseline["machine"] if row["spills"]] == []
 
@@ -159,19 +159,19 @@ def test_16_byte_accesses(baseline):
 def test_widths():
     ptx = "ld.global.v4.b32 {a}, [b];\nst.global.b16 [c], d;\nld.global.L1::evict_last.v4.b32 {a}, [b];\n"
     ptx += "ld.global.nc.u64 a, [b];\ncp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;"
-    assert tool.access_widths(ptx) == {"ld16": 3, "ld8": 1, "st2": 1}
-    assert tool.occupancy(80, 128, 64, 0) == 0.5
+    assert machine.access_widths(ptx) == {"ld16": 3, "ld8": 1, "st2": 1}
+    assert machine.occupancy(80, 128, 64, 0) == 0.5
 
 
 def test_merge_replaces_rows_of_the_same_name():
     row = {"op": "place_rows", "shape": "s", "dtype": "bf16", "direction": "forward", "who": "cuda"}
     old = {"counters": [{**row, "launches": 3}, {**row, "who": "triton"}], "machine": [], "roofline": []}
-    merged = tool.merge(old, {"counters": [{**row, "launches": 2}]})
+    merged = tables.merge(old, {"counters": [{**row, "launches": 2}]})
     assert merged["counters"] == [{**row, "who": "triton"}, {**row, "launches": 2}]
 
 
 def test_asked_shape():
-    shape = tool.asked_shape("InternVL3.5-30B-A3B,tokens=7,experts=16,tiles=2")
+    shape = subjects.asked_shape("InternVL3.5-30B-A3B,tokens=7,experts=16,tiles=2")
     assert (shape.tokens, shape.tiles, shape.model.experts, shape.model.hidden) == (7, 2, 16, 2048)
     with pytest.raises(SystemExit, match="--shape: got 'GPT-5'"):
-        tool.asked_shape("GPT-5")
+        subjects.asked_shape("GPT-5")

@@ -2,32 +2,29 @@
 
 The forward of each experts module (of each block, where the experts are a list) is wrapped: at every call it is asked
 whether the weights are there, plain, and whether upstream's own implementation was asked for since; then one op serves,
-else upstream's code. Which classes are known is judged by what they compute, on a few numbers.
+else upstream's code.
 
 On transformers 5 the name "ivl" can also be chosen like any other of `ALL_EXPERTS_FUNCTIONS`.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import _native
 from .._checks import FLOATS
-from ..models.plain import not_plain, watched
-from ..models.upstream import forward_name, named_instances, replaced_before, signature
+from ..models.plain import gathered_in_call, gathered_later, not_plain, watched
+from ..models.upstream import class_of, forward_name, named_instances, replaced_before
 from ..ops.moe_experts import moe_experts, moe_experts_list
 from ._edit import Editor, attachment
+from ._expert_forms import PROJECTIONS, WEIGHTS, Form, biases_of, computes_silu, form_of, list_problem, route
 from ._patch import Adapter, Feature, PatchWarning, Site, _undo_site
 from ._report import serving
 
@@ -35,161 +32,15 @@ FEATURE = "moe"
 IMPLEMENTATION = "ivl"
 _STACKED = ("Qwen3MoeExperts", "GptOssExperts")
 _BLOCK = "Qwen3MoeSparseMoeBlock"  # of 4.57: a router and a ModuleList of experts
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _QUANTIZED = ("Mxfp4GptOssExperts", "FP8Experts")
 _CHOOSE = "set_experts_implementation"
 
 
-class _Bare:
-    """Stands for an instance of a class with nothing but these attributes, to see what its methods compute."""
-
-    def __init__(self, kind: type, **attributes: Any) -> None:
-        self.__dict__.update(attributes, _kind=kind)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__dict__["_kind"], name)
-        return types.MethodType(value, self) if isinstance(value, types.FunctionType) else value
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How a class of stacked experts computes.
-
-    Attributes:
-        kind: the class.
-        names: of its forward's arguments: hidden states, expert ids, routing weights.
-        activation, layout: as of `moe_experts`.
-        tensors: attributes that hold gate_up, down, and their biases.
-        dense: the routing weights are those of all experts, not of the chosen ones.
-    """
-
-    kind: type
-    names: tuple[str, ...]
-    activation: str
-    layout: str
-    tensors: tuple[str, ...]
-    dense: bool
-
-    @property
-    def gpt_oss(self) -> bool:
-        return self.activation == "gpt_oss"
-
-
-_WEIGHTS = ("gate_up_proj", "down_proj")
-_BIASES = ("gate_up_proj_bias", "down_proj_bias")
-
-
-def _numbers(*size: int, seed: int) -> torch.Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _probing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Once a class, on the CPU, without gradients and autocast."""
-
-    @functools.cache
-    def probe(*args: Any) -> Any:
-        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return function(*args)
-
-    return probe
-
-
-def _kind(module: Any) -> type:
-    """The class below those that torch derives for an instance (parametrizations, FSDP)."""
-    return next(base for base in type(module).__mro__ if not base.__module__.startswith("torch."))
-
-
-@_probing
-def _computes_silu(kind: type) -> bool:
-    x = _numbers(64, seed=0) * 4
-    try:
-        return torch.allclose(kind.forward(_Bare(kind, inplace=False), x), F.silu(x), rtol=0, atol=1e-12)  # type: ignore[attr-defined]
-    except Exception:
-        return False
-
-
 def _activation_problem(module: Any) -> str:
     name = type(module).__name__
-    if not isinstance(module, nn.Module) or not _computes_silu(type(module)):
+    if not isinstance(module, nn.Module) or not computes_silu(type(module)):
         return f"the activation is {name}, not SiLU"
     return not_plain(module, type(module), f"the activation {name}")
-
-
-@_probing
-def _form(kind: type) -> _Form | str:
-    """How this class of stacked experts computes, or why it is none as we know it."""
-    tokens, experts, width, inner, alpha, limit = 5, 4, 6, 3, 1.3, 0.5
-    names = tuple(signature(inspect.unwrap(kind.forward)).parameters)[1:4]  # type: ignore[attr-defined]
-    hidden, scores = _numbers(tokens, width, seed=0), _numbers(tokens, experts, seed=1).sigmoid()
-    ids = scores.topk(2).indices
-    failed = f"{kind.__name__} computes something else"
-    for activation, layout in (("silu", "concatenated"), ("gpt_oss", "interleaved")):
-        transposed = layout == "interleaved"
-        gate_up, down = _numbers(experts, 2 * inner, width, seed=2), _numbers(experts, width, inner, seed=3)
-        if transposed:
-            gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
-        biases = (_numbers(experts, 2 * inner, seed=4), _numbers(experts, width, seed=5)) if transposed else ()
-        tensors = dict(zip((*_WEIGHTS, *_BIASES), (gate_up, down, *biases)))
-        bare = _Bare(
-            kind, **tensors, num_experts=experts, hidden_dim=width, hidden_size=width, intermediate_dim=inner,
-            intermediate_size=inner, expert_dim=inner, act_fn=F.silu, alpha=alpha, limit=limit, training=False,
-            config=types.SimpleNamespace(_experts_implementation="eager"), _is_expert_parallel=False,
-        )  # fmt: skip
-        expected = moe_experts(
-            hidden, ids, scores.gather(1, ids), gate_up, down, **_biases(tensors), activation=activation, alpha=alpha,
-            limit=limit, layout=layout, backend="reference",
-        )  # fmt: skip
-        for dense in (False, True):
-            try:
-                got = kind.forward(bare, hidden, ids, scores if dense else scores.gather(1, ids))  # type: ignore[attr-defined]
-                if torch.allclose(got.reshape(tokens, width), expected, rtol=0, atol=1e-10):
-                    return _Form(kind, names, activation, layout, tuple(tensors), dense)
-            except Exception as error:
-                failed = f"{kind.__name__} is not as we know it ({error})"
-    return f"unknown structure: {failed}"
-
-
-def _biases(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    gate_up_bias, down_bias = (tensors.get(name) for name in _BIASES)
-    return {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-
-
-def _route(block: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert ids and float32 weights of a block with a list of experts."""
-    weights, ids = logits.softmax(dim=1, dtype=torch.float).topk(block.top_k, dim=-1)
-    return ids, weights / weights.sum(dim=-1, keepdim=True) if block.norm_topk_prob else weights
-
-
-@_probing
-def _list_problem(kind: type, expert_kind: type) -> str:
-    """Why this class of block, with a list of experts of that class, cannot be ours, or ""."""
-    tokens, experts, width, inner = 5, 4, 6, 3
-    hidden = _numbers(1, tokens, width, seed=0)
-    router = _numbers(experts, width, seed=1)
-    gate, up = _numbers(experts, inner, width, seed=2), _numbers(experts, inner, width, seed=3)
-    down = _numbers(experts, width, inner, seed=4)
-
-    def linear(weight: torch.Tensor) -> Callable[..., Any]:
-        return functools.partial(F.linear, weight=weight)
-
-    def expert(*weights: torch.Tensor) -> Callable[..., Any]:
-        bare = _Bare(expert_kind, **dict(zip(_PROJECTIONS, map(linear, weights))), act_fn=F.silu)
-        return functools.partial(expert_kind.forward, bare)  # type: ignore[attr-defined]
-
-    loop = list(map(expert, gate, up, down))
-    for norm in (False, True):
-        bare = _Bare(kind, gate=linear(router), experts=loop, num_experts=experts, top_k=2, norm_topk_prob=norm)
-        try:
-            got, logits = kind.forward(bare, hidden)  # type: ignore[attr-defined]
-            ids, weights = _route(bare, logits)
-            lists = (list(gate), list(up), list(down))
-            expected = moe_experts_list(hidden[0], ids, weights.double(), *lists, backend="reference")
-            same = torch.equal(logits, hidden[0] @ router.T)
-            if not same or not torch.allclose(got, expected.unsqueeze(0), rtol=0, atol=1e-10):
-                return f"unknown structure: {kind.__name__} of {expert_kind.__name__} computes something else"
-        except Exception as error:
-            return f"unknown structure: {kind.__name__} is not as we know it ({error})"
-    return ""
 
 
 def _sharded(tensor: Any) -> bool:
@@ -220,7 +71,7 @@ def _call_problem(hidden: torch.Tensor, weight: torch.Tensor) -> str:
     return "" if hidden.dtype in known and weight.dtype in known else f"autocast from {hidden.dtype}, {weight.dtype}"
 
 
-def _weights(experts: Any, form: _Form) -> tuple[dict[str, torch.Tensor], str]:
+def _weights(experts: Any, form: Form) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of stacked experts as they are now (attribute access: parametrizations apply), or why not ours."""
     tensors = {name: getattr(experts, name, None) for name in form.tensors}
     first = tensors["gate_up_proj"]
@@ -253,12 +104,12 @@ def _choice_problem(experts: Any, replaced: Any) -> str:
 
 
 def _serve(
-    experts: Any, form: _Form, tensors: Mapping[str, torch.Tensor], given: tuple[torch.Tensor, ...], backend: str
+    experts: Any, form: Form, tensors: Mapping[str, torch.Tensor], given: tuple[torch.Tensor, ...], backend: str
 ) -> torch.Tensor | None:
     """The result, or None where the call is none as we know it."""
     hidden, ids, weights = given
     flat = hidden.reshape(-1, hidden.shape[-1])
-    gate_up, down = (tensors[name] for name in _WEIGHTS)
+    gate_up, down = (tensors[name] for name in WEIGHTS)
     count = gate_up.shape[0]
     fits = ids.dim() == 2 and ids.shape[0] == flat.shape[0] > 0 and (form.dense or hidden.dim() == 2)
     if not fits or weights.shape != (ids.shape[0], count if form.dense else ids.shape[1]):
@@ -271,7 +122,7 @@ def _serve(
     if form.gpt_oss:
         options = dict(alpha=experts.alpha, limit=experts.limit)
     out = moe_experts(
-        flat.to(gate_up.dtype), ids, weights, gate_up, down, **_biases(tensors), activation=form.activation,
+        flat.to(gate_up.dtype), ids, weights, gate_up, down, **biases_of(tensors), activation=form.activation,
         layout=form.layout, backend=backend, **options,
     ).to(hidden.dtype)  # fmt: skip
     return out.view(hidden.shape[0], -1, out.shape[1]) if form.dense else out
@@ -286,10 +137,10 @@ def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     return values if all(isinstance(value, torch.Tensor) for value in values) else None
 
 
-def _stacked_forward(form: _Form, replaced: Any, backend: str) -> Callable[..., Any]:
+def _stacked_forward(form: Form, replaced: Any, backend: str) -> Callable[..., Any]:
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         given = _given(form.names, args, kwargs)
-        known = (type(self) is form.kind or _kind(self) is form.kind) and not _choice_problem(self, replaced)
+        known = class_of(self) is form.kind and not _choice_problem(self, replaced)
         if given is None or not known:
             return inner(self, *args, **kwargs)
         tensors, why = _weights(self, form)
@@ -302,8 +153,8 @@ def _stacked_forward(form: _Form, replaced: Any, backend: str) -> Callable[..., 
 
 def experts_forward(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The "ivl" entry of transformers' `ALL_EXPERTS_FUNCTIONS`, for those who choose it by name."""
-    kind = _kind(experts)
-    form = _form(kind)
+    kind = class_of(experts)
+    form = form_of(kind)
     given = None if isinstance(form, str) else _given(form.names, args, kwargs)
     if not isinstance(form, str) and given is not None and (form.gpt_oss or not _activation_problem(experts.act_fn)):
         tensors, why = _weights(experts, form)
@@ -332,7 +183,7 @@ def _matrices(block: Any) -> tuple[list[list[nn.Parameter]], str]:
             why = "" if _quiet(module) else not_plain(module, type(module), name)
             if why:
                 return lists, why
-        for matrices, name in zip(lists, _PROJECTIONS):
+        for matrices, name in zip(lists, PROJECTIONS):
             layer = parts[name]
             path = f"experts.{i}.{name}"
             if type(layer) is not nn.Linear or not _quiet(layer):
@@ -369,7 +220,7 @@ def _block_forward(kind: type, expert_kind: type, act_kind: type, backend: str) 
     def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
         one = self.experts[0]
         act = one.act_fn
-        if _kind(self) is not kind or type(one) is not expert_kind or type(act) is not act_kind:
+        if class_of(self) is not kind or type(one) is not expert_kind or type(act) is not act_kind:
             return inner(self, hidden_states)
         lists, why = _matrices(self)
         why = why or _list_call_problem(self, lists) or _call_problem(hidden_states, lists[0][0])
@@ -378,7 +229,7 @@ def _block_forward(kind: type, expert_kind: type, act_kind: type, backend: str) 
             return inner(self, hidden_states)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = self.gate(hidden)
-        ids, weights = _route(self, logits)
+        ids, weights = route(self, logits)
         out = moe_experts_list(hidden, ids, weights.to(hidden.dtype), *lists, backend=backend)
         return out.view(hidden_states.shape), logits
 
@@ -420,18 +271,9 @@ def _holders(model: nn.Module, experts: list[nn.Module]) -> Iterator[tuple[str, 
             yield path, module
 
 
-def _in_fsdp(model: nn.Module) -> set[int]:
-    """Modules whose parameters an FSDP unit makes whole for the length of its forward."""
-    found: set[int] = set()
-    for module in model.modules():
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-            found |= {id(m) for m in module.modules()}
-    return found
-
-
-def _stacked_problem(experts: Any, whole: bool) -> str:
+def _stacked_problem(experts: Any) -> str:
     """Why a module of stacked experts is left alone, or ""."""
-    form = _form(_kind(experts))
+    form = form_of(class_of(experts))
     if isinstance(form, str):
         return form
     why = replaced_before(experts, forward_name(experts))
@@ -439,32 +281,32 @@ def _stacked_problem(experts: Any, whole: bool) -> str:
         return why
     for name in form.tensors:
         tensor = getattr(experts, name, None)
-        why = "" if _sharded(tensor) and whole else _tensor_problem(name, tensor)
+        why = "" if _sharded(tensor) and gathered_in_call(experts) else _tensor_problem(name, tensor)
         if why:
             return why
     return "" if form.gpt_oss else _activation_problem(experts.act_fn)
 
 
-def _block_problem(block: Any, whole: bool) -> str:
+def _block_problem(block: Any) -> str:
     """Why a block with a list of experts is left alone, or ""."""
     if replaced_before(block, forward_name(block)):
         return replaced_before(block, forward_name(block))
     if _native.problem():
         return f"lists of experts are served by the C++ kernels: {_native.problem()}"
     for i, expert in enumerate(block.experts):
-        for name in _PROJECTIONS:
+        for name in PROJECTIONS:
             layer = getattr(expert, name, None)
             if not isinstance(layer, nn.Module):
                 return f"unknown structure: experts.{i} has no {name}"
             sharded = _sharded(layer._parameters.get("weight"))
-            if sharded and not whole:
+            if sharded and not gathered_later(layer):
                 return _tensor_problem(f"experts.{i}.{name}.weight", layer.weight)
             why = "" if sharded else not_plain(layer, nn.Linear, f"experts.{i}.{name}")
             if why:
                 return why
     one = block.experts[0]
-    why = _activation_problem(one.act_fn) or _list_problem(_kind(block), _kind(one))
-    if why or (whole and _sharded(one.gate_proj.weight)):
+    why = _activation_problem(one.act_fn) or list_problem(class_of(block), class_of(one))
+    if why or _sharded(one.gate_proj.weight):
         return why
     lists, why = _matrices(block)
     return why or _list_call_problem(block, lists)
@@ -486,17 +328,16 @@ class Experts(Adapter):
     features = {FEATURE: Feature(True, "experts: gather, grouped products, activation and weighted sum in one op")}
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
-        whole = _in_fsdp(model)
         served: list[nn.Module] = []
         for path, module in named_instances(model, *_STACKED, *_QUANTIZED):
             quantised = any(base.__name__ in _QUANTIZED for base in type(module).__mro__)
-            reason = f"{_kind(module).__name__}: quantised experts are served by their own kernels"
-            reason = reason if quantised else _stacked_problem(module, id(module) in whole)
+            reason = f"{class_of(module).__name__}: quantised experts are served by their own kernels"
+            reason = reason if quantised else _stacked_problem(module)
             served += [] if reason else [module]
             yield Site(FEATURE, path, module, "experts", reason)
         for path, module in model.named_modules():
             if _is_list_block(module):
-                yield Site(FEATURE, path, module, "experts", _block_problem(module, id(module) in whole))
+                yield Site(FEATURE, path, module, "experts", _block_problem(module))
             if _stacked_elsewhere(module):
                 reason = f"unknown experts: {type(module).__module__}.{type(module).__name__}"
                 yield Site(FEATURE, path, module, "experts", reason)
@@ -512,11 +353,11 @@ class Experts(Adapter):
             return
         if _is_list_block(module):
             one = module.experts[0]
-            forward = _block_forward(_kind(module), type(one), type(one.act_fn), options["backend"])
+            forward = _block_forward(class_of(module), type(one), type(one.act_fn), options["backend"])
         else:
             _register()
-            form = _form(_kind(module))
-            assert isinstance(form, _Form)
+            form = form_of(class_of(module))
+            assert isinstance(form, Form)
             forward = _stacked_forward(form, _chosen(module), options["backend"])
         edit.method(module, forward_name(module), forward)
 
@@ -529,7 +370,7 @@ class Experts(Adapter):
             why = why or _list_call_problem(module, lists)
             op, weight = "moe_experts_list", getattr(module.experts[0].gate_proj, "weight", None)
         else:
-            form = _form(_kind(module))
+            form = form_of(class_of(module))
             why = form if isinstance(form, str) else _weights(module, form)[1]
             why = _choice_problem(module, _replaced(module)) or why
             op, weight = "moe_experts", getattr(module, "gate_up_proj", None)

@@ -5,31 +5,20 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..flash import (
-    Decisions,
-    FlashInputs,
-    FlashParts,
-    Routing,
-    flash_family,
-    flash_inputs,
-    image_of_tile,
-    parts_of,
-    route,
-    router_problem,
-)
+from ..flash import FlashInputs, FlashParts, Routing, flash_family, flash_inputs, parts_of, router_problem
 from ..models.families import Family, RemoteCode, families_in, family_of
 from ..models.packed import by_flash_attention, leak, varlen_keywords
 from ..models.plain import linear_stack
-from ..models.upstream import arguments, cache_of, class_of, filled, keys_at
+from ..models.upstream import arguments, cache_of, class_of, filled
 from ..nn.router import TileRouter
 from ._edit import Editor, attachment, note
+from ._flash_cache import check_held, continued, held_in, hold, name_of
 from ._patch import Adapter, Feature, Site
 from ._report import serving
 from .v2pe import announce
@@ -144,11 +133,11 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
         # Text alone; what raises; and train mode, where the dropouts of the shipped modules are live.
         shipped = pixels is None or given.get("visual_features") is not None or self.img_context_token_id is None
         cache = cache_of(given)
-        held: Any = getattr(cache, _ATTRIBUTE, None) if filled(cache) else None
+        held = held_in(cache)
         if shipped or ids is None or self.training:
             if held is not None and ids is not None and bool((ids == self.img_context_token_id).any()):
                 raise ValueError(
-                    f"{_name_of(cache, given)}: got a cache that Flash filled, expected another one where Flash does "
+                    f"{name_of(cache, given)}: got a cache that Flash filled, expected another one where Flash does "
                     "not run (no pixel_values, or train mode)"
                 )
             return inner(self, *args, **kwargs)
@@ -166,7 +155,7 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
                     "rows of larger batches are padded)"
                 )
             if filled(cache):  # the released code decides for all tiles at every call
-                _check_held(held, cache, inputs, parts, _name_of(cache, given))
+                check_held(held, cache, inputs, parts, name_of(cache, given))
             random.uniform(0.0, 1.0)  # the shipped code draws once: what the caller draws next stays the same
             _keep_routing(self, inputs, ids, mask, parts)
             taken = ("self", "pixel_values", "input_ids", "attention_mask", "visual_features")
@@ -178,7 +167,7 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
                 use_cache=True,
                 **options,
             )
-            _hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, inputs, parts)
+            hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, inputs, parts)
             return output
 
     return generate_flash
@@ -221,13 +210,13 @@ def _refuse(model: nn.Module, layout: Any, ids: torch.Tensor, given: Mapping[str
     cache = cache_of(given)
     if filled(cache):
         raise ValueError(
-            f"{_name_of(cache, given)}: got a filled cache, expected none in a forward with images under Flash"
+            f"{name_of(cache, given)}: got a filled cache, expected none in a forward with images under Flash"
         )
     if layout != "unpadded" or ids.shape[0] == 1:
         return
     # Without mask and cache, positions that restart part the rows: in the models where that is so.
     if cache is not None:
-        raise ValueError(f"{_name_of(cache, given)}: got a cache, expected none: its rows would lie end to end")
+        raise ValueError(f"{name_of(cache, given)}: got a cache, expected none: its rows would lie end to end")
     family = flash_family(model)
     why = leak(family.text) if family is not None else ""
     state = attachment(model)
@@ -238,10 +227,6 @@ def _refuse(model: nn.Module, layout: Any, ids: torch.Tensor, given: Mapping[str
             f"flash_forward: got 'unpadded' and a batch of {ids.shape[0]}, expected a batch of one or "
             f"flash_forward=True: {why}"
         )
-
-
-def _name_of(value: Any, given: Mapping[str, Any]) -> str:
-    return next(name for name, other in given.items() if other is value)
 
 
 def _padding(layout: Any) -> str:
@@ -283,75 +268,6 @@ class _PromptStreamer:
         self.streamer.end()
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What Flash left in a cache, kept with it.
-
-    Attributes:
-        compress: [T] bool, the decisions for the tiles in it.
-        ids: [1, N'] the packed prompt.
-        mark: keys of the last visual position, which depend on all that was decided: they tell this content of the
-            cache from another one.
-    """
-
-    compress: torch.Tensor
-    ids: torch.Tensor
-    position: int
-    mark: torch.Tensor
-
-    def is_in(self, cache: Any) -> bool:
-        """Whether the cache still holds what these decisions were made for."""
-        keys = keys_at(cache, self.position)
-        same = keys is not None and keys.shape == self.mark.shape and keys.dtype == self.mark.dtype
-        return same and torch.equal(keys.to(self.mark.device), self.mark)  # type: ignore[union-attr]
-
-
-_ATTRIBUTE = "_ivl_flash"  # of a cache: the `_Held`
-_UNKNOWN = (
-    "{name}: got a filled cache that no Flash call of this patch made, so which of its tiles are compressed is not "
-    "known"
-)
-
-
-def _hold(cache: Any, inputs: FlashInputs, parts: FlashParts) -> None:
-    """Keep with a cache what it holds now; nothing where a later call could not tell whether it still does."""
-    if cache is None:
-        return
-    vars(cache).pop(_ATTRIBUTE, None)
-    ids = inputs.packed.ids
-    visual = (ids[0] == parts.language.token_id).nonzero()
-    if ids.shape[0] == 1 and len(visual):
-        position = int(visual[-1])
-        mark = keys_at(cache, position)
-        if mark is not None and len(mark) == 1:  # no beams
-            setattr(cache, _ATTRIBUTE, _Held(inputs.compress, ids, position, mark.clone()))
-
-
-def _check_held(held: _Held | None, cache: Any, inputs: FlashInputs, parts: FlashParts, name: str) -> None:
-    """Raise unless a filled cache holds the beginning of the packed prompt, with its tiles as they are decided now."""
-    if held is None:
-        raise ValueError(_UNKNOWN.format(name=name))
-    language, old = parts.language, len(held.compress)
-    past, packed = filled(cache), inputs.packed.ids
-    seen = int((packed[:, :past] == language.token_id).sum())
-    expected = language.tokens * old - (language.tokens - language.tokens // 4) * int(held.compress.sum())
-    if past >= packed.shape[1] or seen != expected:
-        raise ValueError(
-            f"{name}: got {past} positions, {seen} of them visual, for a packed prompt of {packed.shape[1]}; expected "
-            f"fewer than the prompt has, {expected} of them visual: those of the {old} tiles seen before"
-        )
-    begin = min(held.ids.shape[1], past)
-    if not torch.equal(packed[:, :begin], held.ids[:, :begin].to(packed.device)):
-        raise ValueError(f"{name}: got a cache of another prompt, expected one that input_ids goes on with")
-    if not torch.equal(inputs.compress[:old], held.compress.to(inputs.compress.device)):
-        raise ValueError(f"{name}: got a cache whose {old} tiles were decided otherwise than now")
-    if not held.is_in(cache):
-        raise ValueError(
-            f"{name}: got a cache that was filled anew since Flash decided for its {old} tiles, so which of them are "
-            "compressed is not known"
-        )
-
-
 def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
     def generate(
         inner: Callable[..., Any], self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
@@ -365,11 +281,11 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
             kwargs.get("pixel_values"),
             cache_of(kwargs),
         )
-        held: Any = getattr(cache, _ATTRIBUTE, None) if filled(cache) else None
+        held = held_in(cache)
         if not on:
             if held is not None and bool((ids == family.token_id).any()) and held.is_in(cache):
                 raise ValueError(
-                    f"{_name_of(cache, kwargs)}: got a cache that Flash filled, expected another one while flash_mode "
+                    f"{name_of(cache, kwargs)}: got a cache that Flash filled, expected another one while flash_mode "
                     "is off"
                 )
             return inner(self, inputs, *args, **kwargs)
@@ -390,7 +306,7 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
             mask = _default_mask(self, ids, config, kwargs) if mask is None else mask
             past = filled(cache)
             if past:
-                flash = _continued(parts, ids, mask, pixels, cache, held, _name_of(cache, kwargs))
+                flash = continued(parts, ids, mask, pixels, cache, held, name_of(cache, kwargs))
             else:
                 flash = flash_inputs(parts, ids, parts.vision.tokens_of(pixels), attention_mask=mask)
             _keep_routing(self, flash, ids, mask, parts)
@@ -412,7 +328,7 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
                 attention_mask=packed.attention_mask,
                 **kwargs,
             )
-        _hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, flash, parts)
+        hold(cache if isinstance(output, torch.Tensor) else cache_of(output) or cache, flash, parts)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         prompt = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0).to(sequences.device)
         sequences = torch.cat([prompt, sequences[:, packed.ids.shape[1] :]], 1)
@@ -422,37 +338,6 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
         return output
 
     return generate
-
-
-def _continued(
-    parts: FlashParts, ids: torch.Tensor, mask: torch.Tensor, pixels: Any, cache: Any, held: _Held | None, name: str
-) -> FlashInputs:
-    """The prompt of a further turn: tiles in the cache as they were decided, new ones routed."""
-    vision, language = parts
-    if ids.shape[0] > 1:
-        raise ValueError(
-            f"{name}: got a filled cache and a batch of {ids.shape[0]}, expected a batch of one: the padding of "
-            "packed rows changes as they grow"
-        )
-    if held is None:
-        raise ValueError(_UNKNOWN.format(name=name))
-    tiles = len(image_of_tile(ids, mask, language.token_id, language.tokens))
-    old, got = len(held.compress), 0 if pixels is None else len(pixels)
-    new = tiles - old
-    if got not in (new, tiles) or new < 0:
-        raise ValueError(
-            f"pixel_values: got {got} tiles for {tiles} in input_ids, of which the cache holds {old}; expected those "
-            "of the new images, or all"
-        )
-    decisions = Decisions(held.compress)
-    if new:
-        vit = vision.tokens_of(pixels[-new:])
-        decisions = Decisions(torch.cat([held.compress, route(vit, vision).compress]))
-    else:
-        vit = torch.empty(0, 4 * vision.tokens + 1, 1, device=ids.device)
-    inputs = flash_inputs(parts, ids, vit, attention_mask=mask, decisions=decisions, cached_tiles=old)
-    _check_held(held, cache, inputs, parts, name)
-    return inputs
 
 
 def _default_mask(model: Any, ids: torch.Tensor, config: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -42,9 +42,14 @@ def _gathers(hook: Any) -> bool:
     return False
 
 
-def gathered_later(module: nn.Module) -> bool:
+def gathered_in_call(module: nn.Module) -> bool:
     """Whether `fully_shard` manages this module: its parameters are plain inside its unit's forward, and only there."""
-    return class_of(module) is type(module) and getattr(module, "_is_fsdp_managed_module", False)
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def gathered_later(module: nn.Module) -> bool:
+    """Whether that is so without a call of the module: it is no unit of its own."""
+    return class_of(module) is type(module) and gathered_in_call(module)
 
 
 def intercepted(module: nn.Module, name: str) -> str:

@@ -38,14 +38,20 @@ class StandIn:
         return entering(self._ivl_module)(*args, **kwargs)
 
 
+_DERIVED = ("torch.distributed.", "torch.nn.utils.parametrize")
+
+
 def class_of(module: Any) -> Any:
-    """The class as upstream wrote it: below a stand-in, and below the class that `fully_shard` puts before it."""
+    """The class as upstream wrote it: below a stand-in, and below what torch derives for one instance.
+
+    That is done by `fully_shard`, which puts a class of its own before it, and by parametrizations.
+    """
     while type(module) is StandIn:
         module = module._ivl_module
     kinds = type(module).__mro__
-    if not kinds[1].__module__.startswith("torch.distributed."):
+    if not (kinds[1].__module__.startswith(_DERIVED[0]) or kinds[0].__module__ == _DERIVED[1]):
         return kinds[0]
-    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
+    return next(kind for kind in kinds if not kind.__module__.startswith(_DERIVED))
 
 
 class Deferred:
