@@ -24,7 +24,7 @@ from ivl_kernels.testing import MODELS, tiny
 SHAPE = MODELS["InternVL3.5-1B"]
 VOCABULARY = 151_936
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # root mean square, relative
-FEATURES = {"linear": True, "attention": True, "flash": False}
+FEATURES = {"flash": False}
 NEW = 8
 
 

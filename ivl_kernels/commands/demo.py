@@ -19,9 +19,6 @@ from .subject import Subject, checked_device, guarded, opened_image, quiet, subj
 if TYPE_CHECKING:
     from ..integrations import VerifyReport
 
-# Off by default in `patch`, since they add numbers up in another order; here the difference is shown.
-FASTER = {"linear": True, "attention": True}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects.add_arguments(parser)
@@ -75,7 +72,6 @@ def _run(args: argparse.Namespace) -> int:
                 rounds=args.rounds,
                 progress=step,
                 **subject.same_results(),
-                **(FASTER if device == "cpu" else {}),
             )
         routed = None
         if args.flash or (own and subject.flash):

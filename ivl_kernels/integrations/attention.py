@@ -156,7 +156,8 @@ def _forward(backend: str) -> Callable[..., Any]:
         # Eager attention also returns its weights: whoever may look at them gets them.
         if not name or name == "eager" and (watched(self) or getattr(self.config, "output_attentions", False)):
             return inner(self, *args, **kwargs)
-        chosen = _registered(type(_tables(self)[_TABLE]), _stock(self, name), name, backend)
+        table: Any = type(_tables(self)[_TABLE])
+        chosen = _registered(table, _stock(self, name), name, backend)
         return inner(StandIn(self, config=StandIn(self.config, _attn_implementation=chosen)), *args, **kwargs)
 
     return forward
