@@ -4,9 +4,9 @@
     python -m bench.whole_model decode --past 1344 3392 --compile
     python -m bench.whole_model training --tiles 2 --frozen
 
-Random weights at the released sizes. Plain and patched (and, with --compile, the plain model under `torch.compile`) run
-in turns in one process; a row is printed only if the answers are close. Prints Markdown tables: medians, and ratios over
-the plain model with their range. `--memory` measures growth of the resident set instead of time.
+Random weights at the released sizes. Plain and patched (with --compile, also the plain model under `torch.compile`) run
+in turns in one process; a row is printed only if the answers are close. Prints Markdown tables: medians, and ratios
+over the patched model with their range. `--memory` measures growth of the resident set instead of time.
 """
 
 from __future__ import annotations
@@ -220,7 +220,9 @@ def main() -> None:
     parser.add_argument("--frozen", action="store_true", help="training: the vision transformer is frozen")
     args = parser.parse_args()
     found = environment()
-    print(", ".join(f"{key} {found[key]}" for key in ("device", "threads", "torch", "transformers", "allocator")) + "\n")
+    print(
+        ", ".join(f"{key} {found[key]}" for key in ("device", "threads", "torch", "transformers", "allocator")) + "\n"
+    )
     others = " | patched/compiled |" if args.compile else " |"
     print(f"| {args.part} | plain | patched | plain/patched{others}{' compiled |' if args.compile else ''}")
     print("| --- " * (6 if args.compile else 4) + "|")
@@ -228,7 +230,9 @@ def main() -> None:
         dtype = getattr(torch, name)
         model = build(dtype)
         for size in args.past if args.part == "decode" else args.tiles:
-            print(f"{ {'prefill': prefill, 'decode': decode, 'training': training}[args.part](model, size, dtype, args)}")
+            print(
+                f"{ {'prefill': prefill, 'decode': decode, 'training': training}[args.part](model, size, dtype, args) }"
+            )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def _layers(root: nn.Module) -> list[Any]:
     return [m for m in root.modules() if type(m) is nn.Linear and not replaced_before(m, forward_name(m))]
 
 
-def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the vision transformers, language models and heads; of a language model alone, the whole."""
     names = {id(module): path for path, module in model.named_modules()}
     families = list(families_in(model))
@@ -76,7 +76,7 @@ class Linear(Adapter):
     }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
-        for path, root in _roots(model):
+        for path, root in roots(model):
             layers = _layers(root)
             reason = _native.problem() or ("" if layers else "no plain linear layer")
             if layers and all(layer.weight.device.type not in ("cpu", "meta") for layer in layers):

@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .linear import linear
+from .mlp import gated_mlp, mlp
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .norm import layer_norm, rms_norm
@@ -15,8 +16,10 @@ __all__ = [
     "PackedTokens",
     "attention",
     "embed_text",
+    "gated_mlp",
     "layer_norm",
     "linear",
+    "mlp",
     "moe_dispatch",
     "moe_experts",
     "moe_experts_list",

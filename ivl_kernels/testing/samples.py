@@ -51,6 +51,7 @@ class Sample:
 def samples(large: bool = False) -> Iterator[Sample]:
     """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
     yield from _linear_layer(large)
+    yield from _mlps(large)
     yield from _projector(large)
     yield from _router(large)
     yield from _packing(large)
@@ -356,6 +357,36 @@ def _linear_layer(large: bool) -> Iterator[Sample]:
         ("x", "weight", "bias"),
         plain=lambda v: functional.linear(v["x"], v["weight"], v["bias"]),
     )
+
+
+def _mlps(large: bool) -> Iterator[Sample]:
+    rows, width, inner, outputs = (1025, 1024, 4096, 1024) if large else (70, 48, 33, 20)
+
+    def make(generator: torch.Generator) -> dict[str, Any]:
+        (up, up_bias), (down, down_bias) = _linear(generator, inner, width), _linear(generator, outputs, inner)
+        x = _normal(generator, rows, width)
+        return {"x": x, "up": up, "down": down, "up_bias": up_bias, "down_bias": down_bias}
+
+    def make_gated(generator: torch.Generator) -> dict[str, Any]:
+        return {
+            "x": _normal(generator, rows, width),
+            "gate": _linear(generator, inner, width)[0],
+            "up": _linear(generator, inner, width)[0],
+            "down": _linear(generator, outputs, inner)[0],
+        }
+
+    def plain(v: dict[str, Any]) -> torch.Tensor:
+        active = functional.gelu(functional.linear(v["x"], v["up"], v["up_bias"]))
+        return functional.linear(active, v["down"], v["down_bias"])
+
+    def plain_gated(v: dict[str, Any]) -> torch.Tensor:
+        gates, ups = (functional.linear(v["x"], v[name]) for name in ("gate", "up"))
+        return functional.linear(functional.silu(gates) * ups, v["down"])
+
+    call = lambda v, backend: ops.mlp(**v, backend=backend)  # noqa: E731
+    yield Sample("mlp", f"GELU, {rows} rows", make, call, ("x", "up", "down", "up_bias", "down_bias"), plain=plain)
+    call = lambda v, backend: ops.gated_mlp(**v, backend=backend)  # noqa: E731
+    yield Sample("mlp", f"SwiGLU, {rows} rows", make_gated, call, ("x", "gate", "up", "down"), plain=plain_gated)
 
 
 def _moe(large: bool) -> Iterator[Sample]:
