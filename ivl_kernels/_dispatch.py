@@ -20,14 +20,18 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _cuda, _env, _gpu, _native
 
-if TYPE_CHECKING:
-    import torch
-
-NAMES = ("native", "cuda", "triton", "torch", "reference")
+_DEVICES = {
+    "native": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda", "hip"),
+    "torch": ("cuda", "hip"),
+    "reference": (),
+}
+NAMES = tuple(_DEVICES)
 
 
 class BackendError(RuntimeError):
@@ -44,17 +48,25 @@ class Implementation:
 
     Attributes:
         backend: one of `NAMES`.
-        function: "module:function", the module relative to the op's package.
-        devices: device kinds served: "cpu", "cuda", "hip"; empty: all.
         dtypes: names of the dtypes served ("float32", ...); empty: all.
-        unless: called with the op's arguments; a reason not to serve them, or None.
+        unless: called with the record of the op's arguments; a reason not to serve them, or None.
+        function: called with that record; None: the one that has the op's name, in the module of the op's package that
+            has the backend's.
     """
 
     backend: str
-    function: str
-    devices: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
-    unless: Callable[..., str | None] | None = None
+    unless: Callable[[Any], str | None] | None = None
+    function: Callable[[Any], Any] | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Device kinds served: "cpu", "cuda", "hip"; empty: all."""
+        return _DEVICES[self.backend]
+
+    @property
+    def module(self) -> str:
+        return "gpu" if self.backend == "torch" else self.backend
 
 
 @functools.cache
@@ -62,12 +74,12 @@ def _triton_missing() -> str | None:
     return _cuda.too_old() if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def unforced_cpu(tensor: torch.Tensor) -> bool:
-    """A CPU tensor, no stand-in for a GPU, and no backend forced by the environment."""
-    return tensor.device.type == "cpu" and not _gpu.simulated() and not _env.BACKEND.get()
+def unforced() -> bool:
+    """No stand-in for a GPU, and no backend forced by the environment."""
+    return not _gpu.simulated() and not _env.BACKEND.get()
 
 
-def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | None) -> str | None:
+def _problem(impl: Implementation, kind: str, dtype: str, args: Any) -> str | None:
     """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
     if impl.backend == "reference":
         return None
@@ -82,7 +94,7 @@ def _problem(impl: Implementation, kind: str, dtype: str, args: Sequence[Any] | 
     else:
         why = _cuda.problem() if impl.backend == "cuda" else _triton_missing()
     if why is None and impl.unless is not None and args is not None:
-        why = impl.unless(*args)
+        why = impl.unless(args)
     return why
 
 
@@ -110,7 +122,7 @@ def choose(
     device_type: str,
     dtype: str,
     forced: str = "",
-    args: Sequence[Any] | None = None,
+    args: Any = None,
     warn: bool = True,
 ) -> Choice:
     """Pick the backend for one call.
@@ -121,7 +133,7 @@ def choose(
         device_type: `tensor.device.type`.
         dtype: name of the deciding dtype, such as "bfloat16".
         forced: a backend name; empty: `IVL_BACKEND`, and when that is empty too, the best.
-        args: the call's arguments, for `Implementation.unless`; None skips those checks.
+        args: the record of the call's arguments, for `Implementation.unless`; None skips those checks.
         warn: issue the `FallbackWarning`.
 
     Raises:

@@ -13,7 +13,8 @@ class Variable:
     meaning: str
 
     def get(self) -> str:
-        return os.environ.get(self.name, self.default)
+        # Not `get`, which takes three times as long for what is not there.
+        return os.environ[self.name] if self.name in os.environ else self.default  # noqa: SIM401
 
 
 BACKEND = Variable(

@@ -1,19 +1,26 @@
-"""The one torch.library handle, and how an op declares its schema, fake and backends.
+"""How an op is declared: a record of its arguments, one of its results, a fake, backends and gradients.
 
-An op is registered once, for every device, with one Python function that picks the backend and calls it. Its schema
-ends in `str backend`, so a forced backend is part of a compiled graph. Gradients come from an `autograd.Function`
-around the op (in the op's own `op.py`): the raw `torch.ops.ivl.*` have none, so the public functions are the entry.
+A record is a NamedTuple. Its annotations are the op's schema, and fakes, backends and gradients take it whole, so that
+an argument's name, type and default are written once. An op is registered once, for every device, with one Python
+function that picks the backend and calls it; the schema ends in `str backend`, so a forced backend is part of a
+compiled graph. The raw `torch.ops.ivl.*` have no gradients (`differentiable` adds them): the public functions are the
+entry.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from . import _dispatch
 from ._dispatch import Implementation
@@ -22,7 +29,63 @@ NAMESPACE = "ivl"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # Every op that has been defined, by name: `doctor` and the tests go through it.
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op[Any, Any]] = {}
+
+# The type of an argument that the op writes to.
+Written = Annotated[Tensor, "written"]
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[bool]: "bool[]",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
+
+A = TypeVar("A", bound=tuple[Any, ...])
+R = TypeVar("R")
+
+
+@functools.cache
+def _fields(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record, include_extras=True)
+
+
+def _is_record(kind: Any) -> bool:
+    return hasattr(kind, "_fields")
+
+
+def _flat_fields(record: type) -> list[tuple[str, Any]]:
+    """Names and types, those of nested records in their place."""
+    nested = ((_flat_fields(kind) if _is_record(kind) else [(name, kind)]) for name, kind in _fields(record).items())
+    return [field for fields in nested for field in fields]
+
+
+def _flat(record: tuple[Any, ...]) -> list[Any]:
+    values: list[Any] = []
+    for value in record:
+        values += _flat(value) if isinstance(value, tuple) else [value]
+    return values
+
+
+def _record(kind: Any, values: Iterator[Any]) -> Any:
+    """The record whose `_flat` is the next of `values`."""
+    return kind(*(_record(k, values) if _is_record(k) else next(values) for k in _fields(kind).values()))
+
+
+def _schema(name: str, arguments: type, results: Any) -> str:
+    written = iter("abcdefgh")
+    types_ = {**_TYPES, Written: "Tensor({}!)"}
+    parts = [f"{types_[kind].format(next(written)) if kind == Written else types_[kind]} {field}"
+             for field, kind in _flat_fields(arguments)]  # fmt: skip
+    if _is_record(results):
+        returned = f"({', '.join(f'{_TYPES[kind]} {field}' for field, kind in _fields(results).items())})"
+    else:
+        returned = "()" if results is types.NoneType else _TYPES[results]
+    return f"{name}({', '.join(parts)}, str backend) -> {returned}"
 
 
 def transformed() -> bool:
@@ -44,80 +107,199 @@ def _check_no_tangent(name: str, args: Sequence[Any]) -> None:
             raise NotImplementedError(f"{name}: got an input with a tangent, and there is no forward-mode derivative")
 
 
-class Op:
-    """One operator `torch.ops.ivl.<name>` with its backends.
+class Op(Generic[A, R]):
+    """One operator `torch.ops.ivl.<name>` with its backends: called with a record and a backend's name (empty: best).
 
     Args:
-        schema: torch schema without the namespace; its last argument must be `str backend`.
-        package: `__package__` of the op, where "module:function" of the implementations is looked up. The functions
-            take the schema's arguments without `backend`.
-        implementations: best first; the last one is the reference.
-        fake: shapes and dtypes of the result from fake tensors, with the schema's arguments.
+        name: of the operator.
+        arguments: NamedTuple class: types Tensor, Tensor | None, list[Tensor], `Written`, int, float, bool, str,
+            list[bool], or another record, whose fields stand in its place in the schema.
+        results: Tensor, list[Tensor], NoneType, or a NamedTuple class of Tensors and lists of them.
         key: name of the tensor argument whose device and dtype decide the backend.
+        implementations: best first; the last one is the reference. Each is called with the record, and its results
+            may be a plain tuple.
+        fake: shapes and dtypes of the results, from a record of fake tensors.
     """
 
     def __init__(
         self,
-        schema: str,
+        name: str,
+        arguments: type[A],
+        results: type[R],
         *,
-        package: str,
-        implementations: Sequence[Implementation],
-        fake: Callable[..., Any],
         key: str,
+        implementations: Sequence[Implementation],
+        fake: Callable[[A], Any],
     ) -> None:
-        self.name = schema.split("(", 1)[0]
-        self.schema = schema
+        self.name = name
+        self.arguments, self.results = arguments, results
+        self.schema = _schema(name, arguments, results)
         self.implementations = tuple(implementations)
-        self._package = package
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self.written = tuple(field for field, kind in _fields(arguments).items() if kind == Written)
+        self._functions: dict[str, Callable[[A], Any]] = {}
         # By dtype, what serves CPU tensors when nothing is forced: choosing again costs more than a small kernel.
-        self._usual: dict[torch.dtype, Callable[..., Any]] = {}
-        _library.define(schema)
-        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
-        self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        arguments = [argument.name for argument in self._overload._schema.arguments]
-        assert arguments[-1] == "backend", schema
-        self._key = arguments.index(key)
-        OPS[self.name] = self
+        self._usual: dict[torch.dtype, Callable[[A], Any]] = {}
+        self._nested = any(_is_record(kind) for kind in _fields(arguments).values())
+        self._several = _is_record(results)
+        self._key = [field for field, _ in _flat_fields(arguments)].index(key)
+        _library.define(self.schema)
+        _library.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(self._made(args[:-1])), lib=_library)
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        OPS[name] = self
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, arguments: A, backend: str = "") -> R:
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            _check_no_tangent(self.name, args)
-        return self._overload(*args)
+            _check_no_tangent(self.name, arguments)
+        values = _flat(arguments) if self._nested else arguments
+        found = self._overload(*values, backend)
+        return self.results(*found) if self._several else found
 
-    def _run(self, *args: Any) -> Any:
-        *values, forced = args
-        tensor = values[self._key]
-        function = None if forced or not _dispatch.unforced_cpu(tensor) else self._usual.get(tensor.dtype)
+    def _made(self, values: tuple[Any, ...]) -> A:
+        if self._nested:
+            return _record(self.arguments, iter(values))
+        return tuple.__new__(self.arguments, values)
+
+    def _run(self, *values: Any) -> Any:
+        tensor, forced = values[self._key], values[-1]
+        device = tensor.device
+        cpu = device.type == "cpu"
+        function = self._usual.get(tensor.dtype) if cpu and not forced and _dispatch.unforced() else None
+        arguments = self._made(values[:-1])
         if function is None:
-            function = self._chosen(tensor, forced, values)
-        elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-        if not elsewhere and not torch.is_autocast_enabled(tensor.device.type):
-            return function(*values)
+            function = self._chosen(tensor, forced, arguments)
+        elsewhere = not cpu and tensor.is_cuda and device.index != torch.cuda.current_device()
+        if not elsewhere and not torch.is_autocast_enabled(device.type):
+            return function(arguments)
         with contextlib.ExitStack() as stack:
             if elsewhere:  # Triton launches on the current device
-                stack.enter_context(torch.cuda.device(tensor.device))
-            stack.enter_context(torch.autocast(tensor.device.type, enabled=False))  # an op chooses its dtypes itself
-            return function(*values)
+                stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.autocast(device.type, enabled=False))  # an op chooses its dtypes itself
+            return function(arguments)
 
-    def _chosen(self, tensor: torch.Tensor, forced: str, values: Sequence[Any]) -> Callable[..., Any]:
+    def _chosen(self, tensor: Tensor, forced: str, arguments: A) -> Callable[[A], Any]:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, values)
+        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, arguments)
         function = self.function(choice.implementation)
         always = choice.backend == "native" and not choice.passed_over and choice.implementation.unless is None
-        if always and not forced and _dispatch.unforced_cpu(tensor):
+        if always and not forced and tensor.device.type == "cpu" and _dispatch.unforced():
             self._usual[tensor.dtype] = function
         return function
 
-    def function(self, implementation: Implementation) -> Callable[..., Any]:
+    def function(self, implementation: Implementation) -> Callable[[A], Any]:
         """The Python function behind an implementation; imports its module on first use."""
-        path = implementation.function
-        if path not in self._functions:
-            module, name = path.split(":")
-            self._functions[path] = getattr(importlib.import_module(f"{self._package}.{module}"), name)
-        return self._functions[path]
+        if implementation.function is not None:
+            return implementation.function
+        if implementation.backend not in self._functions:
+            package = self.arguments.__module__.rpartition(".")[0]
+            module = importlib.import_module(f"{package}.{implementation.module}")
+            self._functions[implementation.backend] = getattr(module, self.name)
+        return self._functions[implementation.backend]
 
     def explain(self, device_type: str, dtype: str) -> _dispatch.Choice:
         """Which backend would serve tensors of this device type and dtype, shapes aside."""
         return _dispatch.choose(self.name, self.implementations, device_type, dtype, warn=False)
+
+
+def _each(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of everything in a record, or in a part of one."""
+    if isinstance(value, list):
+        return [_each(v, function) for v in value]
+    if isinstance(value, tuple):
+        made = [_each(v, function) for v in value]
+        return type(value)(*made) if _is_record(value) else tuple(made)
+    return function(value)
+
+
+def _split(record: Any) -> tuple[Any, list[Tensor]]:
+    """The record with `...` for each tensor, and the tensors."""
+    tensors: list[Tensor] = []
+
+    def taken(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        tensors.append(value)
+        return ...
+
+    return _each(record, taken), tensors
+
+
+def _join(record: Any, found: Iterable[Any]) -> Any:
+    """The reverse of `_split`."""
+    left = iter(found)
+    return _each(record, lambda value: next(left) if value is ... else value)
+
+
+def _in_order(record: Any, found: Mapping[str, Any]) -> list[Tensor | None]:
+    """What is found under the names of a record's tensors, which are `...`."""
+    each: list[Tensor | None] = []
+    for name, value in zip(record._fields, record):
+        if value is ...:
+            each.append(found.get(name))
+        elif isinstance(value, tuple):
+            each += _in_order(value, found)
+        elif isinstance(value, list):
+            each += found.get(name) or [None] * sum(v is ... for v in value)
+    return each
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_requires_grad(v) for v in value)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def differentiable(
+    op: Op[A, R],
+    save: Callable[[A, R], Any],
+    gradients: Callable[..., Mapping[str, Any]],
+    **fields: Any,
+) -> Callable[[A, str], R]:
+    """`op`, with gradients where they are needed, once (no double backward).
+
+    Args:
+        op: the forward.
+        save: what the backward needs, from the arguments and the results: a tuple or a record, of records if need be.
+        gradients: called with that; `needs`, the arguments with a bool in place of each tensor; the backend; and
+            the gradient, or None, of every written argument and then every result. Returns gradients of the arguments
+            by name; one that is missing or None is no gradient.
+        fields: arguments with another value when there will be a backward.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rest: A, backend: str, *tensors: Tensor) -> Any:
+            arguments = _join(rest, tensors)
+            result = op(arguments, backend)
+            ctx.saved, kept = _split(save(arguments, result))
+            ctx.save_for_backward(*kept)
+            ctx.rest, ctx.backend = rest, backend
+            ctx.set_materialize_grads(False)
+            if not op.written:
+                return result
+            written = [getattr(arguments, name) for name in op.written]
+            ctx.mark_dirty(*written)
+            return *written, *(result if isinstance(result, tuple) else () if result is None else (result,))
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            wanted = ctx.needs_input_grad[2:]
+            found: Mapping[str, Any] = {}
+            if any(grad is not None for grad in grads):
+                saved = _join(ctx.saved, ctx.saved_tensors)
+                found = gradients(saved, _join(ctx.rest, wanted), ctx.backend, *grads)
+            each = _in_order(ctx.rest, found)
+            return None, None, *(grad if want else None for grad, want in zip(each, wanted))
+
+    def call(arguments: A, backend: str) -> R:
+        if not (torch.is_grad_enabled() and _requires_grad(arguments)):
+            return op(arguments, backend)
+        rest, tensors = _split(cast(Any, arguments)._replace(**fields) if fields else arguments)
+        found: Any = Function.apply(rest, backend, *tensors)
+        if op.written:
+            found = found[len(op.written) :]
+            found = found if op._several else found[0] if found else None
+        return op.results(*found) if op._several else found
+
+    return call

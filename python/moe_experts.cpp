@@ -1,28 +1,9 @@
 #include "ivl/moe_experts.h"
 
-#include <optional>
-#include <type_traits>
-#include <vector>
-
 #include "tensor.h"
 
 namespace ivl {
 namespace {
-
-using Maybe = std::optional<Tensor>;
-
-GatedActivation options_of(bool gpt_oss, double alpha, double limit) {
-  return {gpt_oss ? Gating::gpt_oss : Gating::silu, static_cast<float>(alpha), static_cast<float>(limit)};
-}
-
-template <class T>
-const T* in_or_null(const Maybe& t) {
-  return t ? in<T>(*t) : nullptr;
-}
-template <class T>
-T* out_or_null(const Maybe& t) {
-  return t ? out<T>(*t) : nullptr;
-}
 
 // Pointers to the matrices of every expert in stacked tensors. P is const T* or T*.
 template <class P>
@@ -37,134 +18,107 @@ struct Pointers {
   }
 };
 
+GatedActivation activation_of(bool gpt_oss, double alpha, double limit) {
+  return {gpt_oss ? Gating::gpt_oss : Gating::silu, static_cast<float>(alpha), static_cast<float>(limit)};
+}
+
 ExpertShape shape_of(const Tensor& hidden, const Tensor& weights, const Tensor& down, bool interleaved) {
   return {hidden.size(0), weights.size(1), hidden.size(1), down.size(interleaved ? 1 : 2), down.size(0)};
 }
 
-template <class F>
-void dispatch(const Tensor& hidden, F&& f) {
-  dispatch_float(hidden.scalar_type(), [&](auto zero) {
-    if constexpr (!std::is_same_v<decltype(zero), double>) f(zero);
-  });
+ExpertShape shape_of(const Tensor& hidden, const Tensor& weights, const Tensors& down) {
+  const auto experts = static_cast<int64_t>(down.size());
+  return {hidden.size(0), weights.size(1), hidden.size(1), down[0].size(1), experts};
 }
 
-void forward(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor gate_up, Tensor down,
-             Maybe gate_up_bias, Maybe down_bias, bool gpt_oss, double alpha, double limit, bool interleaved,
-             Tensor result, Maybe pre) {
+void forward(const Tensor& hidden, const Tensor& weights, const Tensor& permutation, const Tensor& offsets,
+             const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
+             const OptionalTensor& down_bias, bool gpt_oss, double alpha, double limit, bool interleaved,
+             Tensor& result, OptionalTensor& pre) {
   const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
-  dispatch(hidden, [&](auto zero) {
+  dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Pointers<const T*> p(in<T>(gate_up), in<T>(down), shape.experts, shape.width * shape.inner);
-    const ExpertWeights<T> experts{p.gate.data(), p.up.data(), p.down.data(), interleaved, in_or_null<T>(gate_up_bias),
-                                   in_or_null<T>(down_bias)};
-    experts_forward<T>(shape, options_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
-                       in<int32_t>(permutation), in<int32_t>(offsets), experts, out<T>(result), out_or_null<T>(pre));
+    experts_forward<T>({shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
+                        in<int32_t>(permutation), nullptr, in<int32_t>(offsets),
+                        {p.gate.data(), p.up.data(), p.down.data(), interleaved, in<T>(gate_up_bias), in<T>(down_bias)}},
+                       out<T>(result), out<T>(pre));
   });
 }
 
-void backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets,
-              Tensor gate_up, Tensor down, Maybe gate_up_bias, Maybe down_bias, Tensor pre, bool gpt_oss, double alpha,
-              double limit, bool interleaved, Maybe grad_hidden, Maybe grad_weights, Maybe grad_gate_up,
-              Maybe grad_down, Maybe grad_gate_up_bias, Maybe grad_down_bias) {
+void backward(const Tensor& grad, const Tensor& hidden, const Tensor& weights, const Tensor& permutation,
+              const Tensor& inverse, const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
+              const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const Tensor& pre, bool gpt_oss,
+              double alpha, double limit, bool interleaved, OptionalTensor& grad_hidden, OptionalTensor& grad_weights,
+              OptionalTensor& grad_gate_up, OptionalTensor& grad_down, OptionalTensor& grad_gate_up_bias,
+              OptionalTensor& grad_down_bias) {
   const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
-  dispatch(hidden, [&](auto zero) {
+  dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const int64_t size = shape.width * shape.inner;
     const Pointers<const T*> p(in<T>(gate_up), in<T>(down), shape.experts, size);
-    const Pointers<T*> g(out_or_null<T>(grad_gate_up), out_or_null<T>(grad_down), shape.experts, size);
-    const ExpertWeights<T> experts{p.gate.data(), p.up.data(), p.down.data(), interleaved, in_or_null<T>(gate_up_bias),
-                                   in_or_null<T>(down_bias)};
-    const ExpertGradients<T> gradients{out_or_null<T>(grad_hidden),
-                                       out_or_null<float>(grad_weights),
-                                       grad_gate_up ? g.gate.data() : nullptr,
-                                       grad_gate_up ? g.up.data() : nullptr,
-                                       grad_down ? g.down.data() : nullptr,
-                                       out_or_null<T>(grad_gate_up_bias),
-                                       out_or_null<T>(grad_down_bias)};
-    experts_backward<T>(shape, options_of(gpt_oss, alpha, limit), in<T>(grad), in<T>(hidden), in<float>(weights),
-                        in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets), experts, in<T>(pre),
-                        gradients);
+    const Pointers<T*> g(out<T>(grad_gate_up), out<T>(grad_down), shape.experts, size);
+    experts_backward<T>({shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
+                         in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
+                         {p.gate.data(), p.up.data(), p.down.data(), interleaved, in<T>(gate_up_bias), in<T>(down_bias)}},
+                        in<T>(grad), in<T>(pre),
+                        {out<T>(grad_hidden), out<float>(grad_weights), grad_gate_up ? g.gate.data() : nullptr,
+                         grad_gate_up ? g.up.data() : nullptr, grad_down ? g.down.data() : nullptr,
+                         out<T>(grad_gate_up_bias), out<T>(grad_down_bias)});
   });
 }
 
 // The same with one tensor a matrix: gate[e], up[e] [I, H] and down[e] [H, I], contiguous, SiLU, no biases.
 template <class T>
-std::vector<const T*> in_each(const std::vector<Tensor>& tensors) {
+std::vector<const T*> in_each(const Tensors& tensors) {
   std::vector<const T*> pointers;
   for (const Tensor& t : tensors) pointers.push_back(in<T>(t));
   return pointers;
 }
 template <class T>
-std::vector<T*> out_each(const std::vector<Tensor>& tensors) {
+std::vector<T*> out_each(const Tensors& tensors) {
   std::vector<T*> pointers;
   for (const Tensor& t : tensors) pointers.push_back(out<T>(t));
   return pointers;
 }
-
-ExpertShape shape_of_list(const Tensor& hidden, const Tensor& weights, const std::vector<Tensor>& down) {
-  return {hidden.size(0), weights.size(1), hidden.size(1), down[0].size(1), static_cast<int64_t>(down.size())};
+template <class P>
+const P* data_or_null(const std::vector<P>& pointers) {
+  return pointers.empty() ? nullptr : pointers.data();
 }
 
-void forward_list(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, std::vector<Tensor> gate,
-                  std::vector<Tensor> up, std::vector<Tensor> down, Tensor result, Maybe pre) {
-  dispatch(hidden, [&](auto zero) {
+void forward_list(const Tensor& hidden, const Tensor& weights, const Tensor& permutation, const Tensor& offsets,
+                  const Tensors& gate, const Tensors& up, const Tensors& down, Tensor& result, OptionalTensor& pre) {
+  dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto gates = in_each<T>(gate), ups = in_each<T>(up), downs = in_each<T>(down);
-    const ExpertWeights<T> experts{gates.data(), ups.data(), downs.data(), false, nullptr, nullptr};
-    experts_forward<T>(shape_of_list(hidden, weights, down), options_of(false, 0, 0), in<T>(hidden), in<float>(weights),
-                       in<int32_t>(permutation), in<int32_t>(offsets), experts, out<T>(result), out_or_null<T>(pre));
+    experts_forward<T>({shape_of(hidden, weights, down), activation_of(false, 0, 0), in<T>(hidden), in<float>(weights),
+                        in<int32_t>(permutation), nullptr, in<int32_t>(offsets),
+                        {gates.data(), ups.data(), downs.data(), false, nullptr, nullptr}},
+                       out<T>(result), out<T>(pre));
   });
 }
 
-void backward_list(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets,
-                   std::vector<Tensor> gate, std::vector<Tensor> up, std::vector<Tensor> down, Tensor pre,
-                   Maybe grad_hidden, Maybe grad_weights, std::vector<Tensor> grad_gate, std::vector<Tensor> grad_up,
-                   std::vector<Tensor> grad_down) {
-  dispatch(hidden, [&](auto zero) {
+void backward_list(const Tensor& grad, const Tensor& hidden, const Tensor& weights, const Tensor& permutation,
+                   const Tensor& inverse, const Tensor& offsets, const Tensors& gate, const Tensors& up,
+                   const Tensors& down, const Tensor& pre, OptionalTensor& grad_hidden, OptionalTensor& grad_weights,
+                   Tensors& grad_gate, Tensors& grad_up, Tensors& grad_down) {
+  dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto gates = in_each<T>(gate), ups = in_each<T>(up), downs = in_each<T>(down);
     const auto to_gates = out_each<T>(grad_gate), to_ups = out_each<T>(grad_up), to_downs = out_each<T>(grad_down);
-    const ExpertWeights<T> experts{gates.data(), ups.data(), downs.data(), false, nullptr, nullptr};
-    const ExpertGradients<T> gradients{out_or_null<T>(grad_hidden),
-                                       out_or_null<float>(grad_weights),
-                                       to_gates.empty() ? nullptr : to_gates.data(),
-                                       to_gates.empty() ? nullptr : to_ups.data(),
-                                       to_downs.empty() ? nullptr : to_downs.data(),
-                                       nullptr,
-                                       nullptr};
-    experts_backward<T>(shape_of_list(hidden, weights, down), options_of(false, 0, 0), in<T>(grad), in<T>(hidden),
-                        in<float>(weights), in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
-                        experts, in<T>(pre), gradients);
+    experts_backward<T>({shape_of(hidden, weights, down), activation_of(false, 0, 0), in<T>(hidden), in<float>(weights),
+                         in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
+                         {gates.data(), ups.data(), downs.data(), false, nullptr, nullptr}},
+                        in<T>(grad), in<T>(pre),
+                        {out<T>(grad_hidden), out<float>(grad_weights), data_or_null(to_gates), data_or_null(to_ups),
+                         data_or_null(to_downs), nullptr, nullptr});
   });
 }
 
+IVL_OPERATOR(moe_experts, forward)
+IVL_OPERATOR(moe_experts_backward, backward)
+IVL_OPERATOR(moe_experts_list, forward_list)
+IVL_OPERATOR(moe_experts_list_backward, backward_list)
+
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
-  m.def(
-      "moe_experts(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor gate_up, Tensor down, "
-      "Tensor? gate_up_bias, Tensor? down_bias, bool gpt_oss, float alpha, float limit, bool interleaved, "
-      "Tensor(a!) result, Tensor(b!)? pre) -> ()");
-  m.def(
-      "moe_experts_backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, "
-      "Tensor offsets, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, bool gpt_oss, "
-      "float alpha, float limit, bool interleaved, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weights, "
-      "Tensor(c!)? grad_gate_up, Tensor(d!)? grad_down, Tensor(e!)? grad_gate_up_bias, Tensor(f!)? grad_down_bias) "
-      "-> ()");
-  m.def(
-      "moe_experts_list(Tensor hidden, Tensor weights, Tensor permutation, Tensor offsets, Tensor[] gate, Tensor[] up, "
-      "Tensor[] down, Tensor(a!) result, Tensor(b!)? pre) -> ()");
-  m.def(
-      "moe_experts_list_backward(Tensor grad, Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, "
-      "Tensor offsets, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor pre, Tensor(a!)? grad_hidden, "
-      "Tensor(b!)? grad_weights, Tensor(c!)[] grad_gate, Tensor(d!)[] grad_up, Tensor(e!)[] grad_down) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
-  m.impl("moe_experts", TORCH_BOX(&forward));
-  m.impl("moe_experts_backward", TORCH_BOX(&backward));
-  m.impl("moe_experts_list", TORCH_BOX(&forward_list));
-  m.impl("moe_experts_list_backward", TORCH_BOX(&backward_list));
-}
-
 }  // namespace ivl

@@ -8,6 +8,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
 
 #include "ivl/types.h"
 
@@ -15,6 +19,8 @@ namespace ivl {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 
 template <class T>
 const T* in(const Tensor& t) {
@@ -24,6 +30,17 @@ const T* in(const Tensor& t) {
 template <class T>
 T* out(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The same of a tensor that may be missing: null.
+template <class T>
+const T* in(const OptionalTensor& t) {
+  return t ? in<T>(*t) : nullptr;
+}
+
+template <class T>
+T* out(const OptionalTensor& t) {
+  return t ? out<T>(*t) : nullptr;
 }
 
 inline int64_t itemsize(const Tensor& t) { return t.element_size(); }
@@ -50,5 +67,38 @@ auto dispatch_widened(ScalarType type, F&& f) {
     default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
   }
 }
+
+// The schema of an operator is the type of its function. What it writes to is a parameter `Tensor&`, `OptionalTensor&`
+// or `Tensors&`; what it reads comes by value or const reference.
+template <class T>
+std::string schema_type(char alias) {
+  using Value = std::remove_cv_t<std::remove_reference_t<T>>;
+  const bool written = std::is_lvalue_reference_v<T> && !std::is_const_v<std::remove_reference_t<T>>;
+  const std::string tensor = written ? std::string("Tensor(") + alias + "!)" : "Tensor";
+  if constexpr (std::is_same_v<Value, Tensor>) return tensor;
+  else if constexpr (std::is_same_v<Value, OptionalTensor>) return tensor + "?";
+  else if constexpr (std::is_same_v<Value, Tensors>) return tensor + "[]";
+  else if constexpr (std::is_same_v<Value, bool>) return "bool";
+  else if constexpr (std::is_same_v<Value, int64_t>) return "int";
+  else {
+    static_assert(std::is_same_v<Value, double>, "no schema has this type");
+    return "float";
+  }
+}
+
+template <class Result, class... Arguments>
+std::string schema(const char* name, Result (*)(Arguments...)) {
+  std::string list;
+  char alias = 'a';
+  ((list += (list.empty() ? "" : ", ") + schema_type<Arguments>(alias) + " " + alias, ++alias), ...);
+  std::string result = "()";
+  if constexpr (!std::is_void_v<Result>) result = schema_type<Result>(alias);
+  return std::string(name) + "(" + list + ") -> " + result;
+}
+
+// `torch.ops.ivl_native.<name>`, which calls `function` on CPU tensors.
+#define IVL_OPERATOR(name, function)                                                                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) { m.def(ivl::schema(#name, &function).c_str()); }            \
+  STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) { m.impl(#name, TORCH_BOX(&function)); }
 
 }  // namespace ivl

@@ -200,7 +200,7 @@ def test_tensors_on_a_gpu_that_is_not_current(monkeypatch):
         log.append("leave")
 
     monkeypatch.setattr(_dispatch, "choose", lambda *args: _dispatch.Choice(implementation, ()))
-    monkeypatch.setitem(op._functions, implementation.function, lambda *args: log.append("run"))
+    monkeypatch.setitem(op._functions, implementation.backend, lambda *args: log.append("run"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", enter)
     for index in (0, 1):

@@ -6,28 +6,23 @@
 namespace ivl {
 
 template <class T>
-void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out,
-                     T* pre) {
+void experts_forward(const ExpertsArgs<T>& args, T* out, T* pre) {
   if (pre != nullptr) {
-    const int64_t used = offsets[shape.experts], all = shape.tokens * shape.top_k;
+    const ExpertShape& shape = args.shape;
+    const int64_t used = args.offsets[shape.experts], all = shape.tokens * shape.top_k;
     std::memset(static_cast<void*>(pre + used * 2 * shape.inner), 0, (all - used) * 2 * shape.inner * sizeof(T));
   }
-  IVL_CALL(forward, shape, options, hidden, weights, permutation, offsets, experts, out, pre);
+  IVL_CALL(forward, args, out, pre);
 }
 
 template <class T>
-void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                      const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients) {
-  IVL_CALL(backward, shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre, gradients);
+void experts_backward(const ExpertsArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& gradients) {
+  IVL_CALL(backward, args, grad, pre, gradients);
 }
 
-#define IVL_INSTANTIATE(T)                                                                                         \
-  template void experts_forward(ExpertShape, GatedActivation, const T*, const float*, const int32_t*, const int32_t*, \
-                                const ExpertWeights<T>&, T*, T*);                                                   \
-  template void experts_backward(ExpertShape, GatedActivation, const T*, const T*, const float*, const int32_t*,      \
-                                 const int32_t*, const int32_t*, const ExpertWeights<T>&, const T*, ExpertGradients<T>);
+#define IVL_INSTANTIATE(T)                                         \
+  template void experts_forward(const ExpertsArgs<T>&, T*, T*);     \
+  template void experts_backward(const ExpertsArgs<T>&, const T*, const T*, const ExpertGradients<T>&);
 IVL_INSTANTIATE(float)
 IVL_INSTANTIATE(bfloat16)
 IVL_INSTANTIATE(float16)

@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .linear import linear
+from .linear_logprob import LogProb, RowPlan, linear_candidates, linear_ce, linear_kl, linear_logprob, row_plan
 from .mlp import gated_mlp, mlp
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
@@ -13,12 +14,18 @@ from .v2pe_rope import rope_frequencies, v2pe_position_ids, v2pe_rope, v2pe_rope
 
 __all__ = [
     "Dispatch",
+    "LogProb",
     "PackedTokens",
+    "RowPlan",
     "attention",
     "embed_text",
     "gated_mlp",
     "layer_norm",
     "linear",
+    "linear_candidates",
+    "linear_ce",
+    "linear_kl",
+    "linear_logprob",
     "mlp",
     "moe_dispatch",
     "moe_experts",
@@ -29,6 +36,7 @@ __all__ = [
     "place_rows",
     "rms_norm",
     "rope_frequencies",
+    "row_plan",
     "select_tiles",
     "tile_router",
     "v2pe_position_ids",

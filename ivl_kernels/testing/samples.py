@@ -52,6 +52,7 @@ def samples(large: bool = False) -> Iterator[Sample]:
     """Every op at a few shapes with odd tails; `large`: at the shapes of released models instead."""
     yield from _linear_layer(large)
     yield from _mlps(large)
+    yield from _head(large)
     yield from _projector(large)
     yield from _router(large)
     yield from _packing(large)
@@ -383,10 +384,82 @@ def _mlps(large: bool) -> Iterator[Sample]:
         gates, ups = (functional.linear(v["x"], v[name]) for name in ("gate", "up"))
         return functional.linear(functional.silu(gates) * ups, v["down"])
 
-    call = lambda v, backend: ops.mlp(**v, backend=backend)  # noqa: E731
-    yield Sample("mlp", f"GELU, {rows} rows", make, call, ("x", "up", "down", "up_bias", "down_bias"), plain=plain)
-    call = lambda v, backend: ops.gated_mlp(**v, backend=backend)  # noqa: E731
-    yield Sample("mlp", f"SwiGLU, {rows} rows", make_gated, call, ("x", "gate", "up", "down"), plain=plain_gated)
+    yield Sample(
+        "mlp",
+        f"GELU, {rows} rows",
+        make,
+        lambda v, backend: ops.mlp(**v, backend=backend),
+        ("x", "up", "down", "up_bias", "down_bias"),
+        plain=plain,
+    )
+    yield Sample(
+        "mlp",
+        f"SwiGLU, {rows} rows",
+        make_gated,
+        lambda v, backend: ops.gated_mlp(**v, backend=backend),
+        ("x", "gate", "up", "down"),
+        plain=plain_gated,
+    )
+
+
+def _head(large: bool) -> Iterator[Sample]:
+    """The head's log-probabilities: 2 of 3 rows count."""
+    tokens, width, vocabulary = (3072, 1024, 151936) if large else (48, 40, 173)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        rows = torch.randperm(tokens, generator=g)[: tokens * 2 // 3].sort().values
+        return {
+            "hidden": _normal(g, tokens, width),
+            "weight": _normal(g, vocabulary, width, scale=3 * width**-0.5),
+            "bias": _normal(g, vocabulary, scale=0.1),
+            "targets": torch.randint(vocabulary, (len(rows),), generator=g),
+            "rows": rows,
+        }
+
+    def teacher(g: torch.Generator) -> dict[str, Any]:
+        v = make(g)
+        del v["bias"], v["targets"]
+        v["teacher_hidden"] = v["hidden"] + _normal(g, tokens, width, scale=0.1)
+        return v | {"teacher_weight": v["weight"] + 0.01, "teacher_rows": v["rows"]}
+
+    def plain(v: dict[str, Any]) -> torch.Tensor:
+        logits = functional.linear(v["hidden"][v["rows"]], v["weight"], v["bias"])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return torch.log_softmax(logits, -1).gather(1, v["targets"][:, None])[:, 0]
+
+    def logp(v: dict[str, Any], backend: str, save: str) -> torch.Tensor:
+        return ops.linear_logprob(**v, save=save, backend=backend).logp
+
+    def divergence(v: dict[str, Any], backend: str, weighted: bool) -> torch.Tensor:
+        weight = torch.linspace(0, 1, len(v["rows"]), device=v["rows"].device) if weighted else None
+        return ops.linear_kl(**v, row_weight=weight, temperature=0.9, backend=backend)
+
+    names = ("hidden", "weight", "bias")
+    yield Sample(
+        "linear_logprob",
+        "all four results",
+        make,
+        lambda v, backend: tuple(ops.linear_logprob(**v, temperature=0.8, softcap=20.0, backend=backend)),
+        names,
+    )
+    for save, title in (("nothing", "computed again"), ("logits", "kept")):
+        yield Sample(
+            "linear_logprob",
+            f"log-probabilities, logits {title}",
+            make,
+            partial(logp, save=save),
+            names,
+            plain=plain,
+        )
+    yield Sample("linear_ce", "a sum", make, lambda v, backend: ops.linear_ce(**v, backend=backend), names)
+    for weighted in (False, True):
+        yield Sample(
+            "linear_kl",
+            "a weighted sum" if weighted else "rows",
+            teacher,
+            partial(divergence, weighted=weighted),
+            names[:2],
+        )
 
 
 def _moe(large: bool) -> Iterator[Sample]:

@@ -146,8 +146,9 @@ def test_gradcheck_opcheck_and_compile(kind):
     args = (v["x"], gate, v["up"], biases[0], v["down"], biases[1], True, "")
     torch.library.opcheck(torch.ops.ivl.mlp.default, args)
     out, pre = torch.ops.ivl.mlp.default(*args)
-    needs = [True, gate is not None, True, biases[0] is not None, True, biases[1] is not None]
-    torch.library.opcheck(torch.ops.ivl.mlp_backward.default, (out, v["x"], gate, v["up"], v["down"], pre, needs, ""))
+    needs = (True, gate is not None, True, biases[0] is not None, True, biases[1] is not None)
+    saved = (v["x"], gate, v["up"], v["down"], pre)
+    torch.library.opcheck(torch.ops.ivl.mlp_backward.default, (out, *saved, *needs, ""))
     compiled = torch.compile(lambda v: ours(v), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(v), ours(v))
 

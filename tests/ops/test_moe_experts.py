@@ -342,9 +342,8 @@ def test_opcheck(backend, gpt_oss):
     torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, True, backend))
     _, pre = torch.ops.ivl.moe_experts(*tensors, *options, True, "reference")
     needs = [True, False, True, True, gpt_oss, False]
-    torch.library.opcheck(
-        torch.ops.ivl.moe_experts_backward.default, (case.hidden, *tensors, pre, *options, needs, backend)
-    )
+    args = (case.hidden, *tensors, *options, True, pre, needs, backend)
+    torch.library.opcheck(torch.ops.ivl.moe_experts_backward.default, args)
 
 
 @backends("native", "reference")
@@ -356,7 +355,9 @@ def test_opcheck_list(backend):
     torch.library.opcheck(torch.ops.ivl.moe_experts_list.default, (*tensors, True, backend))
     _, pre = torch.ops.ivl.moe_experts_list(*tensors, True, "reference")
     needs = [True, True, False, True]
-    torch.library.opcheck(torch.ops.ivl.moe_experts_list_backward.default, (case.hidden, *tensors, pre, needs, backend))
+    torch.library.opcheck(
+        torch.ops.ivl.moe_experts_list_backward.default, (case.hidden, *tensors, True, pre, needs, backend)
+    )
 
 
 @pytest.mark.parametrize(

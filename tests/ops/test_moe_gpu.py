@@ -11,7 +11,7 @@ import torch
 from ivl_kernels._dispatch import BackendError
 from ivl_kernels._gpu import float32_precision
 from ivl_kernels.ops import moe_dispatch, moe_routing
-from ivl_kernels.ops.moe_experts.op import tile_rows
+from ivl_kernels.ops.moe_experts.op import Experts, ExpertsBackward, tile_rows
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
 from tests.ops.test_moe_experts import eager, make
 from tests.simulator.aot import SHARED_LIMIT, SPILL_LIMIT, compiling
@@ -265,10 +265,11 @@ def launch_on_meta(shape, tokens, target, monkeypatch, dtype=BF16, backward=True
     tensors = (meta(tokens, H), meta(tokens, K), index(slots), index(slots), index(E + 1), tiles, up, down, *biases)
     options = ("gpt_oss", 1.702, 7.0, "interleaved") if gpt_oss else ("silu", 1.702, 7.0, "concatenated")
     with compiling(target) as log:
-        kernels.moe_experts(*tensors, *options, backward)
+        a = Experts(*tensors, *options, backward)
+        kernels.moe_experts(a)
         if backward:
             needs = [True] * 4 + [gpt_oss] * 2
-            kernels.moe_experts_backward(meta(tokens, H), *tensors, meta(slots, 2 * I), *options, needs)
+            kernels.moe_experts_backward(ExpertsBackward(meta(tokens, H), a, meta(slots, 2 * I), needs))
     return log
 
 

@@ -24,12 +24,25 @@ struct ExpertShape {
   int64_t tokens, top_k, width, inner, experts;  // S, k, H, I, E
 };
 
-// out [S, H] = sum over k of weight * expert(hidden); `permutation` [S * k] and `offsets` [E + 1] sort the slots by
-// expert. `pre` [S * k, 2I], when not null, gets what goes into the activation (zero for slots without an expert).
+template <class T, class A = T>
+struct ExpertsArgs {
+  ExpertShape shape;
+  GatedActivation activation;
+  const A* hidden;                                 // [S, H]
+  const float* weights;                            // [S * k]
+  const int32_t *permutation, *inverse, *offsets;  // sort the slots by expert: [S * k] twice and [E + 1]
+  ExpertWeights<T> experts;
+
+  template <class B>
+  ExpertsArgs<T, B> with_hidden(const B* other) const {
+    return {shape, activation, other, weights, permutation, inverse, offsets, experts};
+  }
+};
+
+// out [S, H] = sum over k of weight * expert(hidden); `inverse` is not used. `pre` [S * k, 2I], when not null, gets what
+// goes into the activation (zero for slots without an expert).
 template <class T>
-void experts_forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-                     const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out,
-                     T* pre);
+void experts_forward(const ExpertsArgs<T>& args, T* out, T* pre);
 
 // Null pointers are gradients that are not needed. gate, up and down as in ExpertWeights.
 template <class T>
@@ -44,8 +57,6 @@ struct ExpertGradients {
 };
 
 template <class T>
-void experts_backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-                      const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                      const ExpertWeights<T>& experts, const T* pre, ExpertGradients<T> gradients);
+void experts_backward(const ExpertsArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& gradients);
 
 }  // namespace ivl

@@ -213,9 +213,10 @@ struct BackwardCall {
 };
 
 template <class T, class A>
-void backward_with(ExpertShape shape, GatedActivation options, const A* grad, const A* hidden, const float* weights,
-                   const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-                   const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
+void backward_with(const ExpertsArgs<T, A>& args, const A* grad, const T* pre, const ExpertGradients<T>& to) {
+  const ExpertShape& shape = args.shape;
+  const ExpertWeights<T>& experts = args.experts;
+  const int32_t* const offsets = args.offsets;
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
   const Turns turns(offsets, shape.experts, 2048);
   const Scratch<const A*> grads(used), inputs(used);
@@ -225,11 +226,11 @@ void backward_with(ExpertShape shape, GatedActivation options, const A* grad, co
   const Scratch<A> change(turns.most * 2 * inner), active(to.down ? turns.most * inner : 0);
   for (int64_t turn = 0; turn < turns.count(); ++turn)
     for (int64_t first = offsets[turns.begin[turn]], row = first; row < offsets[turns.begin[turn + 1]]; ++row) {
-      const int32_t slot = permutation[row];
+      const int32_t slot = args.permutation[row];
       const int64_t place = row - first;
       tokens[row] = static_cast<int32_t>(slot / shape.top_k);
-      scales[row] = weights[slot];
-      inputs[row] = hidden + tokens[row] * width;
+      scales[row] = args.weights[slot];
+      inputs[row] = args.hidden + tokens[row] * width;
       grads[row] = grad + tokens[row] * width;
       actives[row] = active.get() + place * inner;
       changes[row] = change.get() + place * 2 * inner;
@@ -238,7 +239,7 @@ void backward_with(ExpertShape shape, GatedActivation options, const A* grad, co
   const Scratch<float> dots(to.weights ? used * inner_panels : 0);
   const bool in_place = std::is_same_v<T, float> || !to.hidden || turns.count() == 1;
   const Scratch<float> hidden_sums(in_place ? 0 : shape.tokens * width);
-  BackwardCall<T, A> call{shape, options, offsets, experts, pre, to, grads.get(), inputs.get(), actives.get(),
+  BackwardCall<T, A> call{shape, args.activation, offsets, experts, pre, to, grads.get(), inputs.get(), actives.get(),
                           changes.get(), tokens.get(), scales.get(), to.weights ? dots.get() : nullptr,
                           kept_sums(to.hidden, hidden_sums), 0, 0};
   for (int64_t turn = 0; turn < turns.count(); ++turn) {
@@ -250,7 +251,7 @@ void backward_with(ExpertShape shape, GatedActivation options, const A* grad, co
   if (!to.weights) return;
   parallel_for(shape.tokens * shape.top_k, 64, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
-      const int64_t row = inverse[slot];
+      const int64_t row = args.inverse[slot];
       float total = 0;
       if (row < used) {
         for (int64_t p = 0; p < inner_panels; ++p) total += dots[row * inner_panels + p];
@@ -265,25 +266,20 @@ void backward_with(ExpertShape shape, GatedActivation options, const A* grad, co
 }
 
 template <class T>
-void backward(ExpertShape shape, GatedActivation options, const T* grad, const T* hidden, const float* weights,
-              const int32_t* permutation, const int32_t* inverse, const int32_t* offsets,
-              const ExpertWeights<T>& experts, const T* pre, const ExpertGradients<T>& to) {
+void backward(const ExpertsArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& to) {
   if constexpr (std::is_same_v<T, float>) {
-    return backward_with<T, float>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre,
-                                   to);
+    return backward_with(args, grad, pre, to);
   } else {
 #if IVL_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, bfloat16>)
-      if (use_units(shape))
-        return backward_with<T, T>(shape, options, grad, hidden, weights, permutation, inverse, offsets, experts, pre,
-                                   to);
+      if (use_units(args.shape)) return backward_with(args, grad, pre, to);
 #endif
-    const int64_t size = shape.tokens * shape.width;
+    const int64_t size = args.shape.tokens * args.shape.width;
     const Scratch<float> wide_grad(size), wide_hidden(size);
     widen_all(grad, size, wide_grad.get());
-    widen_all(hidden, size, wide_hidden.get());
-    backward_with<T, float>(shape, options, wide_grad.get(), wide_hidden.get(), weights, permutation, inverse, offsets,
-                            experts, pre, to);
+    widen_all(args.hidden, size, wide_hidden.get());
+    const float *const hidden = wide_hidden.get(), *const wide = wide_grad.get();
+    backward_with(args.with_hidden(hidden), wide, pre, to);
   }
 }
 

@@ -173,8 +173,10 @@ inline std::vector<UpTask> list_tasks(const int32_t* offsets, int64_t first, int
 }
 
 template <class T, class A>
-void forward_with(ExpertShape shape, GatedActivation options, const A* hidden, const float* weights,
-                  const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
+void forward_with(const ExpertsArgs<T, A>& args, T* out, T* pre) {
+  const ExpertShape& shape = args.shape;
+  const ExpertWeights<T>& experts = args.experts;
+  const int32_t* const offsets = args.offsets;
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
   const Turns turns(offsets, shape.experts, 4096);
   const Scratch<const A*> inputs(used);
@@ -184,16 +186,16 @@ void forward_with(ExpertShape shape, GatedActivation options, const A* hidden, c
   const Scratch<A> active(turns.most * inner);
   for (int64_t turn = 0; turn < turns.count(); ++turn)
     for (int64_t first = offsets[turns.begin[turn]], row = first; row < offsets[turns.begin[turn + 1]]; ++row) {
-      const int32_t slot = permutation[row];
+      const int32_t slot = args.permutation[row];
       tokens[row] = static_cast<int32_t>(slot / shape.top_k);
-      scales[row] = weights[slot];
-      inputs[row] = hidden + tokens[row] * width;
+      scales[row] = args.weights[slot];
+      inputs[row] = args.hidden + tokens[row] * width;
       actives[row] = active.get() + (row - first) * inner;
     }
   const bool in_place = std::is_same_v<T, float> || turns.count() == 1;
   const Scratch<float> between(in_place ? 0 : shape.tokens * width);
   float* const kept = kept_sums(out, between);
-  const ForwardCall<T, A> call{shape, options, experts, inputs.get(), actives.get(), pre};
+  const ForwardCall<T, A> call{shape, args.activation, experts, inputs.get(), actives.get(), pre};
 
   for (int64_t turn = 0; turn < turns.count(); ++turn) {
     const int64_t first = turns.begin[turn], last = turns.begin[turn + 1];
@@ -242,19 +244,18 @@ inline bool use_units(ExpertShape shape) {
 }
 
 template <class T>
-void forward(ExpertShape shape, GatedActivation options, const T* hidden, const float* weights,
-             const int32_t* permutation, const int32_t* offsets, const ExpertWeights<T>& experts, T* out, T* pre) {
+void forward(const ExpertsArgs<T>& args, T* out, T* pre) {
   if constexpr (std::is_same_v<T, float>) {
-    return forward_with<T, float>(shape, options, hidden, weights, permutation, offsets, experts, out, pre);
+    return forward_with(args, out, pre);
   } else {
 #if IVL_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, bfloat16>)
-      if (use_units(shape))
-        return forward_with<T, T>(shape, options, hidden, weights, permutation, offsets, experts, out, pre);
+      if (use_units(args.shape)) return forward_with(args, out, pre);
 #endif
-    const Scratch<float> wide(shape.tokens * shape.width);
-    widen_all(hidden, shape.tokens * shape.width, wide.get());
-    forward_with<T, float>(shape, options, wide.get(), weights, permutation, offsets, experts, out, pre);
+    const int64_t size = args.shape.tokens * args.shape.width;
+    const Scratch<float> wide(size);
+    widen_all(args.hidden, size, wide.get());
+    forward_with(args.with_hidden(static_cast<const float*>(wide.get())), out, pre);
   }
 }
 

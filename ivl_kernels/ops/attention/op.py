@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 
 MAX_HEAD_DIM = 256
 

@@ -17,8 +17,7 @@ from ..._checks import (
     check_tensor,
     describe,
 )
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 
 
 def _fake_backward(

@@ -44,7 +44,7 @@ def mlp(
         >>> mlp(torch.zeros(2, 3), torch.ones(4, 3), torch.ones(1, 4), down_bias=torch.ones(1)).tolist()
         [[1.0], [1.0]]
     """
-    return op.mlp(x, None, up, up_bias, down, down_bias, backend)
+    return op.mlp(op.Mlp(x, None, up, up_bias, down, down_bias, keep=False), backend)
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, backend: str = "") -> Tensor:
@@ -59,4 +59,4 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, backend: str
     Returns, raises, gradients: as `mlp`; gate and up are one product on the CPU.
     Source: `Qwen2MLP`, `Qwen3MLP` of transformers.
     """
-    return op.mlp(x, gate, up, None, down, None, backend)
+    return op.mlp(op.Mlp(x, gate, up, None, down, None, keep=False), backend)

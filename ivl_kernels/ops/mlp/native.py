@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ... import _native
+from .op import Mlp, MlpBackward, MlpGradients, MlpResult, empty_result
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def mlp(
-    x: Tensor, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = x.new_empty(x.shape[0], down.shape[0])
-    pre = x.new_empty(x.shape[0], up.shape[0] * (1 if gate is None else 2)) if save else x.new_empty(0, 0)
-    whole = [None if t is None else t.contiguous() for t in (gate, up, up_bias, down, down_bias)]
-    _native.op("mlp")(_rows(x), *whole, out, pre if save else None)
-    return out, pre
+def mlp(a: Mlp) -> MlpResult:
+    result = empty_result(a)
+    weights = (None if t is None else t.contiguous() for t in (a.gate, a.up, a.up_bias, a.down, a.down_bias))
+    x = a.x if a.x.stride(1) == 1 else a.x.contiguous()
+    _native.op("mlp")(x, *weights, result.out, result.pre if a.keep else None)
+    return result
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -35,35 +27,31 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return result
 
 
-def mlp_backward(
-    grad: Tensor, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, pre: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    found = [x.new_empty(0) for _ in needs]
-    need_x, need_gate, need_up, need_up_bias, need_down, need_down_bias = needs
-    grad = grad.contiguous()
-    if need_down_bias:
-        found[5] = grad.sum(0, dtype=torch.float32).to(x.dtype)
-    if not any(needs[:5]):
+def mlp_backward(b: MlpBackward) -> MlpGradients:
+    found = MlpGradients(*(b.x.new_empty(0) for _ in MlpGradients._fields))
+    grad = b.grad.contiguous()
+    if b.need_down_bias:
+        found = found._replace(down_bias=grad.sum(0, dtype=torch.float32).to(b.x.dtype))
+    if not any(b[6:11]):
         return found
-    change = _product(grad, down)
+    change = _product(grad, b.down)
     active = torch.empty_like(change)
-    if gate is None:
-        sums = torch.zeros(change.shape[1]) if need_up_bias else torch.empty(0)
-        _native.op("gelu_backward")(pre, active, change, sums)
-        found[3] = sums.to(x.dtype) if need_up_bias else found[3]
-        gates, ups = None, change
+    if b.gate is None:
+        sums = torch.zeros(change.shape[1] if b.need_up_bias else 0)
+        _native.op("gelu_backward")(b.pre, active, change, sums)
+        gates, ups = change, change
+        found = found._replace(up_bias=sums.to(b.x.dtype))
     else:
-        both = torch.empty_like(pre)
-        _native.op("gated_backward")(pre, change, active, both)
+        both = torch.empty_like(b.pre)
+        _native.op("gated_backward")(b.pre.contiguous(), change, active, both)
         gates, ups = both.tensor_split(2, 1)
-    if need_down:
-        found[4] = _product(grad.t(), active)
-    if need_up:
-        found[2] = _product(ups.t(), x)
-    if gates is not None and need_gate:
-        found[1] = _product(gates.t(), x)
-    if need_x:
-        found[0] = _product(ups, up)
-        if gates is not None and gate is not None:
-            _product(gates, gate, found[0])
+    if b.need_down:
+        found = found._replace(down=_product(grad.t(), active))
+    if b.need_up:
+        found = found._replace(up=_product(ups.t(), b.x))
+    if b.need_gate:
+        found = found._replace(gate=_product(gates.t(), b.x))
+    if b.need_x:
+        dx = _product(ups, b.up)
+        found = found._replace(x=dx if b.gate is None else _product(gates, b.gate, dx))
     return found

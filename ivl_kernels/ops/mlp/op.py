@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import (
     FLOATS,
@@ -20,95 +18,98 @@ from ..._checks import (
     describe,
 )
 from ..._dispatch import Implementation
-from ..._library import Op
+from ..._library import Op, differentiable
 
 
-def _implementations(function: str) -> tuple[Implementation, ...]:
-    return (
-        Implementation("native", f"native:{function}", ("cpu",), KERNEL_DTYPES),
-        Implementation("reference", f"reference:{function}"),
-    )
+class Mlp(NamedTuple):
+    """With a gate the activation is SwiGLU, without the exact GELU. `keep`: also return the input of the activation."""
+
+    x: Tensor
+    gate: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    keep: bool
 
 
-def _fake(
-    x: Tensor, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    save: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kept = (x.shape[0], up.shape[0] * (1 if gate is None else 2)) if save else (0, 0)
-    return x.new_empty(x.shape[0], down.shape[0]), x.new_empty(kept)
+class MlpResult(NamedTuple):
+    """`pre` is [rows, F], with a gate [rows, 2 F], gates before ups; [0, 0] unless it was kept."""
+
+    out: Tensor
+    pre: Tensor
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, pre: Tensor, needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:  # fmt: skip
-    shapes = (x.shape, up.shape, up.shape, up.shape[:1], down.shape, down.shape[:1])
-    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs)]
+class MlpBackward(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    pre: Tensor
+    need_x: bool
+    need_gate: bool
+    need_up: bool
+    need_up_bias: bool
+    need_down: bool
+    need_down_bias: bool
 
 
-_mlp = Op(
-    "mlp(Tensor x, Tensor? gate, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, bool save, str backend)"
-    " -> (Tensor out, Tensor pre)",
-    package=__package__,
-    key="x",
-    implementations=_implementations("mlp"),
-    fake=_fake,
-)
+class MlpGradients(NamedTuple):
+    """Empty where not needed."""
 
-_backward = Op(
-    "mlp_backward(Tensor grad, Tensor x, Tensor? gate, Tensor up, Tensor down, Tensor pre, bool[] needs, str backend)"
-    " -> Tensor[]",
-    package=__package__,
-    key="x",
-    implementations=_implementations("mlp_backward"),
-    fake=_fake_backward,
-)
+    x: Tensor
+    gate: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
 
 
-class _Mlp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, x: Tensor, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor,
-        down_bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        out, pre = _mlp(x, gate, up, up_bias, down, down_bias, True, backend)
-        ctx.save_for_backward(x, gate, up, down, pre)
-        ctx.backend = backend
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[1:])
-        found = _backward(grads[0], *ctx.saved_tensors, needs, ctx.backend)
-        return None, *(value if need else None for value, need in zip(found, needs))
+def empty_result(a: Mlp) -> MlpResult:
+    """The results of `mlp`, to be written."""
+    kept = (a.x.shape[0], a.up.shape[0] * (1 if a.gate is None else 2)) if a.keep else (0, 0)
+    return MlpResult(a.x.new_empty(a.x.shape[0], a.down.shape[0]), a.x.new_empty(kept))
 
 
-def mlp(
-    x: Tensor, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    check_dtype("x", x, FLOATS)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: got {describe(x)}, expected [..., C] with C > 0")
-    check_tensor("up", up)
-    check_shape("up", up, ("F", x.shape[-1]))
-    check_tensor("down", down)
-    check_shape("down", down, ("H", up.shape[0]))
-    for name, tensor, shape in (
-        ("gate", gate, up.shape), ("up", up, up.shape), ("up_bias", up_bias, up.shape[:1]),
-        ("down", down, down.shape), ("down_bias", down_bias, down.shape[:1]),
-    ):  # fmt: skip
+def _fake_backward(b: MlpBackward) -> MlpGradients:
+    shapes = (b.x.shape, b.up.shape, b.up.shape, b.up.shape[:1], b.down.shape, b.down.shape[:1])
+    return MlpGradients(*(b.x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, b[6:])))
+
+
+_BACKENDS = (Implementation("native", KERNEL_DTYPES), Implementation("reference"))
+
+_mlp = Op("mlp", Mlp, MlpResult, key="x", implementations=_BACKENDS, fake=empty_result)
+
+_mlp_backward = Op("mlp_backward", MlpBackward, MlpGradients, key="x", implementations=_BACKENDS, fake=_fake_backward)
+
+
+def _gradients(saved: Any, needs: Any, backend: str, grad: Tensor, _: None) -> dict[str, Tensor]:
+    a, pre = saved
+    wanted = (needs.x, bool(needs.gate), needs.up, bool(needs.up_bias), needs.down, bool(needs.down_bias))
+    return _mlp_backward(MlpBackward(grad, a.x, a.gate, a.up, a.down, pre, *wanted), backend)._asdict()
+
+
+_differentiable = differentiable(_mlp, lambda a, result: (a, result.pre), _gradients, keep=True)
+
+
+def mlp(a: Mlp, backend: str) -> Tensor:
+    check_dtype("x", a.x, FLOATS)
+    if a.x.dim() == 0 or a.x.shape[-1] == 0:
+        raise ValueError(f"x: got {describe(a.x)}, expected [..., C] with C > 0")
+    check_tensor("up", a.up)
+    check_shape("up", a.up, ("F", a.x.shape[-1]))
+    inner = a.up.shape[0]
+    check_shape("down", a.down, ("H", inner))
+    shapes = {"gate": a.up.shape, "up": a.up.shape, "up_bias": (inner,), "down": a.down.shape}
+    for name, shape in (shapes | {"down_bias": a.down.shape[:1]}).items():
+        tensor = getattr(a, name)
         if tensor is not None:
             check_shape(name, tensor, shape)
-            check_same(name, tensor, "x", x)
-    tensors = [x, gate, up, up_bias, down, down_bias]
-    if dtype := autocast_dtype(x):
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-    rows = tensors[0].reshape(-1, x.shape[-1])  # type: ignore[union-attr]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out = _Mlp.apply(backend, rows, *tensors[1:])
-    else:
-        out = _mlp(rows, *tensors[1:], False, backend)[0]
+            check_same(name, tensor, "x", a.x)
+    shape, outputs = a.x.shape, a.down.shape[0]
+    if dtype := autocast_dtype(a.x):
+        a = a._replace(**{n: t.to(dtype) for n, t in zip(a._fields, a) if isinstance(t, Tensor)})
+    out = _differentiable(a._replace(x=a.x.reshape(-1, shape[-1])), backend).out
     # As a linear layer's: no view.
-    return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], down.shape[0]])
+    return out if len(shape) == 2 else torch.ops.aten._unsafe_view(out, [*shape[:-1], outputs])

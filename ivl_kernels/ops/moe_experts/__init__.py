@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from . import op
 
@@ -12,20 +12,20 @@ __all__ = ["moe_experts", "moe_experts_list"]
 
 
 def moe_experts(
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
     *,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     activation: str = "silu",
     alpha: float = 1.702,
     limit: float = 7.0,
     layout: str = "concatenated",
     backend: str = "",
-) -> torch.Tensor:
+) -> Tensor:
     """Sum over each token's experts of weight * down(activation(gate_up(token))), in the checkpoint's own layout.
 
     With g, u the gate and up parts of hidden @ gate_up + gate_up_bias, the activation is
@@ -66,15 +66,15 @@ def moe_experts(
 
 
 def moe_experts_list(
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate: Sequence[torch.Tensor],
-    up: Sequence[torch.Tensor],
-    down: Sequence[torch.Tensor],
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
     *,
     backend: str = "",
-) -> torch.Tensor:
+) -> Tensor:
     """`moe_experts` with one tensor a matrix, for models that keep a list of experts: nothing is stacked or copied.
 
     Args:

@@ -1,20 +1,108 @@
-"""Schemas, fakes, backends, gradients and argument checks of the mixture-of-experts feed-forward."""
+"""Records, fakes, backends, gradients and argument checks of the mixture-of-experts feed-forward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from ..._checks import FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
-from ..._library import Op
-from ..moe_routing import op as routing
+from ..._library import Op, differentiable
+from ..moe_routing.op import Sorting, moe_dispatch
 
 ACTIVATIONS = ("silu", "gpt_oss")
 LAYOUTS = ("concatenated", "interleaved")
+
+
+class Experts(NamedTuple):
+    """The tokens, their slots sorted by expert (`Dispatch`), and the experts' matrices."""
+
+    hidden: Tensor
+    weights: Tensor
+    permutation: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+    alpha: float
+    limit: float
+    layout: str
+    keep: bool = False
+
+    @property
+    def interleaved(self) -> bool:
+        return self.layout == "interleaved"
+
+    @property
+    def inner(self) -> int:
+        """I, the width between the two matrices."""
+        return self.down.shape[1 if self.interleaved else 2]
+
+
+class ExpertsList(NamedTuple):
+    """The same with a tensor a matrix, concatenated, with SiLU and without biases."""
+
+    hidden: Tensor
+    weights: Tensor
+    permutation: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    gate: list[Tensor]
+    up: list[Tensor]
+    down: list[Tensor]
+    keep: bool = False
+
+    @property
+    def inner(self) -> int:
+        return self.down[0].shape[1]
+
+
+class Output(NamedTuple):
+    out: Tensor
+    pre: Tensor  # [S * k, 2I], what goes into the activation, when `keep`; else [0, 2I]
+
+
+class ExpertsBackward(NamedTuple):
+    grad: Tensor
+    forward: Experts
+    pre: Tensor
+    needs: list[bool]  # which of the gradients; the others are empty
+
+    @property
+    def need(self) -> Any:
+        """`needs` by name."""
+        return Gradients._make(self.needs)
+
+
+class Gradients(NamedTuple):
+    hidden: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor
+    down_bias: Tensor
+
+
+class ListBackward(NamedTuple):
+    grad: Tensor
+    forward: ExpertsList
+    pre: Tensor
+    needs: list[bool]  # of hidden, weights, gate and up, down
+
+
+class ListGradients(NamedTuple):
+    hidden: Tensor
+    weights: Tensor
+    gate: list[Tensor]
+    up: list[Tensor]
+    down: list[Tensor]
 
 
 def tile_rows(slots: int, experts: int) -> int:
@@ -23,226 +111,83 @@ def tile_rows(slots: int, experts: int) -> int:
     return 16 if mean <= 8 else 32 if mean <= 24 else 64 if mean <= 192 else 128
 
 
-def _fake_forward(
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    permutation: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    tiles: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-    keep: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = gate_up.shape[2 if layout == "interleaved" else 1]
-    return hidden.new_empty(hidden.shape), hidden.new_empty(permutation.shape[0] if keep else 0, width)
+def empty_output(a: Experts | ExpertsList) -> Output:
+    """The results of the forward, to be written."""
+    rows = a.permutation.shape[0] if a.keep else 0
+    return Output(a.hidden.new_empty(a.hidden.shape), a.hidden.new_empty(rows, 2 * a.inner))
 
 
-def _fake_backward(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    permutation: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    tiles: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    pre: torch.Tensor,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-    needs: list[bool],
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    inputs = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
-    return tuple(
-        value.new_empty(value.shape) if needed and value is not None else hidden.new_empty(0)
-        for value, needed in zip(inputs, needs)
-    )
+def _empty_like(tensor: Tensor | None, needed: bool, hidden: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape) if needed and tensor is not None else hidden.new_empty(0)
 
 
-_TENSORS = (
-    "Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor tiles, Tensor gate_up, "
-    "Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+def empty_gradients(b: ExpertsBackward) -> Gradients:
+    """The results of the backward, to be written."""
+    inputs = (getattr(b.forward, name) for name in Gradients._fields)
+    return Gradients(*(_empty_like(t, need, b.forward.hidden) for t, need in zip(inputs, b.needs)))
+
+
+def empty_list_gradients(b: ListBackward) -> ListGradients:
+    a = b.forward
+    hidden, weights = (_empty_like(t, need, a.hidden) for t, need in zip((a.hidden, a.weights), b.needs))
+    lists = ((a.gate, b.needs[2]), (a.up, b.needs[2]), (a.down, b.needs[3]))
+    return ListGradients(hidden, weights, *([t.new_empty(t.shape) for t in each] if n else [] for each, n in lists))
+
+
+_BACKENDS = (
+    Implementation("native", KERNEL_DTYPES),
+    Implementation("triton", KERNEL_DTYPES),
+    Implementation("reference"),
 )
-_OPTIONS = "str activation, float alpha, float limit, str layout, "
+_LIST_BACKENDS = (_BACKENDS[0], _BACKENDS[-1])
 
-_experts = Op(
-    f"moe_experts({_TENSORS}{_OPTIONS}bool keep, str backend) -> (Tensor out, Tensor pre)",
-    package=__package__,
-    key="hidden",
-    implementations=(
-        Implementation("native", "native:moe_experts", ("cpu",), KERNEL_DTYPES),
-        Implementation("triton", "triton:moe_experts", ("cuda", "hip"), KERNEL_DTYPES),
-        Implementation("reference", "reference:moe_experts"),
-    ),
-    fake=_fake_forward,
-)
+_experts = Op("moe_experts", Experts, Output, key="hidden", implementations=_BACKENDS, fake=empty_output)
 
 _experts_backward = Op(
-    f"moe_experts_backward(Tensor grad, {_TENSORS}Tensor pre, {_OPTIONS}bool[6] needs, str backend)"
-    " -> (Tensor hidden, Tensor weights, Tensor gate_up, Tensor down, Tensor gate_up_bias, Tensor down_bias)",
-    package=__package__,
+    "moe_experts_backward",
+    ExpertsBackward,
+    Gradients,
     key="hidden",
-    implementations=(
-        Implementation("native", "native:moe_experts_backward", ("cpu",), KERNEL_DTYPES),
-        Implementation("triton", "triton:moe_experts_backward", ("cuda", "hip"), KERNEL_DTYPES),
-        Implementation("reference", "reference:moe_experts_backward"),
-    ),
-    fake=_fake_backward,
+    implementations=_BACKENDS,
+    fake=empty_gradients,
 )
 
-
-_LISTS = (
-    "Tensor hidden, Tensor weights, Tensor permutation, Tensor inverse, Tensor offsets, Tensor[] gate, Tensor[] up, "
-    "Tensor[] down, "
-)
-
-
-def _fake_list(
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    permutation: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    gate: list[torch.Tensor],
-    up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    keep: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = permutation.shape[0] if keep else 0
-    return hidden.new_empty(hidden.shape), hidden.new_empty(rows, 2 * gate[0].shape[0])
-
-
-def _fake_list_backward(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    permutation: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    gate: list[torch.Tensor],
-    up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    pre: torch.Tensor,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Any, ...]:
-    single = (t.new_empty(t.shape) if n else hidden.new_empty(0) for t, n in zip((hidden, weights), needs))
-    lists = ((gate, needs[2]), (up, needs[2]), (down, needs[3]))
-    return *single, *([t.new_empty(t.shape) for t in tensors] if n else [] for tensors, n in lists)
-
-
-_list = Op(
-    f"moe_experts_list({_LISTS}bool keep, str backend) -> (Tensor out, Tensor pre)",
-    package=__package__,
-    key="hidden",
-    implementations=(
-        Implementation("native", "native:moe_experts_list", ("cpu",), KERNEL_DTYPES),
-        Implementation("reference", "reference:moe_experts_list"),
-    ),
-    fake=_fake_list,
-)
+_list = Op("moe_experts_list", ExpertsList, Output, key="hidden", implementations=_LIST_BACKENDS, fake=empty_output)
 
 _list_backward = Op(
-    f"moe_experts_list_backward(Tensor grad, {_LISTS}Tensor pre, bool[4] needs, str backend)"
-    " -> (Tensor hidden, Tensor weights, Tensor[] gate, Tensor[] up, Tensor[] down)",
-    package=__package__,
+    "moe_experts_list_backward",
+    ListBackward,
+    ListGradients,
     key="hidden",
-    implementations=(
-        Implementation("native", "native:moe_experts_list_backward", ("cpu",), KERNEL_DTYPES),
-        Implementation("reference", "reference:moe_experts_list_backward"),
-    ),
-    fake=_fake_list_backward,
+    implementations=_LIST_BACKENDS,
+    fake=empty_list_gradients,
 )
 
 
-class _ExpertsList(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weights: torch.Tensor,
-        permutation: torch.Tensor,
-        inverse: torch.Tensor,
-        offsets: torch.Tensor,
-        backend: str,
-        *matrices: torch.Tensor,
-    ) -> torch.Tensor:
-        experts = len(matrices) // 3
-        lists = (list(matrices[i : i + experts]) for i in (0, experts, 2 * experts))
-        out, pre = _list(hidden, weights, permutation, inverse, offsets, *lists, True, backend)
-        ctx.save_for_backward(hidden, weights, permutation, inverse, offsets, pre, *matrices)
-        ctx.backend = backend
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weights, permutation, inverse, offsets, pre, *matrices = ctx.saved_tensors
-        experts = len(matrices) // 3
-        wanted = ctx.needs_input_grad[6:]
-        needs = [*ctx.needs_input_grad[:2], any(wanted[: 2 * experts]), any(wanted[2 * experts :])]
-        lists = [matrices[i : i + experts] for i in (0, experts, 2 * experts)]
-        results = _list_backward(
-            grads[0], hidden, weights, permutation, inverse, offsets, *lists, pre, needs, ctx.backend
-        )
-        absent = [None] * experts
-        slopes = [slope for part in results[2:] for slope in (part or absent)]
-        # An expert without a token took no part: None, as of a loop over those that did. A graph has no such branch.
-        bounds = [] if torch.compiler.is_compiling() else offsets.tolist()
-        taken = [end > first for first, end in zip(bounds, bounds[1:])] or [True] * experts
-        slopes = [slope if want and part else None for slope, want, part in zip(slopes, wanted, taken * 3)]
-        return results[0] if needs[0] else None, results[1] if needs[1] else None, *(None,) * 4, *slopes
+def _gradients(saved: tuple[Experts, Tensor], needs: Any, backend: str, grad: Tensor, _: None) -> dict[str, Any]:
+    wanted = [bool(getattr(needs, name)) for name in Gradients._fields]
+    return _experts_backward(ExpertsBackward(grad, *saved, wanted), backend)._asdict()
 
 
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weights: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down_bias: torch.Tensor | None,
-        permutation: torch.Tensor,
-        inverse: torch.Tensor,
-        offsets: torch.Tensor,
-        tiles: torch.Tensor,
-        activation: str,
-        alpha: float,
-        limit: float,
-        layout: str,
-        backend: str,
-    ) -> torch.Tensor:
-        tensors = (hidden, weights, permutation, inverse, offsets, tiles, gate_up, down, gate_up_bias, down_bias)
-        out, pre = _experts(*tensors, activation, alpha, limit, layout, True, backend)
-        ctx.save_for_backward(*tensors, pre)
-        ctx.options, ctx.backend = (activation, alpha, limit, layout), backend
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:6])
-        results = _experts_backward(grads[0], *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
-        return *(result if needed else None for result, needed in zip(results, needs)), *(None,) * 9
+def _list_gradients(
+    saved: tuple[ExpertsList, Tensor], needs: Any, backend: str, grad: Tensor, _: None
+) -> dict[str, Any]:
+    wanted = [needs.hidden, needs.weights, any(needs.gate + needs.up), any(needs.down)]
+    found = _list_backward(ListBackward(grad, *saved, wanted), backend)._asdict()
+    if torch.compiler.is_compiling():
+        return found
+    # An expert without a token took no part: None, as of a loop over those that did. A graph has no such branch.
+    bounds = saved[0].offsets.tolist()
+    taken = [end > first for first, end in zip(bounds, bounds[1:])]
+    lists = {name: [g if part else None for g, part in zip(found[name], taken)] for name in ("gate", "up", "down")}
+    return found | lists
 
 
-def _check_tokens(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+_differentiable = differentiable(_experts, lambda a, output: (a, output.pre), _gradients, keep=True)
+_differentiable_list = differentiable(_list, lambda a, output: (a, output.pre), _list_gradients, keep=True)
+
+
+def _check_tokens(hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
     check_shape("hidden", hidden, ("S", "H"))
     check_dtype("hidden", hidden, FLOATS)
     check_shape("ids", ids, (hidden.shape[0], "k"))
@@ -253,11 +198,11 @@ def _check_tokens(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 
 
 def _check_weights(
-    hidden: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
     layout: str,
 ) -> int:
     """The number of experts."""
@@ -284,19 +229,19 @@ def _check_weights(
 
 
 def moe_experts(
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
     activation: str,
     alpha: float,
     limit: float,
     layout: str,
     backend: str,
-) -> torch.Tensor:
+) -> Tensor:
     _check_tokens(hidden, ids, weights)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
@@ -308,24 +253,35 @@ def moe_experts(
         gate_up_bias, down_bias = (b if b is None else b.to(dtype) for b in (gate_up_bias, down_bias))
     experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, layout)
     tile = tile_rows(ids.numel(), experts)
-    permutation, inverse, _, offsets, tiles = routing.moe_dispatch(ids, experts, tile, backend)
-    options = (activation, float(alpha), float(limit), layout)
-    differentiable = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return _Experts.apply(*differentiable, permutation, inverse, offsets, tiles, *options, backend)
-    tensors = (hidden, weights, permutation, inverse, offsets, tiles, gate_up, down, gate_up_bias, down_bias)
-    return _experts(*tensors, *options, False, backend)[0]
+    permutation, inverse, _, offsets, tiles = moe_dispatch(Sorting(ids, experts, tile), backend)
+    a = Experts(
+        hidden,
+        weights,
+        permutation,
+        inverse,
+        offsets,
+        tiles,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        activation,
+        float(alpha),
+        float(limit),
+        layout,
+    )
+    return _differentiable(a, backend).out
 
 
 def moe_experts_list(
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate: Sequence[torch.Tensor],
-    up: Sequence[torch.Tensor],
-    down: Sequence[torch.Tensor],
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
     backend: str,
-) -> torch.Tensor:
+) -> Tensor:
     _check_tokens(hidden, ids, weights)
     gate, up, down = list(gate), list(up), list(down)
     if not gate or not len(gate) == len(up) == len(down):
@@ -342,8 +298,6 @@ def moe_experts_list(
             if tensor.shape != shape or tensor.dtype != hidden.dtype or tensor.device != hidden.device:
                 check_shape(f"{name}[{e}]", tensor, shape)
                 check_same(f"{name}[{e}]", tensor, "hidden", hidden)
-    permutation, inverse, _, offsets, _ = routing.moe_dispatch(ids, len(gate), 0, backend)
-    matrices = (*gate, *up, *down)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weights, *matrices)):
-        return _ExpertsList.apply(hidden, weights, permutation, inverse, offsets, backend, *matrices)
-    return _list(hidden, weights, permutation, inverse, offsets, gate, up, down, False, backend)[0]
+    permutation, inverse, _, offsets, _ = moe_dispatch(Sorting(ids, len(gate), 0), backend)
+    a = ExpertsList(hidden, weights, permutation, inverse, offsets, gate, up, down)
+    return _differentiable_list(a, backend).out

@@ -15,16 +15,17 @@ sits in one thread, and one GEMM serves both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
 from .._tf32 import rounded_to_tf32
-from .op import tile_rows
+from .op import Experts, ExpertsBackward, Gradients, Output, empty_gradients, empty_output, tile_rows
 
 
 @triton.jit
@@ -567,100 +568,67 @@ def _plan(slots: int, experts: int) -> tuple[int, int, int]:
     return rows, (slots + (rows - 1) * some) // rows, max(some, slots // rows)
 
 
+def _contiguous(a: Experts) -> tuple[Any, ...]:
+    tensors = (a.hidden, a.weights, a.gate_up, a.down, a.gate_up_bias, a.down_bias)
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
 def _grid(num_tiles: int, columns: int, config: dict) -> tuple[int]:
     return (triton.cdiv(num_tiles, config["GROUP"]) * config["GROUP"] * triton.cdiv(columns, config["BN"]),)
 
 
-def moe_experts(
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    permutation: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    tiles: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    concatenated = layout == "concatenated"
-    E, H, I = gate_up.shape[0], hidden.shape[1], down.shape[2 if concatenated else 1]
-    S, K = weights.shape
-    out, pre = hidden.new_empty(S, H), hidden.new_empty(S * K if keep else 0, 2 * I)
+def moe_experts(a: Experts) -> Output:
+    concatenated = not a.interleaved
+    E, H, I = a.gate_up.shape[0], a.hidden.shape[1], a.inner
+    S, K = a.weights.shape
+    result = empty_output(a)
     if S * K == 0:
-        return out.zero_(), pre
-    hidden, weights, gate_up, down = hidden.contiguous(), weights.contiguous(), gate_up.contiguous(), down.contiguous()
-    gate_up_bias, down_bias = (b if b is None else b.contiguous() for b in (gate_up_bias, down_bias))
+        result.out.zero_()
+        return result
+    hidden, weights, gate_up, down, gate_up_bias, down_bias = _contiguous(a)
     target, size = capability(hidden), hidden.element_size()
     rows, num_tiles, busy = _plan(S * K, E)
     common = flags(size, target) | dict(E=E, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
     config = gemm_config(rows, busy, I, H, size, target, pairs=True)
     moe_gate_up_kernel[_grid(num_tiles, I, config)](
-        hidden, gate_up, gate_up_bias, act, pre if keep else None, permutation, offsets, tiles, num_tiles, H=H, I=I,
-        TOP_K=K, CONCATENATED=concatenated, GPT_OSS=activation == "gpt_oss", ALPHA=alpha, LIMIT=limit, **config,
-        **common,
+        hidden, gate_up, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets, a.tiles,
+        num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss", ALPHA=a.alpha,
+        LIMIT=a.limit, **config, **common,
     )  # fmt: skip
     y = hidden.new_empty(S * K, H)
     config = gemm_config(rows, busy, H, I, size, target)
     moe_rows_kernel[_grid(num_tiles, H, config)](
-        act, down, down_bias, y, offsets, tiles, num_tiles, K=I, N=H, STEP_K=1 if concatenated else H,
+        act, down, down_bias, y, a.offsets, a.tiles, num_tiles, K=I, N=H, STEP_K=1 if concatenated else H,
         STEP_N=I if concatenated else 1, **config, **common,
     )  # fmt: skip
     config = combine_config(S, H)
     moe_combine_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
-        y, weights, inverse, offsets, out, S, E=E, H=H, TOP_K=K, **config
+        y, weights, a.inverse, a.offsets, result.out, S, E=E, H=H, TOP_K=K, **config
     )
-    return out, pre
+    return result
 
 
-def moe_experts_backward(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    weights: torch.Tensor,
-    permutation: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    tiles: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    pre: torch.Tensor,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, ...]:
-    concatenated = layout == "concatenated"
-    E, H, I = gate_up.shape[0], hidden.shape[1], down.shape[2 if concatenated else 1]
-    S, K = weights.shape
-    inputs = (hidden, weights, gate_up, down, gate_up_bias, down_bias)
-    results = tuple(
-        torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        if needed and value is not None
-        else hidden.new_empty(0)
-        for value, needed in zip(inputs, needs)
-    )
+def moe_experts_backward(b: ExpertsBackward) -> Gradients:
+    a, pre, needs = b.forward, b.pre, b.need
+    concatenated = not a.interleaved
+    E, H, I = a.gate_up.shape[0], a.hidden.shape[1], a.inner
+    S, K = a.weights.shape
+    result = empty_gradients(b)
     if S * K == 0:
-        for result in results:
-            result.zero_()
-        return results
-    grad_hidden, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = results
-    grad, hidden, weights = grad.contiguous(), hidden.contiguous(), weights.contiguous()
-    gate_up, down = gate_up.contiguous(), down.contiguous()
-    down_bias = None if down_bias is None else down_bias.contiguous()
+        for gradient in result:
+            gradient.zero_()
+        return result
+    grad, (hidden, weights, gate_up, down, _, down_bias) = b.grad.contiguous(), _contiguous(a)
     target, size = capability(hidden), hidden.element_size()
     rows, num_tiles, busy = _plan(S * K, E)
     common = flags(size, target)
     gemm = common | dict(E=E, TALL=target >= 90)
-    need_up, need_down = needs[2] or needs[4], needs[3] or needs[5]
+
+    def wanted(name: str) -> Tensor | None:
+        return getattr(result, name) if getattr(needs, name) else None
+
+    need_up, need_down = needs.gate_up or needs.gate_up_bias, needs.down or needs.down_bias
 
     config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True)
     if target == 120 and common["PRECISION"] == "tf32":
@@ -668,35 +636,34 @@ def moe_experts_backward(
     column_tiles = triton.cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None
-    direct = column_tiles == 1 and needs[1]
-    partial = grad_weights if direct else weights.new_empty(column_tiles, S * K, dtype=torch.float32)
+    direct = column_tiles == 1 and needs.weights
+    partial = result.weights if direct else weights.new_empty(column_tiles, S * K, dtype=torch.float32)
     moe_down_backward_kernel[_grid(num_tiles, I, config)](
-        grad, down, down_bias, weights, pre, weighted, grad_pre, partial, permutation, offsets, tiles, S * K, num_tiles,
-        H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=activation == "gpt_oss", ALPHA=alpha, LIMIT=limit,
-        **config, **gemm,
+        grad, down, down_bias, weights, pre, weighted, grad_pre, partial, a.permutation, a.offsets, a.tiles, S * K,
+        num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss", ALPHA=a.alpha,
+        LIMIT=a.limit, **config, **gemm,
     )  # fmt: skip
     if need_up or need_down:
         config = weight_grad_config(S * K, E, size, target)
         up = triton.cdiv(2 * I, config["BP"]) * triton.cdiv(H, config["BG"]) if need_up else 0
         both = up + (triton.cdiv(I, config["BP"]) * triton.cdiv(H, config["BG"]) if need_down else 0)
         moe_weight_grad_kernel[(both, E)](
-            grad_pre, hidden, grad_gate_up if needs[2] else None, grad_gate_up_bias if needs[4] else None,
-            weighted, grad, grad_down if needs[3] else None, grad_down_bias if needs[5] else None,
-            weights, permutation, offsets,
+            grad_pre, hidden, wanted("gate_up"), wanted("gate_up_bias"), weighted, grad, wanted("down"),
+            wanted("down_bias"), weights, a.permutation, a.offsets,
             H=H, I=I, TOP_K=K, CONCATENATED=concatenated, NUM_UP=up, **config, **common,
         )  # fmt: skip
-    if needs[0] or needs[1]:
+    if needs.hidden or needs.weights:
         expanded = None
-        if needs[0]:
+        if needs.hidden:
             expanded = hidden.new_empty(S * K, H)
             config = gemm_config(rows, busy, H, 2 * I, size, target)
             moe_rows_kernel[_grid(num_tiles, H, config)](
-                grad_pre, gate_up, None, expanded, offsets, tiles, num_tiles, K=2 * I, N=H,
+                grad_pre, gate_up, None, expanded, a.offsets, a.tiles, num_tiles, K=2 * I, N=H,
                 STEP_K=H if concatenated else 1, STEP_N=1 if concatenated else 2 * I, **config, **gemm,
             )  # fmt: skip
         config = combine_config(S, H)
         moe_combine_backward_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
-            expanded, inverse, offsets, grad_hidden, partial, grad_weights if needs[1] else None, S, E=E, H=H, TOP_K=K,
+            expanded, a.inverse, a.offsets, result.hidden, partial, wanted("weights"), S, E=E, H=H, TOP_K=K,
             NUM_PARTIAL=0 if direct else column_tiles, **config,
         )  # fmt: skip
-    return results
+    return result

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+from torch import Tensor
 
 from . import op
+from .op import Dispatch
 
 __all__ = ["Dispatch", "moe_dispatch", "moe_routing"]
 
 
-class Dispatch(NamedTuple):
-    """The S * k slots (token t, choice j is slot t * k + j) sorted by expert.
-
-    Attributes:
-        permutation: [S * k] int32, the slot at each sorted row. Rows of one expert follow each other in the order of
-            their slots; slots without an expert come last.
-        inverse: [S * k] int32, the sorted row of each slot.
-        counts: [E] int32, rows of each expert.
-        offsets: [E + 1] int32, expert e has the sorted rows offsets[e] to offsets[e + 1].
-        tiles: [S * k // tile + E, 2] int32, (expert, first sorted row) of every tile of `tile` rows, in order; the
-            unused tail has expert E. [0, 2] without `tile`.
-    """
-
-    permutation: torch.Tensor
-    inverse: torch.Tensor
-    counts: torch.Tensor
-    offsets: torch.Tensor
-    tiles: torch.Tensor
-
-
 def moe_routing(
-    logits: torch.Tensor,
+    logits: Tensor,
     top_k: int,
     *,
     scoring: str = "softmax_then_topk",
     renormalize: bool = False,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str = "",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Pick k experts for every token, and their weights.
 
     * "softmax_then_topk" (Qwen3-MoE): softmax in float32 over all experts, the k largest, with `renormalize` divided
@@ -64,10 +43,10 @@ def moe_routing(
     Gradients flow from the weights to `logits` and `bias`. Deterministic. Does not read from the device.
     Source: transformers `Qwen3MoeTopKRouter` and `GptOssTopKRouter`.
     """
-    return op.moe_routing(logits, top_k, scoring, renormalize, bias, backend)
+    return op.moe_routing(op.Routing(logits, bias, top_k, scoring, renormalize), backend)
 
 
-def moe_dispatch(ids: torch.Tensor, num_experts: int, *, tile: int = 0, backend: str = "") -> Dispatch:
+def moe_dispatch(ids: Tensor, num_experts: int, *, tile: int = 0, backend: str = "") -> Dispatch:
     """Sort the (token, choice) slots by expert, stably.
 
     Args:
@@ -85,4 +64,4 @@ def moe_dispatch(ids: torch.Tensor, num_experts: int, *, tile: int = 0, backend:
 
     Deterministic. Does not read from the device.
     """
-    return Dispatch(*op.moe_dispatch(ids, num_experts, tile, backend))
+    return op.moe_dispatch(op.Sorting(ids, num_experts, tile), backend)

@@ -2,134 +2,160 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
-from ..._library import Op
+from ..._library import Op, differentiable
 
 SCORINGS = ("softmax_then_topk", "topk_then_softmax")
 
 
-def _too_large(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *rest: Any) -> str | None:
-    if logits.shape[1] > 512 or top_k > 32:
-        return f"a warp holds 512 experts and 32 choices, not {logits.shape[1]} and {top_k}"
+class Routing(NamedTuple):
+    logits: Tensor
+    bias: Tensor | None
+    top_k: int
+    scoring: str
+    renormalize: bool
+
+
+class Routed(NamedTuple):
+    ids: Tensor
+    weights: Tensor
+
+
+class RoutingBackward(NamedTuple):
+    grad: Tensor
+    logits: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    scoring: str
+    renormalize: bool
+
+
+class Sorting(NamedTuple):
+    ids: Tensor
+    num_experts: int
+    tile: int
+
+
+class Dispatch(NamedTuple):
+    """The S * k slots (token t, choice j is slot t * k + j) sorted by expert.
+
+    Attributes:
+        permutation: [S * k] int32, the slot at each sorted row. Rows of one expert follow each other in the order of
+            their slots; slots without an expert come last.
+        inverse: [S * k] int32, the sorted row of each slot.
+        counts: [E] int32, rows of each expert.
+        offsets: [E + 1] int32, expert e has the sorted rows offsets[e] to offsets[e + 1].
+        tiles: [S * k // tile + E, 2] int32, (expert, first sorted row) of every tile of `tile` rows, in order; the
+            unused tail has expert E. [0, 2] without `tile`.
+    """
+
+    permutation: Tensor
+    inverse: Tensor
+    counts: Tensor
+    offsets: Tensor
+    tiles: Tensor
+
+
+def empty_dispatch(a: Sorting) -> Dispatch:
+    """The results of `moe_dispatch`, to be written."""
+    slots = a.ids.shape[0] * a.ids.shape[1]
+    tiles = slots // a.tile + a.num_experts if a.tile else 0
+    sizes = ((slots,), (slots,), (a.num_experts,), (a.num_experts + 1,), (tiles, 2))
+    return Dispatch(*(a.ids.new_empty(size, dtype=torch.int32) for size in sizes))
+
+
+def empty_routed(a: Routing) -> Routed:
+    """The results of `moe_routing`, to be written."""
+    shape = a.logits.shape[0], a.top_k
+    return Routed(a.logits.new_empty(shape, dtype=torch.int64), a.logits.new_empty(shape))
+
+
+def _too_large(a: Routing | RoutingBackward) -> str | None:
+    top_k = a.top_k if isinstance(a, Routing) else a.ids.shape[1]
+    if a.logits.shape[1] > 512 or top_k > 32:
+        return f"a warp holds 512 experts and 32 choices, not {a.logits.shape[1]} and {top_k}"
     return None
 
 
-def _too_large_backward(
-    grad: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, *rest: Any
-) -> str | None:
-    return _too_large(logits, bias, ids.shape[1])
-
-
-def _too_many(ids: torch.Tensor, num_experts: int, tile: int) -> str | None:
+def _too_many(a: Sorting) -> str | None:
     # 44 bytes of shared memory for an expert, beside 24 KB of ids.
-    return f"a block counts 512 experts, not {num_experts}" if num_experts > 512 else None
+    return f"a block counts 512 experts, not {a.num_experts}" if a.num_experts > 512 else None
 
 
-def _fake_dispatch(ids: torch.Tensor, num_experts: int, tile: int, backend: str) -> tuple[torch.Tensor, ...]:
-    slots = ids.shape[0] * ids.shape[1]
-    sizes = ((slots,), (slots,), (num_experts,), (num_experts + 1,), (slots // tile + num_experts if tile else 0, 2))
-    return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
-
-
-_routing = Op(
-    "moe_routing(Tensor logits, Tensor? bias, int top_k, str scoring, bool renormalize, str backend)"
-    " -> (Tensor ids, Tensor weights)",
-    package=__package__,
-    key="logits",
-    implementations=(
-        Implementation("native", "native:moe_routing", ("cpu",), KERNEL_DTYPES),
-        Implementation("cuda", "cuda:moe_routing", ("cuda",), KERNEL_DTYPES, _too_large),
-        Implementation("triton", "triton:moe_routing", ("cuda", "hip"), KERNEL_DTYPES),
-        Implementation("reference", "reference:moe_routing"),
-    ),
-    fake=lambda logits, bias, top_k, scoring, renormalize, backend: (
-        logits.new_empty(logits.shape[0], top_k, dtype=torch.int64),
-        logits.new_empty(logits.shape[0], top_k),
-    ),
+_BACKENDS = (
+    Implementation("native", KERNEL_DTYPES),
+    Implementation("cuda", KERNEL_DTYPES, _too_large),
+    Implementation("triton", KERNEL_DTYPES),
+    Implementation("reference"),
 )
 
+_routing = Op("moe_routing", Routing, Routed, key="logits", implementations=_BACKENDS, fake=empty_routed)
+
 _routing_backward = Op(
-    "moe_routing_backward(Tensor grad, Tensor logits, Tensor? bias, Tensor ids, str scoring, bool renormalize,"
-    " str backend) -> Tensor",
-    package=__package__,
+    "moe_routing_backward",
+    RoutingBackward,
+    Tensor,
     key="logits",
-    implementations=(
-        Implementation("native", "native:moe_routing_backward", ("cpu",), KERNEL_DTYPES),
-        Implementation("cuda", "cuda:moe_routing_backward", ("cuda",), KERNEL_DTYPES, _too_large_backward),
-        Implementation("triton", "triton:moe_routing_backward", ("cuda", "hip"), KERNEL_DTYPES),
-        Implementation("reference", "reference:moe_routing_backward"),
-    ),
-    fake=lambda grad, logits, bias, ids, scoring, renormalize, backend: logits.new_empty(logits.shape),
+    implementations=_BACKENDS,
+    fake=lambda a: a.logits.new_empty(a.logits.shape),
 )
 
 _dispatch = Op(
-    "moe_dispatch(Tensor ids, int num_experts, int tile, str backend)"
-    " -> (Tensor permutation, Tensor inverse, Tensor counts, Tensor offsets, Tensor tiles)",
-    package=__package__,
+    "moe_dispatch",
+    Sorting,
+    Dispatch,
     key="ids",
     implementations=(
-        Implementation("native", "native:moe_dispatch", ("cpu",), ("int64", "int32")),
-        Implementation("cuda", "cuda:moe_dispatch", ("cuda",), unless=_too_many),
-        Implementation("triton", "triton:moe_dispatch", ("cuda", "hip")),
-        Implementation("reference", "reference:moe_dispatch"),
+        Implementation("native", ("int64", "int32")),
+        Implementation("cuda", unless=_too_many),
+        Implementation("triton"),
+        Implementation("reference"),
     ),
-    fake=_fake_dispatch,
+    fake=empty_dispatch,
 )
 
 
-class _Routing(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        bias: torch.Tensor | None,
-        top_k: int,
-        scoring: str,
-        renormalize: bool,
-        backend: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, weights = _routing(logits, bias, top_k, scoring, renormalize, backend)
-        ctx.save_for_backward(logits, bias, ids)
-        ctx.options = scoring, renormalize, backend
-        ctx.mark_non_differentiable(ids)
-        return ids, weights
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, bias, ids = ctx.saved_tensors
-        grad = _routing_backward(grads[1], logits, bias, ids, *ctx.options)
-        return grad, grad.sum(0) if ctx.needs_input_grad[1] else None, None, None, None, None
+def _save(a: Routing, routed: Routed) -> RoutingBackward:
+    return RoutingBackward(routed.weights, a.logits, a.bias, routed.ids, a.scoring, a.renormalize)
 
 
-def moe_routing(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, bias: torch.Tensor | None, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_shape("logits", logits, ("S", "E"))
-    check_dtype("logits", logits, FLOATS)
-    if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k: got {top_k}, expected 1 to the number of experts, {logits.shape[1]}")
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring: got {scoring!r}, expected one of {', '.join(SCORINGS)}")
-    if renormalize and scoring != "softmax_then_topk":
-        raise ValueError(f"renormalize: got True with scoring {scoring!r}, expected 'softmax_then_topk'")
-    if bias is not None:
-        check_shape("bias", bias, (logits.shape[1],))
-        check_same("bias", bias, "logits", logits)
-    return _Routing.apply(logits, bias, top_k, scoring, renormalize, backend)
+def _gradients(b: RoutingBackward, needs: Any, backend: str, _: None, grad: Tensor) -> dict[str, Tensor | None]:
+    logits = _routing_backward(b._replace(grad=grad), backend)
+    return {"logits": logits, "bias": logits.sum(0) if needs.bias else None}
 
 
-def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int, backend: str) -> tuple[torch.Tensor, ...]:
-    check_shape("ids", ids, ("S", "k"))
-    check_dtype("ids", ids, (torch.int64, torch.int32))
-    if num_experts < 1:
-        raise ValueError(f"num_experts: got {num_experts}, expected at least 1")
-    if tile < 0:
-        raise ValueError(f"tile: got {tile}, expected 0 or the rows of a tile")
-    if ids.shape[0] * ids.shape[1] >= 2**31:
-        raise ValueError(f"ids: got {list(ids.shape)}, expected fewer than 2^31 slots")
-    return _dispatch(ids, num_experts, tile, backend)
+_differentiable = differentiable(_routing, _save, _gradients)
+
+
+def moe_routing(a: Routing, backend: str) -> Routed:
+    check_shape("logits", a.logits, ("S", "E"))
+    check_dtype("logits", a.logits, FLOATS)
+    experts = a.logits.shape[1]
+    if not 1 <= a.top_k <= experts:
+        raise ValueError(f"top_k: got {a.top_k}, expected 1 to the number of experts, {experts}")
+    if a.scoring not in SCORINGS:
+        raise ValueError(f"scoring: got {a.scoring!r}, expected one of {', '.join(SCORINGS)}")
+    if a.renormalize and a.scoring != "softmax_then_topk":
+        raise ValueError(f"renormalize: got True with scoring {a.scoring!r}, expected 'softmax_then_topk'")
+    if a.bias is not None:
+        check_shape("bias", a.bias, (experts,))
+        check_same("bias", a.bias, "logits", a.logits)
+    return _differentiable(a, backend)
+
+
+def moe_dispatch(a: Sorting, backend: str) -> Dispatch:
+    check_shape("ids", a.ids, ("S", "k"))
+    check_dtype("ids", a.ids, (torch.int64, torch.int32))
+    if a.num_experts < 1:
+        raise ValueError(f"num_experts: got {a.num_experts}, expected at least 1")
+    if a.tile < 0:
+        raise ValueError(f"tile: got {a.tile}, expected 0 or the rows of a tile")
+    if a.ids.shape[0] * a.ids.shape[1] >= 2**31:
+        raise ValueError(f"ids: got {list(a.ids.shape)}, expected fewer than 2^31 slots")
+    return _dispatch(a, backend)

@@ -3,64 +3,57 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from .op import Dispatch, Routed, Routing, RoutingBackward, Sorting
 
 
-def _scores(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if bias is not None:
-        logits = logits + bias
+def _scores(a: Routing | RoutingBackward) -> Tensor:
+    logits = a.logits if a.bias is None else a.logits + a.bias
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def moe_routing(
-    logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring: str, renormalize: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = _scores(logits, bias)
-    if scoring == "softmax_then_topk":
+def moe_routing(a: Routing) -> Routed:
+    scores = _scores(a)
+    if a.scoring == "softmax_then_topk":
         scores = scores.softmax(-1)
     values, order = scores.sort(dim=-1, descending=True, stable=True)
-    values, ids = values[:, :top_k], order[:, :top_k].contiguous()
-    if scoring == "topk_then_softmax":
+    values, ids = values[:, : a.top_k], order[:, : a.top_k].contiguous()
+    if a.scoring == "topk_then_softmax":
         values = values.softmax(-1)
-    elif renormalize:
+    elif a.renormalize:
         values = values / values.sum(-1, keepdim=True)
-    return ids, values.to(logits.dtype).contiguous()
+    return Routed(ids, values.to(a.logits.dtype).contiguous())
 
 
-def moe_routing_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    ids: torch.Tensor,
-    scoring: str,
-    renormalize: bool,
-) -> torch.Tensor:
+def moe_routing_backward(a: RoutingBackward) -> Tensor:
     """Gradient of the logits [S, E]. A renormalised softmax is the softmax over the picked logits."""
-    scores = _scores(logits, bias)
-    grad = grad.to(scores.dtype)
-    if scoring == "softmax_then_topk" and not renormalize:
+    scores = _scores(a)
+    grad = a.grad.to(scores.dtype)
+    if a.scoring == "softmax_then_topk" and not a.renormalize:
         probabilities = scores.softmax(-1)
-        picked = grad * probabilities.gather(1, ids)
+        picked = grad * probabilities.gather(1, a.ids)
         out = -probabilities * picked.sum(-1, keepdim=True)
-        return out.scatter_add_(1, ids, picked).to(logits.dtype)
-    weights = scores.gather(1, ids).softmax(-1)
+        return out.scatter_add_(1, a.ids, picked).to(a.logits.dtype)
+    weights = scores.gather(1, a.ids).softmax(-1)
     picked = weights * (grad - (grad * weights).sum(-1, keepdim=True))
-    return torch.zeros_like(scores).scatter_(1, ids, picked).to(logits.dtype)
+    return torch.zeros_like(scores).scatter_(1, a.ids, picked).to(a.logits.dtype)
 
 
-def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tensor, ...]:
-    flat = ids.reshape(-1).long()
-    flat = torch.where((flat < 0) | (flat > num_experts), num_experts, flat)
+def moe_dispatch(a: Sorting) -> Dispatch:
+    flat, experts, tile = a.ids.reshape(-1).long(), a.num_experts, a.tile
+    flat = torch.where((flat < 0) | (flat > experts), experts, flat)
     permutation = flat.argsort(stable=True)
     rows = torch.arange(flat.shape[0], device=flat.device)
     inverse = torch.empty_like(permutation).scatter_(0, permutation, rows)
-    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+    counts = flat.new_zeros(experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:experts]
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     tiles = flat.new_empty(0, 2)
     if tile:
         ends = ((counts + tile - 1) // tile).cumsum(0)
-        index = torch.arange(flat.shape[0] // tile + num_experts, device=flat.device)
+        index = torch.arange(flat.shape[0] // tile + experts, device=flat.device)
         expert = torch.searchsorted(ends, index, right=True)
         starts = torch.nn.functional.pad(ends, (1, 0))
-        first = torch.where(expert < num_experts, offsets[expert] + (index - starts[expert]) * tile, offsets[-1])
+        first = torch.where(expert < experts, offsets[expert] + (index - starts[expert]) * tile, offsets[-1])
         tiles = torch.stack([expert, first], 1)
-    return tuple(t.int() for t in (permutation, inverse, counts, offsets, tiles))
+    return Dispatch(*(t.int() for t in (permutation, inverse, counts, offsets, tiles)))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .op import Dispatch, Routed, Routing, RoutingBackward, Sorting, empty_dispatch, empty_routed
 
 SLOTS = 4096  # of one dispatch program, at most
 
@@ -166,69 +169,57 @@ def moe_dispatch_place_kernel(
             tl.store(tiles + tl.join(2 * t, 2 * t + 1), both, mask=tl.join(t < num_tiles, t < num_tiles))
 
 
-def moe_routing(
-    logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring: str, renormalize: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    S, E = logits.shape
-    ids = logits.new_empty(S, top_k, dtype=torch.int64)
-    weights = logits.new_empty(S, top_k)
-    bias = None if bias is None else bias.contiguous()
+def moe_routing(a: Routing) -> Routed:
+    S, E = a.logits.shape
+    result = empty_routed(a)
+    bias = None if a.bias is None else a.bias.contiguous()
     if S:
         width = max(16, triton.next_power_of_2(E))
         rows = max(1, 512 // width)
         moe_routing_kernel[(triton.cdiv(S, rows),)](
-            logits.contiguous(), bias, ids, weights, S, E=E, TOP_K=top_k, TOPK_FIRST=scoring == "topk_then_softmax",
-            RENORMALIZE=renormalize, K_POW2=triton.next_power_of_2(top_k), E_POW2=width, BS=rows, num_warps=4,
+            a.logits.contiguous(), bias, *result, S, E=E, TOP_K=a.top_k, TOPK_FIRST=a.scoring == "topk_then_softmax",
+            RENORMALIZE=a.renormalize, K_POW2=triton.next_power_of_2(a.top_k), E_POW2=width, BS=rows, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return ids, weights
+    return result
 
 
-def moe_routing_backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    ids: torch.Tensor,
-    scoring: str,
-    renormalize: bool,
-) -> torch.Tensor:
-    S, E = logits.shape
-    out = torch.empty(S, E, dtype=logits.dtype, device=logits.device)
-    bias = None if bias is None else bias.contiguous()
+def moe_routing_backward(a: RoutingBackward) -> Tensor:
+    S, E = a.logits.shape
+    top_k = a.ids.shape[1]
+    out = a.logits.new_empty(S, E)
+    bias = None if a.bias is None else a.bias.contiguous()
     if S:
         width = max(16, triton.next_power_of_2(E))
-        choices = triton.next_power_of_2(ids.shape[1])
+        choices = triton.next_power_of_2(top_k)
         rows = max(1, 512 // width, 128 // choices)  # choices for every thread, so that none is loaded twice
         moe_routing_backward_kernel[(triton.cdiv(S, rows),)](
-            grad.contiguous(), logits.contiguous(), bias, ids.contiguous(), out, S, E=E, TOP_K=ids.shape[1],
-            OVER_ALL=scoring == "softmax_then_topk" and not renormalize, K_POW2=choices,
+            a.grad.contiguous(), a.logits.contiguous(), bias, a.ids.contiguous(), out, S, E=E, TOP_K=top_k,
+            OVER_ALL=a.scoring == "softmax_then_topk" and not a.renormalize, K_POW2=choices,
             E_POW2=width, BS=rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
-def moe_dispatch(ids: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tensor, ...]:
-    S, top_k = ids.shape
-    slots = S * top_k
-    num_tiles = slots // tile + num_experts if tile else 0
-    sizes = ((slots,), (slots,), (num_experts,), (num_experts + 1,), (num_tiles, 2))
-    permutation, inverse, counts, offsets, tiles = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
-    ids = ids.contiguous()
+def moe_dispatch(a: Sorting) -> Dispatch:
+    S, top_k = a.ids.shape
+    result = empty_dispatch(a)
+    ids, slots = a.ids.contiguous(), S * top_k
     block = min(SLOTS, max(128, triton.next_power_of_2(slots)))
     blocks = max(1, triton.cdiv(slots, block))
-    width = triton.next_power_of_2(num_experts + 1)
-    row = (num_experts + 8) // 8 * 8  # whole sectors
+    width = triton.next_power_of_2(a.num_experts + 1)
+    row = (a.num_experts + 8) // 8 * 8  # whole sectors
     common = dict(
-        TOP_K=top_k, E=num_experts, E_POW2=width, ROW=row, BLOCK=block, num_warps=max(4, min(8, block // 128)),
+        TOP_K=top_k, E=a.num_experts, E_POW2=width, ROW=row, BLOCK=block, num_warps=max(4, min(8, block // 128)),
         enable_fp_fusion=True,
     )  # fmt: skip
     block_counts = None
     if blocks > 1:
-        block_counts = permutation.new_empty(blocks, row)
+        block_counts = ids.new_empty(blocks, row, dtype=torch.int32)
         moe_dispatch_count_kernel[(blocks,)](ids, block_counts, S, **common)
     # On AMD the masks of two sorts do not fit into scalar registers.
     moe_dispatch_place_kernel[(blocks,)](
-        ids, block_counts, permutation, inverse, counts, offsets, tiles, S, num_tiles, TILE=tile,
+        ids, block_counts, *result, S, result.tiles.shape[0], TILE=a.tile,
         TILES=max(4, 4096 // width), SORT_BACK=torch.version.hip is None, **common,
     )  # fmt: skip
-    return permutation, inverse, counts, offsets, tiles
+    return result

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, describe
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 
 # Width of a row that a GPU program holds in registers.
 MAX_GPU_WIDTH = 16384

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 
 _PARAMETERS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] weights, Tensor[] biases"
 _GEOMETRY = "int merge, int height, int width, int skip, bool transposed, float eps, Tensor? tiles"

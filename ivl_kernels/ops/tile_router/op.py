@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
-from ..._dispatch import BackendError, Implementation
-from ..._library import Op
+from ..._dispatch import BackendError
+from ..._positional import Implementation, Op
 from . import reference
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
-from ..._dispatch import Implementation
-from ..._library import Op
+from ..._positional import Implementation, Op
 from .packed import PADDINGS, STATUS, PackedTokens, Pieces
 
 _place_rows = Op(
