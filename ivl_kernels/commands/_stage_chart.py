@@ -45,7 +45,7 @@ def drawn(stages: Sequence[Stage], compiled: Mapping[str, float], title: str, pa
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.18)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(frameon=False, loc="upper right", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True

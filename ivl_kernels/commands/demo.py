@@ -51,11 +51,8 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"--out {args.out}: {error.strerror}") from None
 
-    bar = tqdm(
-        total=9 + bool(args.compare) + 2 * args.rounds,
-        bar_format="{desc:<28} {bar} {n_fmt}/{total_fmt} {elapsed}",
-        leave=False,
-    )
+    steps = 9 + bool(args.compare) + 2 * args.rounds
+    bar = tqdm(total=steps, bar_format="{desc:<28} {bar} {n_fmt}/{total_fmt} {elapsed}", leave=False)
 
     def step(text: str) -> None:
         bar.set_description_str(text)
