@@ -137,6 +137,24 @@ def test_only_what_is_needed(kind):
 
 
 @pytest.mark.parametrize("kind", NAMES)
+def test_what_is_kept(kind):
+    """Nothing but the activation's input when the weights are frozen."""
+    values = operands(kind, 30, 16, 24, 8, torch.float32)
+
+    def kept(*trained):
+        seen = {}
+        leaves = {n: v.clone().requires_grad_(n in trained) for n, v in values.items()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
+            ours(leaves)
+        weights = {leaves[n].data_ptr() for n in leaves if n != "x"}
+        return sorted(tuple(t.shape) for pointer, t in seen.items() if pointer not in weights)
+
+    pre = (30, 24 if kind == "gelu" else 48)
+    assert kept("x") == [pre] and kept("x", "down") == [pre]
+    assert kept("x", "up") == sorted([pre, (30, 16)])
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_gradcheck_opcheck_and_compile(kind):
     values = operands(kind, 5, 6, 7, 4, torch.float64)
     names = list(values)

@@ -65,7 +65,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.backend = backend
         return _linear(x, weight, bias, backend)
 
@@ -73,7 +73,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        found = _linear_backward(grads[0], *ctx.saved_tensors, *needs, ctx.backend)
+        x, weight = ctx.saved_tensors
+        if x is None:  # only its shape counts then
+            x = weight.new_empty(1, 1).expand(grads[0].shape[0], weight.shape[1])
+        found = _linear_backward(grads[0], x, weight, *needs, ctx.backend)
         return *(value if need else None for value, need in zip(found, needs)), None
 
 

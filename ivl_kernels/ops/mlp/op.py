@@ -84,13 +84,20 @@ _mlp = Op("mlp", Mlp, MlpResult, key="x", implementations=_BACKENDS, fake=empty_
 _mlp_backward = Op("mlp_backward", MlpBackward, MlpGradients, key="x", implementations=_BACKENDS, fake=_fake_backward)
 
 
+def _save(a: Mlp, result: MlpResult) -> Any:
+    trained = a.up.requires_grad or a.gate is not None and a.gate.requires_grad
+    return a.x if trained else None, a.gate, a.up, a.down, result.pre
+
+
 def _gradients(saved: Any, needs: Any, backend: str, grad: Tensor, _: None) -> dict[str, Tensor]:
-    a, pre = saved
+    x, gate, up, down, pre = saved
+    if x is None:  # only its shape counts then
+        x = up.new_empty(1, 1).expand(grad.shape[0], up.shape[1])
     wanted = (needs.x, bool(needs.gate), needs.up, bool(needs.up_bias), needs.down, bool(needs.down_bias))
-    return _mlp_backward(MlpBackward(grad, a.x, a.gate, a.up, a.down, pre, *wanted), backend)._asdict()
+    return _mlp_backward(MlpBackward(grad, x, gate, up, down, pre, *wanted), backend)._asdict()
 
 
-_differentiable = differentiable(_mlp, lambda a, result: (a, result.pre), _gradients, keep=True)
+_differentiable = differentiable(_mlp, _save, _gradients, keep=True)
 
 
 def mlp(a: Mlp, backend: str) -> Tensor:
