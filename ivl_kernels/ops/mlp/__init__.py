@@ -35,7 +35,8 @@ def mlp(
         ValueError, TypeError: an argument does not fit; nothing has been computed then.
 
     Gradients flow to x, weights and biases, once (no double backward); only those needed are computed. Kept for them:
-    the weights, the input of the GELU and, for the gradient of `up`, x. Deterministic; on the CPU independent of the number of threads.
+    the weights, the input of the GELU and, for the gradient of `up`, x. Deterministic; on the CPU independent of the
+    number of threads.
     Source: `InternVLVisionMLP` of transformers, `InternMLP` of the checkpoints.
 
     Example:
