@@ -11,6 +11,9 @@ from .op import Mlp, MlpBackward, MlpGradients, MlpResult, empty_result
 
 def mlp(a: Mlp) -> MlpResult:
     result = empty_result(a)
+    if a.up.shape[0] == 0:  # a product of no depth
+        result.out.copy_(torch.zeros(1) if a.down_bias is None else a.down_bias)
+        return result
     weights = (None if t is None else t.contiguous() for t in (a.gate, a.up, a.up_bias, a.down, a.down_bias))
     x = a.x if a.x.stride(1) == 1 else a.x.contiguous()
     _native.op("mlp")(x, *weights, result.out, result.pre if a.keep else None)
