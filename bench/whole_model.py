@@ -23,14 +23,14 @@ import torch
 
 import ivl_kernels
 from bench.runner import environment
-from ivl_kernels.integrations._stages import DECODE, stage_memory, stage_times
+from ivl_kernels.integrations import _stages
+from ivl_kernels.integrations._stages import stage_times
 from ivl_kernels.testing import MODELS, tiny
 
 SHAPE = MODELS["InternVL3.5-1B"]
 VOCABULARY = 151_936
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # root mean square, relative
 FEATURES = {"flash": False}
-NEW = 8
 CPU = torch.device("cpu")
 
 Seconds = dict[str, list[float]]
@@ -79,6 +79,13 @@ def in_turns(model: Any, rounds: int, names: tuple[str, ...], run: Callable[[str
                 handle.undo()
 
 
+def peak(run: Callable[[], None]) -> float:
+    """Bytes by which the resident set grew at most."""
+    before = _stages._reset_peak(False)
+    run()
+    return _stages._peak(False) - before
+
+
 def compiled(model: Any) -> Any:
     """A copy of the plain model whose vision and language model are compiled."""
     twin = copy.deepcopy(model)
@@ -89,39 +96,36 @@ def compiled(model: Any) -> Any:
 
 @torch.no_grad()
 def prefill(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace) -> str:
-    batch, names = prompt(tiles, dtype), ("plain", "patched")
-    plain = model(**batch, logits_to_keep=1).logits
-    with ivl_kernels.patched(model, **FEATURES):
-        wrong = differs(model(**batch, logits_to_keep=1).logits, plain)
-    label = f"{tiles} tiles, {batch['input_ids'].shape[1]} tokens"
-    if wrong:
-        return f"| {label} | answers differ: {wrong} |"
+    """Pixels and prompt to the logits of the first token."""
+    batch = prompt(tiles, dtype)
+    names = ("plain", "patched", "compiled") if args.compile else ("plain", "patched")
     twin = compiled(model) if args.compile else None
     if twin is not None:
         twin(**batch, logits_to_keep=1, use_cache=False)
-        names += ("compiled",)
-    new = 1 if args.compile else NEW + 1
+    logits = {}
 
-    def run(name: str) -> dict[str, float]:
-        def generate() -> None:
-            if name == "compiled" or new == 1:
-                (twin if name == "compiled" else model)(**batch, logits_to_keep=1, use_cache=False)
-            else:
-                model.generate(**batch, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    def run(name: str) -> float:
+        subject = twin if name == "compiled" else model
 
-        return (stage_memory if args.memory else stage_times)(twin if name == "compiled" else model, generate, CPU)
+        def forward() -> None:
+            logits[name] = subject(**batch, logits_to_keep=1, use_cache=True).logits
 
-    first: Seconds = {name: [] for name in names}
-    after: Seconds = {name: [] for name in names}
-    for name, stages in in_turns(model, args.rounds, names, run):
-        decode = stages.pop(DECODE, 0.0)
-        first[name].append(max(stages.values()) if args.memory else sum(stages.values()))
-        after[name].append(decode / NEW)
+        if args.memory:
+            return peak(forward)
+        stages = stage_times(subject, forward, CPU)
         print(f"<!-- {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in stages.items()) + " -->", flush=True)
+        return sum(stages.values())
+
+    found: Seconds = {name: [] for name in names}
+    for name, value in in_turns(model, args.rounds, names, run):
+        found[name].append(value)
+    label = f"{tiles} tiles, {batch['input_ids'].shape[1]} tokens"
+    wrong = differs(logits["patched"], logits["plain"])
+    if wrong:
+        return f"| {label} | answers differ: {wrong} |"
     if args.memory:
-        return row(f"peak memory, {label}", first, " MB", 2**-20)
-    lines = [row(f"first token, {label}", first, " s", 1.0)]
-    return "\n".join([*lines, row(f"next token, {label}", after, " ms", 1e3)] if new > 1 else lines)
+        return row(f"peak memory, {label}", found, " MB", 2**-20)
+    return row(f"first token, {label}", found, " s", 1.0)
 
 
 @torch.no_grad()
@@ -134,7 +138,7 @@ def decode(model: Any, past: int, dtype: torch.dtype, args: argparse.Namespace) 
     ids = torch.randint(1, 280, (steps, 1, 1))
     twin = compiled(model) if args.compile else None
 
-    def run(name: str, steps: int = steps) -> tuple[float, torch.Tensor]:
+    def run(name: str) -> tuple[float, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         cache = DynamicCache(config=model.config.text_config)
         for layer in range(SHAPE.layers):
@@ -142,21 +146,21 @@ def decode(model: Any, past: int, dtype: torch.dtype, args: argparse.Namespace) 
             cache.update(kv[0], kv[1], layer)
         language = (twin if name == "compiled" else model).model.language_model
         seconds = []
-        for token in ids[:steps]:
+        for token in ids:
             start = time.perf_counter()
             hidden = language(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
             logits = model.lm_head(hidden)
             seconds.append(time.perf_counter() - start)
-        return sum(seconds[1:]) / max(len(seconds) - 1, 1), logits
+        return sum(seconds[1:]) / (steps - 1), logits  # the first also makes room in the cache
 
-    plain = run("plain")[1]
-    with ivl_kernels.patched(model, **FEATURES):
-        wrong = differs(run("patched")[1], plain)
+    logits: dict[str, torch.Tensor] = {}
+    found: Seconds = {name: [] for name in names}
+    for name, (seconds, last) in in_turns(model, args.rounds, names, run):
+        found[name].append(seconds)
+        logits[name] = last
+    wrong = differs(logits["patched"], logits["plain"])
     if wrong:
         return f"| next token after {past} | answers differ: {wrong} |"
-    found: Seconds = {name: [] for name in names}
-    for name, (seconds, _) in in_turns(model, args.rounds, names, run):
-        found[name].append(seconds)
     return row(f"next token after {past}", found, " ms", 1e3)
 
 
@@ -171,28 +175,24 @@ def training(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespac
         model.zero_grad(set_to_none=True)
         model(**batch, use_cache=False).loss.backward()
 
+    gradients = {}
+
     def run(name: str) -> float:
-        if args.memory:
-            return max(stage_memory(model, step, CPU).values())
         start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-
-    def gradients() -> torch.Tensor:
-        step()
+        value = peak(step) if args.memory else step() or time.perf_counter() - start
         layer = model.model.language_model.layers[0]
-        return torch.cat([layer.mlp.up_proj.weight.grad.flatten(), layer.self_attn.q_proj.weight.grad.flatten()])
+        gradients[name] = torch.cat(
+            [layer.mlp.up_proj.weight.grad.flatten(), layer.self_attn.q_proj.weight.grad.flatten()]
+        )
+        return value
 
-    plain = gradients()
-    with ivl_kernels.patched(model, **FEATURES):
-        ours = gradients()
-    error = float((ours - plain).norm() / plain.norm())
-    if error > 10 * TOLERANCE[dtype]:
-        return f"| training step, {tiles} tiles | gradients differ: {error:.1e} |"
     found: Seconds = {name: [] for name in ("plain", "patched")}
     for name, value in in_turns(model, args.rounds, ("plain", "patched"), run):
         found[name].append(value)
+    error = float((gradients["patched"] - gradients["plain"]).norm() / gradients["plain"].norm())
     label = f"training step, {tiles} tiles" + (", vision frozen" if args.frozen else "")
+    if error > 10 * TOLERANCE[dtype]:
+        return f"| {label} | gradients differ: {error:.1e} |"
     return row(f"{label}, memory", found, " MB", 2**-20) if args.memory else row(label, found, " s", 1.0)
 
 
@@ -223,7 +223,7 @@ def main() -> None:
     print(
         ", ".join(f"{key} {found[key]}" for key in ("device", "threads", "torch", "transformers", "allocator")) + "\n"
     )
-    others = " | patched/compiled |" if args.compile else " |"
+    others = " | compiled/patched |" if args.compile else " |"
     print(f"| {args.part} | plain | patched | plain/patched{others}{' compiled |' if args.compile else ''}")
     print("| --- " * (6 if args.compile else 4) + "|")
     for name in args.dtype:

@@ -56,18 +56,28 @@ def test_same_answers_and_gradients(dtype, calls):
     assert torch.equal(vision(pixel_values=pixels).last_hidden_state, plain)
 
 
+@pytest.fixture
+def another(monkeypatch):
+    """A function of somebody else in transformers' table."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "another", lambda *a, **k: stock(*a, **k))
+    return "another"
+
+
 @torch.no_grad()
-def test_what_else_was_chosen_is_upstreams(calls):
+def test_what_else_was_chosen_is_upstreams(calls, another):
     model = native_model("qwen3")
     pixels = inputs(BATCH)["pixel_values"]
     vision = model.model.vision_tower
     handle = patch(model)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(another)
     expected = native_model("qwen3")
-    expected.set_attn_implementation("eager")
+    expected.set_attn_implementation(another)
     plain = expected.model.vision_tower(pixel_values=pixels).last_hidden_state
     assert torch.equal(vision(pixel_values=pixels).last_hidden_state, plain)
-    assert not calls and "eager was chosen" in str(handle.report())
+    assert not calls and "another was chosen" in str(handle.report())
     handle.undo()
     assert {row.state for row in patch(model).report().rows if row.feature == "attention"} == {"upstream"}
     model.set_attn_implementation("sdpa")
@@ -77,6 +87,24 @@ def test_what_else_was_chosen_is_upstreams(calls):
     assert not calls
     vision(pixel_values=pixels)
     assert calls and set(calls) == {(len(pixels), 65, 2, 16)}
+
+
+@torch.no_grad()
+def test_eager(calls):
+    """Served too: with the same answers, and the weights for whoever asks."""
+    models = native_model("qwen3"), native_model("qwen3")
+    batch = inputs(BATCH)
+    for model in models:
+        model.set_attn_implementation("eager")
+    plain = models[0](**batch).logits
+    patch(models[1], strict=True)
+    got = models[1](**batch).logits
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[seen], plain[seen], rtol=0, atol=2e-5)
+    assert calls
+    ids = torch.randint(1, 280, (1, 9))
+    weights, ours = (m.model.language_model(input_ids=ids, output_attentions=True).attentions for m in models)
+    assert len(ours) == 2 and all(map(torch.equal, ours, weights))
 
 
 def test_remote_code_computes_attention_itself():

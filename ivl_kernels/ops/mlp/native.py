@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .op import Mlp, MlpBackward, MlpGradients, MlpResult, empty_result
+from .op import Mlp, MlpBackward, MlpGradients, MlpResult, empty_gradients, empty_result
 
 
 def mlp(a: Mlp) -> MlpResult:
@@ -31,6 +31,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def mlp_backward(b: MlpBackward) -> MlpGradients:
+    if b.down.shape[0] == 0:  # nothing came out
+        return MlpGradients(*(gradient.zero_() for gradient in empty_gradients(b)))
     found = MlpGradients(*(b.x.new_empty(0) for _ in MlpGradients._fields))
     grad = b.grad.contiguous()
     if b.need_down_bias:

@@ -72,7 +72,7 @@ def empty_result(a: Mlp) -> MlpResult:
     return MlpResult(a.x.new_empty(a.x.shape[0], a.down.shape[0]), a.x.new_empty(kept))
 
 
-def _fake_backward(b: MlpBackward) -> MlpGradients:
+def empty_gradients(b: MlpBackward) -> MlpGradients:
     shapes = (b.x.shape, b.up.shape, b.up.shape, b.up.shape[:1], b.down.shape, b.down.shape[:1])
     return MlpGradients(*(b.x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, b[6:])))
 
@@ -81,7 +81,7 @@ _BACKENDS = (Implementation("native", KERNEL_DTYPES), Implementation("reference"
 
 _mlp = Op("mlp", Mlp, MlpResult, key="x", implementations=_BACKENDS, fake=empty_result)
 
-_mlp_backward = Op("mlp_backward", MlpBackward, MlpGradients, key="x", implementations=_BACKENDS, fake=_fake_backward)
+_mlp_backward = Op("mlp_backward", MlpBackward, MlpGradients, key="x", implementations=_BACKENDS, fake=empty_gradients)
 
 
 def _save(a: Mlp, result: MlpResult) -> Any:
