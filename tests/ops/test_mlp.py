@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ivl_kernels.ops import gated_mlp, mlp
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.ops.test_linear import DTYPES, isa  # noqa: F401
+from tests.simulator.gpu import backends, simulated_gpu
 
 NAMES = {"gelu": ("x", "up", "down", "up_bias", "down_bias"), "gated": ("x", "gate", "up", "down")}
 
@@ -73,9 +74,42 @@ def test_odd_shapes(kind, rows, width, inner, outputs, dtype, seed):
     check(operands(kind, rows, width, inner, outputs, dtype, seed), "native")
 
 
+@backends("triton", "reference")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NAMES)
-def test_reference(kind):
-    check(operands(kind, 13, 70, 33, 20, torch.bfloat16), "reference")
+def test_other_backends(backend, kind, dtype):
+    check(operands(kind, 13, 70, 33, 20, dtype), backend)
+    if kind == "gated":
+        check(operands(kind, 2, 16, 1100, 8, dtype), backend)
+
+
+@pytest.mark.parametrize("inner", [1024, 3072])
+def test_gpu_moves_each_number_once(inner):
+    values = operands("gated", 6, 16, inner, 8, torch.bfloat16)
+    with simulated_gpu() as log:
+        leaves = {n: v.requires_grad_() for n, v in values.items()}
+        ours(leaves, "triton").sum().backward()
+    forward, backward = log
+    matrix = 6 * inner * 2 // 32
+    assert (forward.global_load_sectors, forward.global_store_sectors) == (2 * matrix, matrix)
+    assert (backward.global_load_sectors, backward.global_store_sectors) == (3 * matrix, 3 * matrix)
+    assert all(min(report.load_efficiency, report.store_efficiency) == 1 for report in log)
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120, "gfx942"])
+def test_compiles_for_every_gpu(target):
+    aot = pytest.importorskip("tests.simulator.aot")
+    from ivl_kernels.ops.mlp import op
+    from ivl_kernels.ops.mlp import triton as kernels
+
+    def meta(*shape):
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    x, up, down = meta(300, 1024), meta(3072, 1024), meta(1024, 3072)
+    with aot.compiling(target) as log:
+        _, pre = kernels.mlp(op.Mlp(x, up, up, None, down, None, True))
+        kernels.mlp_backward(op.MlpBackward(x, x, up, up, down, pre, True, True, True, False, True, False))
+    assert len(log) == 2 and all(compiled.spills == 0 for compiled in log)
 
 
 @pytest.mark.parametrize("kind", NAMES)

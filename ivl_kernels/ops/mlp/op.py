@@ -77,7 +77,11 @@ def empty_gradients(b: MlpBackward) -> MlpGradients:
     return MlpGradients(*(b.x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, b[6:])))
 
 
-_BACKENDS = (Implementation("native", KERNEL_DTYPES), Implementation("reference"))
+_BACKENDS = (
+    Implementation("native", KERNEL_DTYPES),
+    Implementation("triton", KERNEL_DTYPES),
+    Implementation("reference"),
+)
 
 _mlp = Op("mlp", Mlp, MlpResult, key="x", implementations=_BACKENDS, fake=empty_result)
 
