@@ -3,7 +3,8 @@
 Upstream's own forward runs on a stand-in whose configuration chooses ours, which is registered with transformers under
 a name of its own. It serves what a call is known to mean: no mask, or one that says causal, sliding window or
 everything. Whatever else was chosen or given goes to the function that upstream would have called: so does eager
-attention, which also returns its weights, where somebody may look at them.
+attention, which also returns its weights, where somebody may look at them. Bodies that spell attention out (vision
+transformers of checkpoints) run with a stand-in of their scale.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from .._checks import KERNEL_DTYPES
 from .._library import transformed
 from ..models.families import families_in, text_stacks
 from ..models.plain import watched
-from ..models.upstream import StandIn, class_of, forward_name, replaced_before, signature, uses
+from ..models.upstream import StandIn, class_of, code_of, forward_name, replaced_before, signature, uses
 from ..ops import attention
 from ..ops.attention.reference import visible
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
 from ._report import serving
+from ._scores import Scale
 
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
@@ -170,6 +172,40 @@ def _layers(root: Any) -> list[Any]:
     return [m for m in root.modules() if uses(class_of(m).forward, _TABLE) and hasattr(m, "config")]
 
 
+_NAIVE = "_naive_attn"  # where a checkpoint's vision transformer spells attention out, unless its forward does
+
+
+def _spelled(root: Any) -> list[Any]:
+    """The attention layers of a vision transformer that multiply their queries by `scale` themselves."""
+    scaled = (m for m in root.modules() if isinstance(vars(m).get("scale"), float))
+    return [m for m in scaled if not uses(class_of(m).forward, _TABLE) and "scale" in _body(m).co_names]
+
+
+def _body(module: Any) -> Any:
+    kind = class_of(module)
+    return code_of(getattr(kind, _NAIVE, kind.forward))
+
+
+def _spelled_forward(backend: str) -> Callable[..., Any]:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor | None:
+        if not _reads(q, k, v):
+            return None
+        heads_last = (x.transpose(1, 2) for x in (q, k, v))
+        return attention(*heads_last, scale=scale, backend=backend).transpose(1, 2)
+
+    def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        scale = self.scale
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(scale) is not float:
+            return inner(self, *args, **kwargs)
+        return inner(StandIn(self, scale=Scale(scale, attend)), *args, **kwargs)
+
+    return forward
+
+
+def _method(layer: Any) -> str:
+    return _NAIVE if hasattr(class_of(layer), _NAIVE) else forward_name(layer)
+
+
 def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     paths = {id(module): path for path, module in model.named_modules()}
     for _, family in families_in(model):
@@ -184,27 +220,29 @@ class Attention(Adapter):
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
         for path, root in _roots(model):
-            layers, theirs = _layers(root), ""
-            reasons = {replaced_before(layer, forward_name(layer)) for layer in layers} - {""}
+            chosen, spelled = _layers(root), _spelled(root)
+            layers = chosen or spelled
+            reasons = {replaced_before(layer, _method(layer)) for layer in layers} - {""}
+            theirs = _native.problem() or ""
             if not layers:
-                theirs = f"{type(root).__name__} does not choose its attention from transformers' table"
-            elif not _served(layers[0]):
-                theirs = f"its attention is {layers[0].config._attn_implementation}"
+                theirs = f"how {type(root).__name__} computes its attention is not known"
+            elif chosen and not _served(chosen[0]):
+                theirs = f"its attention is {chosen[0].config._attn_implementation}"
             elif all(p.device.type not in ("cpu", "meta") for p in layers[0].parameters()):
                 theirs = "not on a CPU"
-            theirs = theirs or _native.problem() or ""
             what, reason = f"{len(layers)} attention layers", "; ".join(sorted(reasons))
             yield Site("attention", path, root, what, reason or theirs, upstream=not reason)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
-        function = _forward(options["backend"])
-        for layer in _layers(site.module):
-            edit.method(layer, forward_name(layer), function)
+        for layers, function in ((_layers, _forward), (_spelled, _spelled_forward)):
+            for layer in layers(site.module):
+                edit.method(layer, _method(layer), function(options["backend"]))
 
     def serving(self, site: Site) -> str:
-        layer = _layers(site.module)[0]
-        name = layer.config._attn_implementation
-        return serving("attention", site.module) if _served(layer) else f"upstream's own code: {name} was chosen"
+        chosen = _layers(site.module)
+        if chosen and not _served(chosen[0]):
+            return f"upstream's own code: {chosen[0].config._attn_implementation} was chosen"
+        return serving("attention", site.module)
 
 
 ADAPTER = Attention()

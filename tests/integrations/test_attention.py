@@ -8,6 +8,7 @@ import torch
 import ivl_kernels
 from ivl_kernels import ops
 from ivl_kernels.integrations import attention as adapter
+from ivl_kernels.integrations._edit import Editor
 from ivl_kernels.integrations._patch import features
 from ivl_kernels.testing import assert_accurate
 from tests.against_plain import cache_in, cache_names
@@ -107,10 +108,77 @@ def test_eager(calls):
     assert len(ours) == 2 and all(map(torch.equal, ours, weights))
 
 
-def test_remote_code_computes_attention_itself():
-    vision, text = (row for row in patch(chat_model("hub")).report().rows if row.feature == "attention")
-    assert vision.state == "upstream" and "does not choose its attention" in vision.detail
-    assert text.state == "patched" and text.detail.startswith("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["repo", "hub", "normalised"])
+def test_remote_code_spells_attention_out(kind, dtype, calls):
+    options = dict(vision=dict(norm_type="rms_norm", qk_normalization=True)) if kind == "normalised" else {}
+    model = chat_model("hub" if kind == "normalised" else kind, dtype=dtype, **options).vision_model
+    wide, pixels = copy.deepcopy(model).double(), torch.randn(3, 3, 64, 64).to(dtype)
+
+    def run(module, x):
+        module.zero_grad(set_to_none=True)
+        out = module(pixel_values=x).last_hidden_state
+        out.float().square().mean().backward()
+        return out.detach(), {name: p.grad for name, p in module.named_parameters()}
+
+    exact, wide_grads = run(wide, pixels.double())
+    plain, grads = run(model, pixels)
+    for layer in adapter._spelled(model):
+        Editor(("test", "")).method(layer, adapter._method(layer), adapter._spelled_forward(""))
+    got, ours = run(model, pixels)
+    assert len(calls) == 2
+    assert_accurate(got, exact, plain)
+    for name, grad in grads.items():
+        if grad is not None:
+            error, usual = ((g.double() - wide_grads[name]).norm() for g in (ours[name], grad))
+            assert error <= 2 * usual + 1e-6 * wide_grads[name].norm(), name
+
+
+class Spelled(torch.nn.Module):
+    """Attention as the released checkpoints spell it out, and variants of it."""
+
+    def __init__(self, change="", dropout=0.0):
+        super().__init__()
+        self.scale, self.change = 0.25, change
+        self.attn_drop = torch.nn.Dropout(dropout)
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def _naive_attn(self, x):
+        rows, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(rows, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q * self.scale) @ k.transpose(-2, -1)
+        if self.change == "mask":
+            weights = weights + torch.ones(tokens, tokens).tril().log()
+        weights = weights.softmax(dim=-2 if self.change == "dim" else -1)
+        if self.change == "weights":
+            weights = weights * 2
+        weights = self.attn_drop(weights)
+        return (weights @ v).transpose(1, 2).reshape(rows, tokens, width)
+
+    def forward(self, x):
+        return self._naive_attn(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("change", ["", "mask", "dim", "weights", "dropout", "wide"])
+def test_what_else_is_spelled_out(change, training, calls):
+    module = Spelled(change, 0.5 if change == "dropout" else 0.0).train(training)
+    x = torch.randn(2, 9, 32)
+    if change == "wide":
+        module, x = module.double(), x.double()
+    torch.manual_seed(1)
+    plain = module(x)
+    assert adapter._spelled(module) == [module]
+    Editor(("test", "")).method(module, adapter._method(module), adapter._spelled_forward(""))
+    torch.manual_seed(1)
+    got = module(x)
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-6)
+    assert bool(calls) == (change == "" or change == "dropout" and not training)
+
+
+def test_remote_code_is_reported():
+    vision, text = (row for row in patch(chat_model("hub"), strict=True).report().rows if row.feature == "attention")
+    assert vision.state == text.state == "patched" and vision.detail.startswith("native")
 
 
 @torch.no_grad()

@@ -66,5 +66,5 @@ def test_tokens(name):
     assert all(report.shared_races == 0 for report in log)
     assert kernels <= {report.kernel for report in log}
     for feature, detail in served.items():
-        upstreams = feature in ("v2pe", "attention", "cache", "linear")
+        upstreams = feature in ("v2pe", "attention", "cache", "mlp", "linear")
         assert upstreams or detail.startswith(("triton", "cuda", "flash")), (feature, detail)
