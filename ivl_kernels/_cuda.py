@@ -7,9 +7,10 @@ stand-in for the GPU (a simulator that executes the compiled PTX) only has to re
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +25,43 @@ def built() -> list[str]:
     return sorted(f.stem for f in FATBINS.glob("*.fatbin"))
 
 
-def problem() -> str | None:
-    """Why the CUDA C++ kernels cannot be launched, or None when they can."""
-    return None if launcher is not None else _problem()
-
-
-@functools.cache
-def _problem() -> str | None:
+def problem(device: int | None = None) -> str | None:
+    """Why the CUDA C++ kernels cannot be launched on a device (None: the current one), or None when they can."""
+    if launcher is not None:
+        return None
     if not built():
         return "the CUDA C++ kernels are not built (install with nvcc present)"
     import torch
 
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    return too_old()
+    return _problem(torch.cuda.current_device() if device is None else device)
 
 
 @functools.cache
-def too_old() -> str | None:
-    """A GPU of compute capability below 8.0, which the kernels do not serve, or None."""
+def _problem(device: int) -> str | None:
+    why = too_old(device)
+    if why is None:
+        import torch
+
+        try:
+            with torch.cuda.device(device):
+                for source in built():
+                    _loaded(source, device)
+        except (OSError, RuntimeError) as error:  # such as a driver older than the nvcc that compiled them
+            return f"the driver does not load the CUDA C++ kernels: {error}"
+    return why
+
+
+@functools.cache
+def too_old(device: int) -> str | None:
+    """The GPU's compute capability when it is below 8.0, which the kernels do not serve, or None."""
     import torch
 
-    if torch.version.hip or not torch.cuda.is_available():
+    if torch.version.hip:
         return None
-    least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return None if least >= (8, 0) else f"a GPU has compute capability {least[0]}.{least[1]}, less than 8.0"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"GPU {device} has compute capability {major}.{minor}, less than 8.0"
 
 
 @functools.cache
@@ -80,25 +93,36 @@ def _enter(device: int) -> None:
         _check(_driver().cuCtxSetCurrent(_context(device)), f"entering device {device}")
 
 
+@contextlib.contextmanager
+def _relaxed() -> Iterator[None]:
+    """Loading is allowed while a CUDA graph is captured."""
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "relaxed capture mode")
+    try:
+        yield
+    finally:
+        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "capture mode")
+
+
 @functools.cache
-def _module(source: str, device: int) -> ctypes.c_void_p:
-    """Loaded into the current context, which must be the device's."""
+def _loaded(source: str, device: int) -> ctypes.c_void_p:
+    """The module of a file, for the device, which must be the current one."""
+    _enter(device)
     module = ctypes.c_void_p()
     image = (FATBINS / f"{source}.fatbin").read_bytes()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {source}.fatbin on device {device}")
+    with _relaxed():
+        status = _driver().cuModuleLoadData(ctypes.byref(module), image)
+    _check(status, f"loading {source}.fatbin on device {device}")
     return module
 
 
 @functools.cache
 def _function(source: str, kernel: str, device: int) -> ctypes.c_void_p:
-    """Loaded on first use, also while a CUDA graph is captured."""
-    function, mode = ctypes.c_void_p(), ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "relaxed capture mode")
-    try:
-        module = _module(source, device)
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode()), f"finding {kernel}")
-    finally:
-        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "capture mode")
+    function = ctypes.c_void_p()
+    module = _loaded(source, device)
+    with _relaxed():
+        status = _driver().cuModuleGetFunction(ctypes.byref(function), module, kernel.encode())
+    _check(status, f"finding {kernel}")
     return function
 
 

@@ -20,9 +20,12 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _cuda, _env, _gpu, _native
+
+if TYPE_CHECKING:
+    import torch
 
 _DEVICES = {
     "native": ("cpu",),
@@ -70,8 +73,18 @@ class Implementation:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
-    return _cuda.too_old() if importlib.util.find_spec("triton") else "triton is not installed"
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_problem(device: int | None) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    import torch
+
+    if not torch.cuda.is_available():  # something stands in for a GPU, or the question is about one
+        return None
+    return _cuda.too_old(torch.cuda.current_device() if device is None else device)
 
 
 def unforced() -> bool:
@@ -79,8 +92,8 @@ def unforced() -> bool:
     return not _gpu.simulated() and not _env.BACKEND.get()
 
 
-def _problem(impl: Implementation, kind: str, dtype: str, args: Any) -> str | None:
-    """Why `impl` cannot serve a call on tensors of this device kind and dtype, or None."""
+def _problem(impl: Implementation, kind: str, device: int | None, dtype: str, args: Any) -> str | None:
+    """Why `impl` cannot serve a call on tensors of this device and dtype, or None."""
     if impl.backend == "reference":
         return None
     if kind not in impl.devices and not (kind == "cpu" and "cuda" in impl.devices and _gpu.current()):
@@ -92,7 +105,7 @@ def _problem(impl: Implementation, kind: str, dtype: str, args: Any) -> str | No
     elif impl.backend == "torch":
         why = None
     else:
-        why = _cuda.problem() if impl.backend == "cuda" else _triton_missing()
+        why = _cuda.problem(device) if impl.backend == "cuda" else _triton_problem(device)
     if why is None and impl.unless is not None and args is not None:
         why = impl.unless(args)
     return why
@@ -119,7 +132,7 @@ _warned: set[tuple[str, str]] = set()
 def choose(
     op: str,
     implementations: Sequence[Implementation],
-    device_type: str,
+    device: torch.device,
     dtype: str,
     forced: str = "",
     args: Any = None,
@@ -130,7 +143,7 @@ def choose(
     Args:
         op: the op's name, for messages.
         implementations: best first.
-        device_type: `tensor.device.type`.
+        device: of the tensors; without an index, the current one of its type.
         dtype: name of the deciding dtype, such as "bfloat16".
         forced: a backend name; empty: `IVL_BACKEND`, and when that is empty too, the best.
         args: the record of the call's arguments, for `Implementation.unless`; None skips those checks.
@@ -140,14 +153,14 @@ def choose(
         BackendError: the forced backend does not exist for this op or cannot serve the call.
     """
     forced = forced or _env.BACKEND.get()
-    kind = _gpu.device_kind(device_type)
+    kind = _gpu.device_kind(device.type)
     if forced:
         if forced not in NAMES:
             raise BackendError(f"backend: got '{forced}', expected one of {', '.join(NAMES)}")
         reasons = []
         for impl in implementations:
             if impl.backend == forced:
-                why = _problem(impl, kind, dtype, args)
+                why = _problem(impl, kind, device.index, dtype, args)
                 if why is None:
                     return Choice(impl, ())
                 reasons.append(why)
@@ -157,7 +170,7 @@ def choose(
         kind = "cuda"
     passed: list[tuple[str, str]] = []
     for impl in implementations:
-        why = _problem(impl, kind, dtype, args)
+        why = _problem(impl, kind, device.index, dtype, args)
         if why is None:
             if impl.backend == "reference" and warn:
                 _warn(op, kind, passed)
@@ -168,8 +181,10 @@ def choose(
 
 
 def _warn(op: str, kind: str, passed: list[tuple[str, str]]) -> None:
-    key = (op, f"{kind} {passed}")
-    if passed and key not in _warned:
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed)
+    if not reasons and kind in ("cuda", "hip"):
+        reasons = f"it has no kernel for {'AMD' if kind == 'hip' else 'NVIDIA'} GPUs"
+    key = (op, f"{kind} {reasons}")
+    if reasons and key not in _warned:
         _warned.add(key)
-        reasons = "; ".join(f"{name}: {why}" for name, why in passed)
         warnings.warn(f"ivl::{op} runs on the reference backend ({reasons})", FallbackWarning, stacklevel=3)

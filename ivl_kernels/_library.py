@@ -119,6 +119,7 @@ class Op(Generic[A, R]):
         implementations: best first; the last one is the reference. Each is called with the record, and its results
             may be a plain tuple.
         fake: shapes and dtypes of the results, from a record of fake tensors.
+        reads_host: a GPU backend waits for a number from the device, so that no CUDA graph can capture it.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Op(Generic[A, R]):
         key: str,
         implementations: Sequence[Implementation],
         fake: Callable[[A], Any],
+        reads_host: bool = False,
     ) -> None:
         self.name = name
         self.arguments, self.results = arguments, results
@@ -142,7 +144,7 @@ class Op(Generic[A, R]):
         self._nested = any(_is_record(kind) for kind in _fields(arguments).values())
         self._several = _is_record(results)
         self._key = [field for field, _ in _flat_fields(arguments)].index(key)
-        _library.define(self.schema)
+        _library.define(self.schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_host else ())
         _library.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(self._made(args[:-1])), lib=_library)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -179,7 +181,7 @@ class Op(Generic[A, R]):
 
     def _chosen(self, tensor: Tensor, forced: str, arguments: A) -> Callable[[A], Any]:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        choice = _dispatch.choose(self.name, self.implementations, tensor.device.type, dtype, forced, arguments)
+        choice = _dispatch.choose(self.name, self.implementations, tensor.device, dtype, forced, arguments)
         function = self.function(choice.implementation)
         always = choice.backend == "native" and not choice.passed_over and choice.implementation.unless is None
         if always and not forced and tensor.device.type == "cpu" and _dispatch.unforced():
@@ -196,9 +198,9 @@ class Op(Generic[A, R]):
             self._functions[implementation.backend] = getattr(module, self.name)
         return self._functions[implementation.backend]
 
-    def explain(self, device_type: str, dtype: str) -> _dispatch.Choice:
-        """Which backend would serve tensors of this device type and dtype, shapes aside."""
-        return _dispatch.choose(self.name, self.implementations, device_type, dtype, warn=False)
+    def explain(self, device: str, dtype: str) -> _dispatch.Choice:
+        """Which backend would serve tensors of this device ("cpu", "cuda", "cuda:1") and dtype, shapes aside."""
+        return _dispatch.choose(self.name, self.implementations, torch.device(device), dtype, warn=False)
 
 
 def _each(value: Any, function: Callable[[Any], Any]) -> Any:

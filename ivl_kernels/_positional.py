@@ -18,13 +18,22 @@ class Implementation(tuple):
 
 
 class Op(_library.Op[Any, Any]):
-    def __init__(self, schema: str, *, package: str, implementations: Sequence[Any], fake: Any, key: str) -> None:
+    def __init__(
+        self,
+        schema: str,
+        *,
+        package: str,
+        implementations: Sequence[Any],
+        fake: Any,
+        key: str,
+        reads_host: bool = False,
+    ) -> None:
         self.name = schema.split("(", 1)[0]
         self.schema = schema
         self.implementations = tuple(i for i, _ in implementations)
         self._package, self._paths = package, {i.backend: path for i, path in implementations}
         self._functions, self._usual = {}, {}
-        _library._library.define(schema)
+        _library._library.define(schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_host else ())
         _library._library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_library.NAMESPACE}::{self.name}", fake, lib=_library._library)
         self._overload = getattr(getattr(torch.ops, _library.NAMESPACE), self.name).default

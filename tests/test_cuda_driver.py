@@ -61,6 +61,7 @@ int cuLaunchKernel(Loaded* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx
   return mode || extra || !(gx && gy && gz && bx && by && bz) ? 1 : launch(f->name, size, stream, params);
 }
 """
+PROBLEM = _cuda._problem
 STREAM = 0x7F00DEADBEEF  # needs all of its bits
 
 
@@ -109,11 +110,13 @@ def driver(tmp_path, monkeypatch):
 
     for name in CUDA_SOURCES:
         (tmp_path / f"{name}.fatbin").write_bytes(fatbin(name))
-    for name, value in dict(_problem=lambda: None, _driver=lambda: fake, _argument=argument, FATBINS=tmp_path).items():
+    for name, value in dict(
+        problem=lambda device=None: None, _driver=lambda: fake, _argument=argument, FATBINS=tmp_path
+    ).items():
         monkeypatch.setattr(_cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: on_device(fake, device.index or 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: on_device(fake, getattr(device, "index", device) or 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
-    caches = (_cuda._context, _cuda._module, _cuda._function)
+    caches = (_cuda._context, _cuda._loaded, _cuda._function)
     fake.on_launch(launch)
     with _gpu.stand_in("simulator"):
         yield fake
@@ -208,22 +211,49 @@ def test_tensors_on_a_gpu_that_is_not_current(monkeypatch):
     assert log == ["run", "enter cuda:1", "run", "leave"]
 
 
-@pytest.mark.parametrize("capability, served", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_old_gpus_are_left_to_the_reference(monkeypatch, capability, served):
-    probes = (_cuda.too_old, _cuda._problem, _dispatch._triton_missing)
-    for probe in probes:
-        probe.cache_clear()
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A newer and an older GPU, as far as the choice of a backend asks."""
+    capabilities = [(12, 0), (7, 5)]
     monkeypatch.setattr(_cuda, "built", lambda: ["token_packing"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((12, 0), capability)[index])
-    try:
-        choice = _library.OPS["place_rows_"].explain("cuda", "float32")
-        assert choice.backend == ("cuda" if served else "reference")
-        assert served or "compute capability 7.5, less than 8.0" in str(choice)
-    finally:
-        for probe in probes:
-            probe.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(_cuda, "_loaded", lambda source, device: None)
+    probes = (_cuda.too_old, _cuda._problem)
+    for probe in probes:
+        probe.cache_clear()
+    yield capabilities
+    for probe in probes:
+        probe.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_an_old_gpu_is_left_to_the_reference_and_no_other(two_gpus, backend):
+    op = _library.OPS["place_rows_" if backend == "cuda" else "pixel_shuffle_mlp"]
+    for device, served in (("cuda", True), ("cuda:0", True), ("cuda:1", False)):
+        choice = op.explain(device, "float32")
+        assert choice.backend == (backend if served else "reference")
+        assert served or "GPU 1 has compute capability 7.5, less than 8.0" in str(choice)
+
+
+def test_kernels_that_the_driver_does_not_load_are_passed_over(two_gpus, monkeypatch):
+    def refuse(source, device):
+        raise RuntimeError(f"loading {source}.fatbin: CUDA error 209")
+
+    monkeypatch.setattr(_cuda, "_loaded", refuse)
+    choice = _library.OPS["place_rows_"].explain("cuda", "float32")
+    assert choice.backend == "triton" and "CUDA error 209" in dict(choice.passed_over)["cuda"]
+
+
+def test_modules_are_loaded_on_their_device(driver, monkeypatch):
+    """The probe enters the device's context, and what it loads is what launches use."""
+    monkeypatch.setattr(_cuda, "too_old", lambda device: None)
+    monkeypatch.setattr(_cuda, "built", lambda: ["token_packing"])
+    with ThreadPoolExecutor(1) as pool:  # a thread without a context
+        assert pool.submit(PROBLEM.__wrapped__, 0).result() is None
+    assert count_sevens() == 2 and ctypes.c_int.in_dll(driver, "loads").value == 1
 
 
 @pytest.mark.parametrize(
@@ -231,9 +261,16 @@ def test_old_gpus_are_left_to_the_reference(monkeypatch, capability, served):
 )
 def test_why_kernels_cannot_be_launched(monkeypatch, built, available, why):
     monkeypatch.setattr(_cuda, "built", lambda: built)
-    monkeypatch.setattr(_cuda, "too_old", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert why in _cuda._problem.__wrapped__()
+    assert why in _cuda.problem()
+
+
+def test_the_reference_on_a_gpu_is_said_once(recwarn):
+    device, op = torch.device("cuda"), _library.OPS["moe_experts_list"]
+    for _ in range(2):
+        assert _dispatch.choose("listed", op.implementations, device, "float32").backend == "reference"
+    (warning,) = recwarn.list
+    assert "ivl::listed runs on the reference backend (it has no kernel for NVIDIA GPUs)" in str(warning.message)
 
 
 @pytest.mark.parametrize("columns", [128_000, 128_001])

@@ -103,6 +103,13 @@ def test_what_graphs_promise_touches_the_host_only_once(sample, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_ops_that_wait_for_the_device_say_so():
+    """Inductor leaves them out of the graphs that it captures. `pack_tokens` waits unless it is given a capacity."""
+    waits = {n for n, op in _library.OPS.items() if torch.Tag.cudagraph_unsafe in op._overload.tags}
+    assert waits == {"place_rows_", "take_rows", "pack_tokens", "v2pe_position_ids"}
+    assert not waits - {"pack_tokens"} & {s.op for s in CAPTURED}
+
+
 def test_huge_checks_run_small():
     """The same code on the CPU with few elements."""
     small = dict(elements=2**16)
@@ -137,7 +144,7 @@ def test_sanitizer(tmp_path, monkeypatch):
         """
     )
     tool.chmod(0o755)
-    monkeypatch.setattr("ivl_kernels._cuda._problem", lambda: None)
+    monkeypatch.setattr("ivl_kernels._cuda.problem", lambda: None)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = list(gpu_check._sanitizer("cuda", "racecheck"))
     assert [r.status for r in found] == ["ok"], found[0].detail

@@ -104,11 +104,17 @@ extern "C" __global__ void take_rows(char* base, const int64_t* positions, char*
   copy_row(rows + m * row_bytes, grid_row(base, positions[m], columns, batch_stride, token_stride), row_bytes);
 }
 
-// Row i of out = row ids[i] of table [*, row_bytes]; rows where ids == token are left alone. row_bytes even.
-extern "C" __global__ void embed_text(const int64_t* ids, const char* table, char* out, int64_t n, int64_t token,
-                                      int64_t row_bytes) {
+// Row i of out = row ids[i] of table [vocabulary, row_bytes]; rows where ids == token are left alone, and an id outside
+// the table makes a row of NaN (all bits set). row_bytes even.
+extern "C" __global__ void embed_text(const int64_t* ids, const char* table, char* out, int64_t n, int64_t vocabulary,
+                                      int64_t token, int64_t row_bytes) {
   const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
-  if (i < n && ids[i] != token) copy_row(out + i * row_bytes, table + ids[i] * row_bytes, row_bytes);
+  if (i >= n || ids[i] == token) return;
+  char* row = out + i * row_bytes;
+  if (ids[i] >= 0 && ids[i] < vocabulary)
+    copy_row(row, table + ids[i] * row_bytes, row_bytes);
+  else
+    for (int64_t j = 2 * (threadIdx.x % 32); j < row_bytes; j += 64) *reinterpret_cast<uint16_t*>(row + j) = 0xffff;
 }
 
 // counts[block] = how many ids of the block's `columns` are the token.

@@ -219,10 +219,12 @@ def _has_floats(values: Any) -> bool:
 
 
 def _unserved(op: str, dtype: str, device: str, backend: str) -> str:
+    import torch
+
     from .. import _dispatch, _library
 
     try:
-        _dispatch.choose(op, _library.OPS[op].implementations, device, dtype, forced=backend, warn=False)
+        _dispatch.choose(op, _library.OPS[op].implementations, torch.device(device), dtype, forced=backend, warn=False)
     except _dispatch.BackendError as error:
         return str(error)
     return ""

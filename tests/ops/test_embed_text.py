@@ -51,6 +51,14 @@ def test_wrong_input():
         embed_text(ids, table[:0], TOKEN)
 
 
+@pytest.mark.parametrize("width", [64, 3])
+def test_an_id_outside_the_table_is_nan_on_a_gpu(width):
+    ids, table = torch.tensor([[1, 12, -1, 2**40, 11]]), torch.randn(12, width)
+    with simulated_gpu():  # which raises where an address is outside of every tensor
+        got = embed_text(ids, table, TOKEN, backend="cuda")[0]
+    assert got[1:4].isnan().all() and torch.equal(got[[0, 4]], table[[1, 11]])
+
+
 def test_counters():
     """Text rows move once, 16 bytes a lane."""
     ids, table = torch.randint(0, 12, (1, 200)), torch.randn(12, 256)

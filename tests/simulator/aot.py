@@ -6,7 +6,6 @@ Launchers may be given meta tensors of any size; nothing runs.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,14 @@ from unittest import mock
 import torch
 
 from ivl_kernels._targets import TARGETS as LIMITS
+from tests.simulator.gpu import OLD_TRITON
 from tests.simulator.ptxsim.frontend import OPTION_KEYS, TRITON_DTYPES, resources
 
 TARGETS = (80, 90, 100, 120, "gfx942")
 # Shared memory a block can have, in bytes.
 SHARED_LIMIT = {capability or "gfx942": target.shared_block for capability, target in LIMITS.items()}
 # Bytes that a float32 kernel may spill: none with the Triton it was tuned on; older ones spill up to 24 registers.
-SPILL_LIMIT = 0 if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9) else 96
+SPILL_LIMIT = 96 if OLD_TRITON else 0
 
 
 @dataclass

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..._gpu import capability
+from ..._targets import limits
 
 HEADS = 16  # least size of a side of tl.dot
 CHUNK = 256  # channels a fused program holds in one register tensor
@@ -327,7 +328,8 @@ def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
 
 def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
     """Launch of `scores_kernel`: many rows a program, as each reads the queries; channels in parts to fill a GPU."""
-    block = min(256 if target else 128, max(16, triton.next_power_of_2(rows)))
+    roomy = target and limits(target).large  # older Tritons keep several copies of z in shared memory
+    block = min(256 if roomy else 128, max(16, triton.next_power_of_2(rows)))
     chunk = min(128 // itemsize, max(16, triton.next_power_of_2(width)))
     parts = max(1, min(128 // (triton.cdiv(rows, block) * tiles), width // 512))
     return {

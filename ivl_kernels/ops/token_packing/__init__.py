@@ -60,7 +60,8 @@ def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int, *, backend
         [B, N, H], dtype of `table`. **Rows of placeholders are not initialised**: whoever calls this must write them.
 
     Raises:
-        IndexError: an id is out of range (on the CPU; on a GPU let `pack_tokens` check, with its `vocabulary`).
+        IndexError: an id is out of range (on the CPU; on a GPU its row is NaN, since raising would wait for the device:
+            let `pack_tokens` check, with its `vocabulary`).
         ValueError, TypeError: a shape, device or dtype does not fit.
 
     No gradients: use the embedding itself where they are needed. Deterministic.

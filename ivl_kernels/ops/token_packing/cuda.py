@@ -52,7 +52,7 @@ def take_rows(embeds: torch.Tensor, input_ids: torch.Tensor, count: int, token_i
 def embed_text(ids: torch.Tensor, table: torch.Tensor, token_id: int) -> torch.Tensor:
     out = table.new_empty(*ids.shape, table.shape[1])
     row_bytes = table.shape[1] * table.element_size()
-    args = [ids.contiguous(), table.contiguous(), out, ids.numel(), token_id, row_bytes]
+    args = [ids.contiguous(), table.contiguous(), out, ids.numel(), table.shape[0], token_id, row_bytes]
     _cuda.launch("token_packing", "embed_text", (-(-ids.numel() // WARPS),), 32 * WARPS, args)
     return out
 

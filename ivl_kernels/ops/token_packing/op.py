@@ -14,6 +14,7 @@ _place_rows = Op(
     "place_rows_(Tensor(a!) embeds, Tensor input_ids, Tensor rows, int token_id, str backend) -> ()",
     package=__package__,
     key="embeds",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:place_rows_", ("cpu",), FLOAT_NAMES),
         Implementation("cuda", "cuda:place_rows_", ("cuda",), FLOAT_NAMES),
@@ -27,6 +28,7 @@ _take_rows = Op(
     "take_rows(Tensor embeds, Tensor input_ids, SymInt count, int token_id, str backend) -> Tensor",
     package=__package__,
     key="embeds",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:take_rows", ("cpu",), FLOAT_NAMES),
         Implementation("cuda", "cuda:take_rows", ("cuda",), FLOAT_NAMES),
@@ -79,6 +81,7 @@ _pack_tokens = Op(
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     package=__package__,
     key="input_ids",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:pack_tokens", ("cpu",)),
         Implementation("cuda", "cuda:pack_tokens", ("cuda",), unless=_too_long),

@@ -68,6 +68,7 @@ _position_ids = Op(
     "Tensor? compress, int tile_tokens, int compressed_tokens, int compressed_units, str backend) -> (Tensor, Tensor)",
     package=__package__,
     key="input_ids",
+    reads_host=True,
     implementations=(
         Implementation("native", "native:position_ids", ("cpu",)),
         Implementation("reference", "reference:position_ids"),
