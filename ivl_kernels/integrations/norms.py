@@ -55,8 +55,10 @@ def _is_norm(module: Any) -> bool:
     return lone and "Norm" in class_of(module).__name__ and not rms_norm(class_of(module))[1]
 
 
-def _norms(root: Any) -> list[Any]:
-    return [m for m in root.modules() if _is_norm(m) and not replaced_before(m, forward_name(m))]
+def _norms(root: Any, liger: bool = False) -> list[Any]:
+    """The RMSNorms that Liger-Kernel serves, or all others."""
+    found = (m for m in root.modules() if _is_norm(m) and not replaced_before(m, forward_name(m)))
+    return [m for m in found if class_of(m).__module__.startswith("liger_kernel.") == liger]
 
 
 class Norms(Adapter):
@@ -66,6 +68,8 @@ class Norms(Adapter):
         for path, root in roots(model):
             if found := _norms(root):
                 yield Site("norms", path, root, f"{len(found)} RMSNorms")
+            elif theirs := _norms(root, liger=True):
+                yield Site("norms", path, root, f"{len(theirs)} RMSNorms", "Liger-Kernel's serve", upstream=True)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
         made: dict[Any, Any] = {}

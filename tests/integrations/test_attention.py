@@ -10,7 +10,7 @@ from ivl_kernels import ops
 from ivl_kernels.integrations import attention as adapter
 from ivl_kernels.integrations._edit import Editor
 from ivl_kernels.integrations._patch import features
-from ivl_kernels.testing import assert_accurate
+from ivl_kernels.testing import assert_accurate, tiny
 from tests.against_plain import cache_in, cache_names
 from tests.models import chat_model, inputs, native_model
 
@@ -233,7 +233,8 @@ def meanings(monkeypatch):
 
 
 def text_model(name, dtype=torch.float32):
-    model = native_model(name, dtype=dtype).model.language_model
+    text = tiny.text_config(name, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    model = native_model(name, dtype=dtype, text=text).model.language_model
     if name == "gpt_oss":
         model.config._experts_implementation = "eager"
     return model

@@ -150,14 +150,12 @@ def test_everything_by_default(name):
     """All defaults, the package's own products among them."""
     model, batch = make(name)
     plain = model(**batch).logits
-    wide, wide_batch = make(name)
-    exact = wide.double()(**wider(name, wide_batch)).logits
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
     asked = {k: v for k, v in batch.items() if k != "image_flags"}
     tokens = model.generate(**asked, **options)
     handle = ivl_kernels.patch(model, strict=True)
     seen = batch["attention_mask"].bool()
-    assert_accurate(model(**batch).logits[seen], exact[seen], plain[seen])
+    torch.testing.assert_close(model(**batch).logits[seen], plain[seen], rtol=0, atol=2e-5)
     assert torch.equal(model.generate(**asked, **options), tokens)
     handle.undo()
     assert torch.equal(model(**batch).logits, plain)

@@ -80,7 +80,7 @@ class _Linear(torch.autograd.Function):
         return *(value if need else None for value, need in zip(found, needs)), None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     check_dtype("x", x, FLOATS)
     check_tensor("weight", weight)
     if x.dim() == 0:
@@ -90,9 +90,25 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bac
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
         check_same("bias", bias, "x", x)
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """The usual case, asked at once: a call for one token is mostly checks."""
+    tensors = isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)
+    fits = tensors and x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    return fits and x.dtype == weight.dtype and x.dtype in FLOATS and x.device == weight.device
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    if bias is not None or not _plain(x, weight):
+        _check(x, weight, bias)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    out = _Linear.apply(rows, weight, bias, backend)
+    grad = x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad
+    if torch.is_grad_enabled() and grad:
+        out = _Linear.apply(rows, weight, bias, backend)
+    else:
+        out = _linear(rows, weight, bias, backend)
     # As torch's own: no view, so that what was made without gradients may be written to with them.
     return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
