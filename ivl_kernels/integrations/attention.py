@@ -37,15 +37,22 @@ _SDPA = "transformers.integrations.sdpa_attention"
 _KNOWN = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
 
 
-def _tables(module: Any) -> Mapping[str, Any]:
-    """The names of the module that holds the forward of this attention layer."""
-    return inspect.unwrap(class_of(module).forward).__globals__
+@functools.cache
+def _names(function: Any) -> dict[str, Any]:
+    """The names of the module that holds the forward of an attention layer."""
+    return inspect.unwrap(function).__globals__
 
 
-def _stock(module: Any, name: str) -> Callable[..., Any]:
-    """What upstream's forward would call now."""
-    names = _tables(module)
-    return names[_TABLE][name] if name != "eager" else names[_EAGER]
+def _stock(module: Any) -> tuple[str, Any]:
+    """The name of the attention that was chosen, and what upstream's forward would call, if ours may take its place."""
+    name = getattr(module.config, "_attn_implementation", None)
+    names = _names(class_of(module).forward)
+    if name == "sdpa" and _TABLE in names and name in names[_TABLE]:
+        stock = names[_TABLE][name]
+        return (name, stock) if getattr(stock, "__module__", "") == _SDPA else ("", None)
+    if name == "eager" and _eager_as_ours(names.get(_EAGER), hasattr(module, "sinks")):
+        return name, names[_EAGER]
+    return "", None
 
 
 def _meaning(mask: Any, queries: int, keys: int, causal: bool, window: int) -> tuple[bool, int] | None:
@@ -115,16 +122,6 @@ def _reads(q: Any, k: Any, v: Any) -> bool:
     return same and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
 
 
-def _served(module: Any) -> str:
-    """The name under which this attention layer's function is chosen if ours may take its place, else ""."""
-    name = getattr(module.config, "_attn_implementation", None)
-    if name == "sdpa":
-        own = _TABLE in _tables(module) and "sdpa" in _tables(module)[_TABLE]
-        return name if own and getattr(_stock(module, name), "__module__", "") == _SDPA else ""
-    known = name == "eager" and _eager_as_ours(_tables(module).get(_EAGER), hasattr(module, "sinks"))
-    return "eager" if known else ""
-
-
 @functools.cache
 def _eager_as_ours(function: Any, has_sinks: bool) -> bool:
     """Whether an eager attention function computes softmax, with sinks as GPT-OSS's: judged by what it computes."""
@@ -157,12 +154,12 @@ def _registered(table: Any, stock: Callable[..., Any], name: str, has_sinks: boo
 
 def _forward(backend: str) -> Callable[..., Any]:
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        name = "" if torch.compiler.is_compiling() else _served(self)
+        name, stock = ("", None) if torch.compiler.is_compiling() else _stock(self)
         # Eager attention also returns its weights: whoever may look at them gets them.
         if not name or name == "eager" and (watched(self) or getattr(self.config, "output_attentions", False)):
             return inner(self, *args, **kwargs)
-        table: Any = type(_tables(self)[_TABLE])
-        chosen = _registered(table, _stock(self, name), name, hasattr(self, "sinks"), backend)
+        table: Any = type(_names(class_of(self).forward)[_TABLE])
+        chosen = _registered(table, stock, name, hasattr(self, "sinks"), backend)
         return inner(StandIn(self, config=StandIn(self.config, _attn_implementation=chosen)), *args, **kwargs)
 
     return forward
@@ -226,7 +223,7 @@ class Attention(Adapter):
             theirs = _native.problem() or ""
             if not layers:
                 theirs = f"how {type(root).__name__} computes its attention is not known"
-            elif chosen and not _served(chosen[0]):
+            elif chosen and not _stock(chosen[0])[0]:
                 theirs = f"its attention is {chosen[0].config._attn_implementation}"
             elif all(p.device.type not in ("cpu", "meta") for p in layers[0].parameters()):
                 theirs = "not on a CPU"
@@ -240,7 +237,7 @@ class Attention(Adapter):
 
     def serving(self, site: Site) -> str:
         chosen = _layers(site.module)
-        if chosen and not _served(chosen[0]):
+        if chosen and not _stock(chosen[0])[0]:
             return f"upstream's own code: {chosen[0].config._attn_implementation} was chosen"
         return serving("attention", site.module)
 

@@ -22,11 +22,7 @@ from ..ops import gated_mlp, mlp
 from ..ops.linear import choice
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
-from ._report import serving
 from .linear import roots
-
-# Up to so many rows a layer reads its weights, not activations, and there is nothing to save.
-_FEW = 64
 
 
 def _forward(backend: str) -> Any:
@@ -51,8 +47,8 @@ def _serves(x: Any) -> bool:
     # Somebody who counts or changes what torch is asked for.
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return False
-    rows = x.numel() // max(x.shape[-1], 1)
-    return rows > _FEW and str(x.dtype).removeprefix("torch.") in KERNEL_DTYPES and choice.own(x.dtype, rows)
+    known = str(x.dtype).removeprefix("torch.") in KERNEL_DTYPES
+    return known and choice.own(x.dtype, x.numel() // max(x.shape[-1], 1))
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -84,9 +80,8 @@ class Mlp(Adapter):
         if not found:
             return "upstream's own code: its layers are others now"
         dtype = next(found[0].parameters()).dtype
-        if str(dtype).removeprefix("torch.") not in KERNEL_DTYPES or not choice.own(dtype, _FEW + 1):
-            return "upstream's own code: the BLAS is the faster one here"
-        return f"{serving('mlp', site.module)}, over {_FEW} rows"
+        name = str(dtype).removeprefix("torch.")
+        return f"{name}: {choice.explained(dtype)}" if name in KERNEL_DTYPES else f"upstream's own code for {name}"
 
 
 ADAPTER = Mlp()

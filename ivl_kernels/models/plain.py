@@ -113,8 +113,23 @@ def is_silu(layer: nn.Module) -> bool:
 
 
 def _computes(layer: nn.Module, function: Any) -> bool:
-    if replaced_before(layer, forward_name(layer)) or any(True for _ in (*layer.parameters(), *layer.buffers())):
+    if replaced_before(layer, forward_name(layer)) or layer._modules or layer._parameters or layer._buffers:
         return False
+    # All that its forward can depend on; the attributes of nn.Module itself begin with an underscore.
+    own = tuple((name, value) for name, value in vars(layer).items() if name[0] != "_" and name != "training")
+    key: Any = (type(layer).forward, function, own)
+    try:
+        if key not in _COMPUTED:
+            _COMPUTED[key] = _agrees(layer, function)
+        return _COMPUTED[key]
+    except TypeError:  # an attribute that cannot be hashed
+        return _agrees(layer, function)
+
+
+_COMPUTED: dict[Any, bool] = {}
+
+
+def _agrees(layer: nn.Module, function: Any) -> bool:
     try:
         with torch.device("cpu"), torch.no_grad():
             x = torch.linspace(-4, 4, 17, dtype=torch.float64)
@@ -194,6 +209,8 @@ def _mlp_names(container: nn.Module) -> tuple[str, ...]:
     children = [isinstance(child, nn.Linear) for child in container.children()]
     if sorted(children) not in ([False, True, True], [False, True, True, True]):
         return ()
+    if container._parameters:
+        return ()
     if len(children) == 3:
         order = _order(container)
         return (order[1], order[0], order[2]) if len(order) == 3 else ()
@@ -203,16 +220,16 @@ def _mlp_names(container: nn.Module) -> tuple[str, ...]:
 
 def is_mlp(container: nn.Module) -> bool:
     """Whether this module computes an MLP from its layers, whatever they are now."""
-    names = _mlp_names(container)
-    return bool(names) and not any(True for _ in container.parameters(recurse=False))
+    return bool(_mlp_names(container))
 
 
 def mlp(container: nn.Module) -> Mlp | str:
     """The layers of an MLP whose parameters may be read instead of calling it, or why it must be called."""
     modules: dict[str, Any] = container._modules
-    if not is_mlp(container):
+    names = _mlp_names(container)
+    if not names:
         return f"{type(container).__name__} is neither linear, GELU, linear nor a gated MLP"
-    act, *linears = _mlp_names(container)
+    act, *linears = names
     gated = len(linears) == 3
     why = intercepted(container, "the MLP") or intercepted(modules[act], act)
     why = why or next(filter(None, (not_plain(modules[name], nn.Linear, name) for name in linears)), "")
