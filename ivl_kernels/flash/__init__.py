@@ -17,7 +17,7 @@ from .parts import flash_family, language_parts, parts_of, vision_parts
 from .router import router_problem
 from .routing import ImageRouting, Routing
 from .tiles import image_of_tile
-from .vico import ViCO, ViCOOutput
+from .vico import ViCO, ViCOLoss, ViCOOutput, score_images, score_tiles
 
 __all__ = [
     "Decisions",
@@ -29,6 +29,7 @@ __all__ = [
     "Projector",
     "Routing",
     "ViCO",
+    "ViCOLoss",
     "ViCOOutput",
     "VisionParts",
     "flash_family",
@@ -40,5 +41,7 @@ __all__ = [
     "project_into",
     "route",
     "router_problem",
+    "score_images",
+    "score_tiles",
     "vision_parts",
 ]

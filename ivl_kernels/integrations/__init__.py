@@ -5,6 +5,7 @@ from ._edit import Editor
 from ._patch import Adapter, Feature, PatchError, PatchHandle, Site, patch, patched
 from ._report import PatchReport, Row
 from ._verify import VerifyReport, verify
+from .trainer import WeightedLoss
 
 __all__ = [
     "Adapter",
@@ -16,6 +17,7 @@ __all__ = [
     "Row",
     "Site",
     "VerifyReport",
+    "WeightedLoss",
     "enable_remote_code",
     "patch",
     "patched",

@@ -18,17 +18,8 @@ from ._report import PatchReport, Row, failure
 # The adapters, in the order in which they are applied: a later one wraps an earlier one. Each name is a module of
 # this package with an `ADAPTER`.
 ADAPTERS: tuple[str, ...] = (
-    "vision",
-    "flash",
-    "experts",
-    "rope",
-    "v2pe",
-    "attention",
-    "cache",
-    "norms",
-    "mlp",
-    "linear",
-)
+    "vision", "loss", "flash", "experts", "rope", "v2pe", "attention", "cache", "norms", "mlp", "linear", "packed",
+)  # fmt: skip
 
 
 class PatchError(RuntimeError):

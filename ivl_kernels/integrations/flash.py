@@ -13,7 +13,7 @@ from torch import nn
 
 from ..flash import FlashInputs, FlashParts, Routing, flash_family, flash_inputs, parts_of, router_problem
 from ..models.families import Family, RemoteCode, families_in, family_of
-from ..models.packed import by_flash_attention, leak, varlen_keywords
+from ..models.packed import leak, takes_starts, varlen_keywords
 from ..models.plain import linear_stack
 from ..models.upstream import arguments, cache_of, class_of, filled
 from ..nn.router import TileRouter
@@ -21,6 +21,7 @@ from ._edit import Editor, attachment, note
 from ._flash_cache import check_held, continued, held_in, hold, name_of
 from ._patch import Adapter, Feature, Site
 from ._report import serving
+from .loss import asked, reduction_of, take_own
 from .v2pe import announce
 from .vision import shuffle_refused
 
@@ -175,12 +176,13 @@ def _chat_generate(find_parts: FindParts) -> Callable[..., Any]:
 
 def _chat_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
     def forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = take_own(self, kwargs)
         given = arguments(class_of(self).forward, self, *args, **kwargs)
         pixels, ids, mask, labels, flags = (
             given.get(name) for name in ("pixel_values", "input_ids", "attention_mask", "labels", "image_flags")
         )
         if not self.flash_mode or pixels is None or ids is None:
-            return inner(self, *args, **kwargs)
+            return inner(self, *args, **kwargs, **own)
         if flags is None:
             raise AttributeError("image_flags: got None, expected [T] flags, 1 for a real tile")
         if given.get("return_dict") is False:
@@ -193,6 +195,10 @@ def _chat_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
         taken = ("self", "pixel_values", "input_ids", "image_flags", "labels")
         options = {name: value for name, value in given.items() if name not in taken and value is not None}
         options |= {"return_dict": True, **_sequence(inputs, layout, flash_family(self))}
+        if labels is not None and reduction_of(self):
+            own = {**own, "row_plan": None, "position_ids": options["position_ids"]}  # of what is packed now
+            language = functools.partial(self.language_model, inputs_embeds=inputs.embeds, **options)
+            return asked(reduction_of(self), own, _targets(inputs), language)
         outputs = self.language_model(inputs_embeds=inputs.embeds, **options)
         if labels is not None:
             targets = _targets(inputs)[:, 1:].flatten()
@@ -248,7 +254,7 @@ def _sequence(inputs: FlashInputs, layout: Any, family: Family | None) -> dict[s
     if layout != "unpadded":
         return {"attention_mask": packed.attention_mask, "position_ids": packed.position_ids}
     sequence: dict[str, Any] = {"attention_mask": None, "position_ids": packed.position_ids, "use_cache": False}
-    if family is not None and by_flash_attention(family.text):
+    if family is not None and takes_starts(family.text):
         sequence |= varlen_keywords(packed.cu_seqlens, packed.max_length)
     return sequence
 
@@ -384,7 +390,7 @@ def _native_forward(find_parts: FindParts, layout: Any) -> Callable[..., Any]:
         vit = parts.vision.tokens_of(pixels)
         inputs = flash_inputs(parts, ids, vit, attention_mask=mask, labels=labels, padding=_padding(layout))
         _keep_routing(self, inputs, ids, mask, parts)
-        taken = ("self", "input_ids", "pixel_values", "position_ids")
+        taken = ("self", "input_ids", "pixel_values", "position_ids", "row_plan")
         options = {name: value for name, value in given.items() if name not in taken}
         options |= {"labels": None if labels is None else _targets(inputs), "inputs_embeds": inputs.embeds}
         return inner(self, **{**options, **_sequence(inputs, layout, family)})

@@ -14,6 +14,7 @@ from .upstream import StandIn, class_of
 _POSITIONS = (0, 1, 2, 0, 1)
 _FIRST = 3
 _MASKED = ("eager", "sdpa")  # attention that does what its mask says
+OWN_ATTENTION = "ivl_packed"  # ours, in transformers' table (`integrations.packed`)
 
 
 class _Recorder:
@@ -30,9 +31,10 @@ class _Recorder:
         return hidden
 
 
-def by_flash_attention(text: Any) -> bool:
-    """Whether a flash-attention library computes the attention of this stack (no relation to InternVL-Flash)."""
-    return re.fullmatch(r"flash_attention_\d+", str(text.config._attn_implementation)) is not None
+def takes_starts(text: Any) -> bool:
+    """Whether the attention of this stack is told where samples start: ours, or a flash-attention library's (no
+    relation to InternVL-Flash)."""
+    return re.fullmatch(rf"flash_attention_\d+|{OWN_ATTENTION}", str(text.config._attn_implementation)) is not None
 
 
 def varlen_keywords(starts: torch.Tensor, longest: int) -> dict[str, Any]:
@@ -55,13 +57,14 @@ def leak(text: Any) -> str:
     """Why a row could see another one when positions that restart are all that parts them, or "".
 
     Asked of what upstream's own body hands to its layers, without running a layer: for eager and sdpa attention the
-    mask must part the rows, flash-attention must get their starts. There must be no mask and no cache in the call.
+    mask must part the rows, ours and flash-attention must get their starts. There must be no mask and no cache in the
+    call.
     """
     kind, seen = class_of(text), []  # type: ignore[var-annotated]
     try:
         attention = text.config._attn_implementation
-        flash = by_flash_attention(text)
-        if not flash and attention not in _MASKED:
+        by_starts = takes_starts(text)
+        if not by_starts and attention not in _MASKED:
             return f"whether attention '{attention}' of {kind.__name__} keeps rows apart is not known"
         weight = next(p for p in text.parameters() if p.device.type != "meta")
         positions = torch.tensor([_POSITIONS], device=weight.device)
@@ -75,14 +78,14 @@ def leak(text: Any) -> str:
                 attention_mask=None,
                 position_ids=positions,
                 use_cache=False,
-                **(varlen_keywords(starts, _FIRST) if flash else {}),
+                **(varlen_keywords(starts, _FIRST) if by_starts else {}),
             )
     except Exception as error:
         return f"whether {kind.__name__} keeps rows apart is not known ({type(error).__name__}: {error})"
     if len(seen) != len(text.layers):
         return f"whether {kind.__name__} keeps rows apart is not known: it ran {len(seen)} of its layers"
     problems = [
-        _starts_problem(layer, given, starts) if flash else _mask_problem(given)
+        _starts_problem(layer, given, starts) if by_starts else _mask_problem(given)
         for layer, given in zip(text.layers, seen)
     ]
     return next((f"layer {i} of {kind.__name__} {problem}" for i, problem in enumerate(problems) if problem), "")
@@ -103,6 +106,8 @@ def _starts_problem(layer: Any, given: dict[str, Any], starts: torch.Tensor) -> 
         return "gets a mask, which flash-attention takes for padding"
     if any(given.get(name) is None for name in varlen_keywords(starts, _FIRST)):
         return "does not get the starts of the rows"
+    if layer.self_attn.config._attn_implementation == OWN_ATTENTION:
+        return ""
     for name in ("sliding_window", "sinks"):
         if getattr(layer.self_attn, name, None) is not None:
             return f"has {name}: whether flash-attention then keeps rows apart is not known"

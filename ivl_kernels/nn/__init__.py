@@ -6,6 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from .expert_parallel import ExpertParallelExperts
 from .experts import FusedExperts
+from .losses import (
+    ConsistencyLoss,
+    GRPOLoss,
+    GSPOLoss,
+    MPOLoss,
+    NextTokenLoss,
+    RatioWindow,
+    RewardShift,
+    RouterLoss,
+    StepScores,
+    best_of_n,
+    group_advantages,
+)
 from .projector import PixelShuffleProjector
 from .router import TileRouter
 
@@ -13,14 +26,25 @@ if TYPE_CHECKING:
     from ..flash import FlashVision, ImageRouting, Routing, ViCO
 
 __all__ = [
+    "ConsistencyLoss",
     "ExpertParallelExperts",
     "FlashVision",
     "FusedExperts",
+    "GRPOLoss",
+    "GSPOLoss",
     "ImageRouting",
+    "MPOLoss",
+    "NextTokenLoss",
     "PixelShuffleProjector",
+    "RatioWindow",
+    "RewardShift",
+    "RouterLoss",
     "Routing",
+    "StepScores",
     "TileRouter",
     "ViCO",
+    "best_of_n",
+    "group_advantages",
 ]
 
 

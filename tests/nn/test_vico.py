@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ivl_kernels.nn import FlashVision, ViCO
+from ivl_kernels.flash import score_images, score_tiles
+from ivl_kernels.nn import FlashVision, RatioWindow, ViCO
 from tests.models import chat_inputs, chat_model, inputs, native_model, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -100,3 +101,104 @@ def test_wrong_stage():
         ViCO(native_model(), 3)
     with pytest.raises(TypeError, match="FlashVision attached"):
         ViCO(native_model(), 2)
+
+
+def answers(batch):
+    labels = batch["input_ids"].clone()
+    labels[:, :-5] = -100
+    return labels
+
+
+def logits_of(model, batch, compress):
+    """Packed logits and labels of a Flash forward at given ratios, plain torch from there on."""
+    with torch.no_grad():
+        out = ViCO(model, 1)(**batch, labels=answers(batch), compress=compress)
+    return out.outputs.logits.double(), out.inputs.packed.labels
+
+
+def divergences(reference, model, batch, compress):
+    """[B] by hand."""
+    zr, labels_r = logits_of(reference, batch, torch.zeros_like(compress))
+    zp, labels_p = logits_of(model, batch, compress)
+    means = []
+    for row in range(len(zr)):
+        q = zr[row][:-1][labels_r[row][1:] != -100].log_softmax(-1)
+        p = zp[row][:-1][labels_p[row][1:] != -100].log_softmax(-1)
+        means.append((q.exp() * (q - p)).sum(-1).mean())
+    return torch.stack(means)
+
+
+@pytest.mark.parametrize("kind", ["chat", "native"])
+def test_consistency_loss(kind):
+    (model, batch, flash), (reference, _, _) = build(kind), build(kind)
+    with torch.no_grad():
+        for p in flash.mlp2.parameters():
+            p.mul_(1.2)
+    compress = torch.tensor([True, True, True, False, False, True])
+    vico = ViCO(model, 1, reference=reference.train())
+    out = vico.loss(**batch, labels=answers(batch), compress=compress)
+    torch.testing.assert_close(
+        out.loss.double(), divergences(reference, model, batch, compress).mean(), rtol=1e-4, atol=1e-6
+    )
+    assert reference.training
+    out.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in flash.mlp2.parameters())
+    assert all(p.grad is None for p in reference.parameters())
+    full = vico.loss(**batch, labels=answers(batch), compress=torch.zeros_like(compress))
+    assert full.loss.item() < 1e-5  # the reference itself
+    sampled = ViCO(model, 1, reference=reference, generator=torch.Generator().manual_seed(1))
+    state = sampled.state_dict()
+    first = sampled.loss(**batch, labels=answers(batch)).compress
+    sampled.load_state_dict(state)
+    assert torch.equal(sampled.loss(**batch, labels=answers(batch)).compress, first)
+
+
+@pytest.mark.parametrize("scorer", [score_images, score_tiles])
+def test_router_loss(scorer):
+    (model, batch, _), (reference, _, _) = build("native"), build("native")
+    with torch.no_grad():  # at 1/4 the policy is near the reference, not on it
+        model.lm_head.weight.mul_(1.02)
+    window = RatioWindow(100, min_count=3)
+    vico = ViCO(model, 2, reference=reference, window=window, scorer=scorer)
+    out = vico.loss(**batch, labels=answers(batch))
+    full = divergences(reference, model, batch, torch.zeros(6, dtype=torch.bool))
+    row = [0, 0, 0, 0, 1, 1]
+    for tile in range(6):
+        compress = torch.zeros(6, dtype=torch.bool)
+        same = [[0, 1, 2], [3], [4, 5]]
+        compress[next(s for s in same if tile in s) if scorer is score_images else tile] = True
+        expected = (divergences(reference, model, batch, compress) / full)[row[tile]]
+        assert float(out.ratios[tile]) == pytest.approx(float(expected), rel=2e-2)
+    threshold = out.ratios.median() if scorer is score_tiles else None
+    assert set(out.labels.tolist()) <= {0, 1} and (threshold is None or 0 < int(out.labels.sum()) < 6)
+    torch.testing.assert_close(out.labels, (out.ratios >= window.threshold).long())
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("gating" in name and used(name)), name
+    other = ViCO(build("native")[0], 2, reference=reference, window=RatioWindow(100, min_count=3))
+    other.load_state_dict(vico.state_dict())
+    assert other.window.threshold == window.threshold
+    with pytest.raises(ValueError, match="got one of stage 2"):
+        ViCO(reference, 1).load_state_dict(vico.state_dict())
+
+
+def test_no_labels_before_the_window_is_filled():
+    (model, batch, _), (reference, _, _) = build("native"), build("native")
+    vico = ViCO(model, 2, reference=reference, scorer=lambda vico, losses, image, row: torch.ones(len(row)))
+    out = vico.loss(**batch, labels=answers(batch))
+    assert out.labels.tolist() == [-100] * 6 and float(out.loss) == 0
+    vico.scorer = lambda vico, losses, image, row: torch.ones(2)
+    with pytest.raises(ValueError, match=r"scorer: gave \[2\], expected a ratio for each of 6 tiles"):
+        vico.loss(**batch, labels=answers(batch))
+
+
+def test_reference_is_needed():
+    model, batch, _ = build("native")
+    with pytest.raises(ValueError, match="reference: got None"):
+        ViCO(model, 1).loss(**batch, labels=answers(batch))
+    with pytest.raises(ValueError, match="reference: got the model itself"):
+        ViCO(model, 1, reference=model)
+    reference = build("native")[0]
+    model.lm_head = torch.nn.Linear(48, 300)
+    with pytest.raises(ValueError, match="head has a bias"):
+        ViCO(model, 1, reference=reference).loss(**batch, labels=answers(batch))
