@@ -11,7 +11,7 @@ $(BIN)/pip install -q $(UPGRADE) $(PINS) $(1) $(if $(PINS),|| \
 	{ echo "NOT THE TESTED SET: constraints.txt does not fit here; taking the newest of $(1)" >&2; $(BIN)/pip install -q $(1); })
 endef
 
-.PHONY: demo build test test-latest test-matrix test-ends constraints bench gpu-check inspect readme lint clean
+.PHONY: demo train-demo build test test-latest test-matrix test-ends constraints bench gpu-check inspect readme lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ build: $(VENV)/.installed
 demo: export IVL_BUILD_CUDA := $(or $(IVL_BUILD_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),,0))
 demo: build
 	$(BIN)/ivl-kernels demo
+
+# Next token, MPO, ViCO and GSPO on a small model, plain and with this package; draws out/train.png.
+train-demo: export IVL_BUILD_CUDA := $(or $(IVL_BUILD_CUDA),$(if $(wildcard /dev/nvidia0 /dev/dxg),,0))
+train-demo: $(VENV)/.test-tools build
+	$(BIN)/ivl-kernels train-demo
 
 test: $(VENV)/.test-tools build lint
 	$(BIN)/python -m pytest -q -n 2

@@ -87,11 +87,6 @@ def _triton_problem(device: int | None) -> str | None:
     return _cuda.too_old(torch.cuda.current_device() if device is None else device)
 
 
-def unforced() -> bool:
-    """No stand-in for a GPU, and no backend forced by the environment."""
-    return not _gpu.simulated() and not _env.BACKEND.get()
-
-
 def _problem(impl: Implementation, kind: str, device: int | None, dtype: str, args: Any) -> str | None:
     """Why `impl` cannot serve a call on tensors of this device and dtype, or None."""
     if impl.backend == "reference":

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass
-class _StandIn:
-    """What takes the place of a GPU: `kind` is "interpreter" or "simulator"."""
+@dataclass(frozen=True)
+class StandIn:
+    """What takes the place of a GPU: `kind` is "interpreter", "simulator" or "idle"; cuda: also for CUDA C++."""
 
     kind: str
     preferred: bool
     capability: int = 80
+    cuda: bool = False
 
 
-_stand_in: _StandIn | None = None
+_stand_in: StandIn | None = None
 
 
 @contextlib.contextmanager
@@ -34,23 +35,23 @@ def stand_in(
     """Let GPU backends serve CPU tensors while something executes their kernels without a GPU.
 
     Args:
-        kind: "interpreter" (Triton's) or "simulator" (compiled PTX).
+        kind: "interpreter" (Triton's), "simulator" (compiled PTX) or "idle" (launches that run nothing).
         cuda_launcher: replaces `_cuda.launch`; None leaves CUDA C++ unavailable.
         preferred: choose backends for CPU tensors as on a GPU, instead of only when one is forced.
         capability: what `capability` answers for CPU tensors.
     """
     global _stand_in
     before = _stand_in, _cuda.launcher
-    _stand_in, _cuda.launcher = _StandIn(kind, preferred, capability), cuda_launcher
+    _stand_in, _cuda.launcher = StandIn(kind, preferred, capability, cuda_launcher is not None), cuda_launcher
     try:
         yield
     finally:
         _stand_in, _cuda.launcher = before
 
 
-def current() -> _StandIn | None:
+def current() -> StandIn | None:
     if _stand_in is None and os.environ.get("TRITON_INTERPRET") == "1":
-        return _StandIn("interpreter", preferred=False)
+        return StandIn("interpreter", preferred=False)
     return _stand_in
 
 
@@ -59,9 +60,9 @@ def preferred() -> bool:
     return _stand_in is not None and _stand_in.preferred
 
 
-def simulated() -> bool:
-    """Something stands in for a GPU, whether or not it is preferred."""
-    return _stand_in is not None
+def standing() -> StandIn | None:
+    """What stands in for a GPU, whether or not it is preferred; Triton's interpreter by its variable aside."""
+    return _stand_in
 
 
 def interpreting() -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from . import _dispatch
+from . import _dispatch, _env, _gpu
 from ._dispatch import Implementation
 
 NAMESPACE = "ivl"
@@ -139,8 +139,8 @@ class Op(Generic[A, R]):
         self.implementations = tuple(implementations)
         self.written = tuple(field for field, kind in _fields(arguments).items() if kind == Written)
         self._functions: dict[str, Callable[[A], Any]] = {}
-        # By dtype, what serves CPU tensors when nothing is forced: choosing again costs more than a small kernel.
-        self._usual: dict[torch.dtype, Callable[[A], Any]] = {}
+        # What serves when nothing is forced, whatever the shapes: choosing again costs more than a small kernel.
+        self._usual: dict[Any, Callable[[A], Any]] = {}
         self._nested = any(_is_record(kind) for kind in _fields(arguments).values())
         self._several = _is_record(results)
         self._key = [field for field, _ in _flat_fields(arguments)].index(key)
@@ -166,10 +166,11 @@ class Op(Generic[A, R]):
         tensor, forced = values[self._key], values[-1]
         device = tensor.device
         cpu = device.type == "cpu"
-        function = self._usual.get(tensor.dtype) if cpu and not forced and _dispatch.unforced() else None
+        usual = None if forced or _env.BACKEND.get() else (tensor.dtype, device, _gpu.standing())
+        function = self._usual.get(usual)
         arguments = self._made(values[:-1])
         if function is None:
-            function = self._chosen(tensor, forced, arguments)
+            function = self._chosen(tensor, forced, arguments, usual)
         elsewhere = not cpu and tensor.is_cuda and device.index != torch.cuda.current_device()
         if not elsewhere and not torch.is_autocast_enabled(device.type):
             return function(arguments)
@@ -179,13 +180,12 @@ class Op(Generic[A, R]):
             stack.enter_context(torch.autocast(device.type, enabled=False))  # an op chooses its dtypes itself
             return function(arguments)
 
-    def _chosen(self, tensor: Tensor, forced: str, arguments: A) -> Callable[[A], Any]:
+    def _chosen(self, tensor: Tensor, forced: str, arguments: A, usual: Any) -> Callable[[A], Any]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         choice = _dispatch.choose(self.name, self.implementations, tensor.device, dtype, forced, arguments)
         function = self.function(choice.implementation)
-        always = choice.backend == "native" and not choice.passed_over and choice.implementation.unless is None
-        if always and not forced and tensor.device.type == "cpu" and _dispatch.unforced():
-            self._usual[tensor.dtype] = function
+        if usual is not None and not choice.passed_over and choice.implementation.unless is None:
+            self._usual[usual] = function
         return function
 
     def function(self, implementation: Implementation) -> Callable[[A], Any]:

@@ -1,4 +1,4 @@
-"""`ivl-kernels demo | verify | doctor | bench | gpu-check`, also `python -m ivl_kernels`.
+"""`ivl-kernels demo | train-demo | verify | doctor | bench | gpu-check`, also `python -m ivl_kernels`.
 
 Each command lives in a module of its own with `add_arguments(parser)` and `run(args) -> int`; only the one that was
 asked for is imported. A command raises `CommandError` for what the user can put right: one line, exit code 2.
@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("commands.demo", "run a model on a photograph, plain and patched, and compare"),
     "verify": ("commands.verify", "compare a model plain and patched, layer by layer, and time both"),
     "doctor": ("doctor", "what is installed, built and found, and which backend serves each op"),
+    "train-demo": ("commands.train_demo", "train a small model five ways, plain and with this package, and compare"),
     "bench": ("commands.bench", "time the ops against eager, torch.compile and peers"),
     "gpu-check": ("commands.gpu_check", "prove every op on this machine's GPU and print the honest table"),
 }

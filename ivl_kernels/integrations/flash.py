@@ -15,7 +15,7 @@ from ..flash import FlashInputs, FlashParts, Routing, flash_family, flash_inputs
 from ..models.families import Family, RemoteCode, families_in, family_of
 from ..models.packed import leak, takes_starts, varlen_keywords
 from ..models.plain import linear_stack
-from ..models.upstream import arguments, cache_of, class_of, filled
+from ..models.upstream import arguments, cache_of, class_of, filled, signature
 from ..nn.router import TileRouter
 from ._edit import Editor, attachment, note
 from ._flash_cache import check_held, continued, held_in, hold, name_of
@@ -107,6 +107,10 @@ def _problem(family: Family) -> str:
         return f"unknown structure: no {', '.join(missing)}"
     if isinstance(family, RemoteCode) and not callable(getattr(model, "generate_flash", None)):
         return "it has no generate_flash"
+    taken = signature(class_of(model).forward).parameters
+    unknown = [name for name in ("input_ids", "pixel_values") if name not in taken]
+    if unknown:  # Flash would wait for images that never come
+        return f"unknown structure: forward of {class_of(model).__name__} takes no {' and '.join(unknown)}"
     why = next(filter(None, (shuffle_refused(family, merge) for merge in (2, 4))), "")
     if why:
         return why

@@ -34,6 +34,7 @@ from ..ops.v2pe_rope.op import parse_delta
 from ._edit import Editor, note
 from ._patch import Adapter, Feature, Site
 from ._timeline import Timeline, Tokens, empty, padding_of
+from .loss import take_own
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,9 @@ def _with_ids(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """A forward that takes input_ids: notes them for the decoder stack below."""
     state: _State = self._ivl_v2pe
     delta = kwargs.pop("v2pe_delta", None)
-    before = state.enter(delta, arguments(class_of(self).forward, self, *args, **kwargs).get("input_ids"))
+    upstreams = dict(kwargs)
+    take_own(self, upstreams)
+    before = state.enter(delta, arguments(class_of(self).forward, self, *args, **upstreams).get("input_ids"))
     reached = False
     try:
         output = inner(self, *args, **kwargs)

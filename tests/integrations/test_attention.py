@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import ivl_kernels
 from ivl_kernels import ops
@@ -216,6 +217,7 @@ def test_a_function_of_somebody_else_under_this_name(before, calls, monkeypatch)
     assert torch.equal(got, expected) and not calls
 
 
+<<<<<<< HEAD
 LENGTHS = (9, 40)  # within the sliding window of a tiny model, and beyond it
 
 
@@ -348,3 +350,21 @@ def test_compiled_and_dropped_out(meanings):
         layer.self_attn.attention_dropout = 0.5
     model(input_ids=ids)
     assert not meanings
+=======
+def taken(q, *rest, **options):
+    """Whether the call is upstream's."""
+    attend = adapter._attend(lambda *a, **k: "stock", "")
+    return attend(None, q, q, q, *rest, **options) == "stock"
+
+
+def test_only_plain_attention_is_served():
+    q = torch.randn(2, 3, 5, 16)
+    assert not taken(q, is_causal=False) and not taken(q, is_causal=False, dropout=0.0, scaling=0.3)
+    for options in ({}, dict(is_causal=None), dict(is_causal=True), dict(is_causal=False, dropout=0.1)):
+        assert taken(q, **options)
+    assert taken(q, torch.zeros(5, 5), is_causal=False) and taken(q, None, 1, is_causal=False)
+    for width in (0, 12, 264):
+        assert taken(torch.randn(2, 3, 5, width), is_causal=False)
+    for x in (q[0], q.double(), nn.Parameter(q), q.to("meta")):
+        assert taken(x, is_causal=False)
+>>>>>>> main

@@ -250,3 +250,13 @@ def test_remote_code_goes_on_where_its_decisions_are_the_same():
     plain.generate(**batch, **GREEDY, past_key_values=filled_before)
     with pytest.raises(ValueError, match="no Flash call of this patch made"):
         model.generate(**second, **GREEDY, past_key_values=filled_before)
+
+
+def test_refused_when_there_is_nothing_new():
+    """The cache holds all of the prompt: no token is left whose answer could be computed."""
+    model, batch, cache, second = two_turns()
+    ids = second["input_ids"][:, :-4]  # the last token that was chosen is not in the cache
+    with pytest.raises(ValueError, match="expected fewer than the prompt has"):
+        model.generate(**turn(ids), **GREEDY, past_key_values=cache)
+    more = second["input_ids"][:, :-3]
+    assert model.generate(**turn(more), **GREEDY, past_key_values=cache).shape[1] > more.shape[1]

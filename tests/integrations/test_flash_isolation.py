@@ -185,3 +185,10 @@ def test_names_that_flash_attention_takes(monkeypatch):
         varlen_keywords(starts, 2)
     model = model_of("qwen3", "flash_attention_2")
     assert "takes q_starts" in leak(family_of(model).text)
+
+
+def test_sinks_under_flash_attention_are_not_known(flash_attention):
+    text = text_config("gpt_oss", layer_types=["full_attention", "full_attention"])
+    model = native_model(text=text)
+    family_of(model).text.config._attn_implementation = "flash_attention_2"
+    assert "has sinks" in leak(family_of(model).text)

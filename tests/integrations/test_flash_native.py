@@ -16,6 +16,7 @@ from ivl_kernels import imaging
 from ivl_kernels.models.upstream import cache_of, filled
 from ivl_kernels.nn import FlashVision, ImageRouting, Routing
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
+from tests import synthetic
 from tests.models import chat_inputs, chat_model, inputs, native_model, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*generation flags")
@@ -463,3 +464,28 @@ def test_without_flash_attached():
     model = native_model()
     row = next(r for r in ivl_kernels.patch(model).report().rows if r.feature == "flash")
     assert row.state == "not found"
+
+
+@pytest.mark.parametrize("end", [None, 7, [3, 7]])
+def test_the_mask_that_is_made_where_none_is_given(end):
+    """A pad id that ends a text as well is no padding, as transformers has it."""
+    model, batch = flash_model(), inputs(((2,),))
+    batch["input_ids"][0, :2] = 7
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 7, end
+    ivl_kernels.patch(model)
+    options = dict(GREEDY, min_new_tokens=NEW)
+    got = model.generate(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], **options)
+    mask = (batch["input_ids"] != 7).long() if end is None else torch.ones_like(batch["input_ids"])
+    assert torch.equal(got, model.generate(**{**batch, "attention_mask": mask}, **options))
+    other = model.generate(**{**batch, "attention_mask": 1 - mask + (batch["input_ids"] != 7).long()}, **options)
+    assert end is None or not torch.equal(got, other)
+
+
+def test_inputs_of_another_name_are_refused():
+    """Rather than waiting for images that never come."""
+    name = "transformers.models.internvl.modeling_internvl"
+    other = synthetic.changed(name, synthetic.edit((r"\bpixel_values\b", "images")))
+    model = flash_model()
+    model.__class__ = other.InternVLForConditionalGeneration
+    rows = [row for row in ivl_kernels.patch(model).report().rows if row.feature == "flash"]
+    assert [row.state for row in rows] == ["refused"] and "takes no pixel_values" in rows[0].detail

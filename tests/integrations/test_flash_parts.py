@@ -16,8 +16,9 @@ from ivl_kernels.flash import (
     route,
     vision_parts,
 )
-from ivl_kernels.flash.tiles import row_of_tile
+from ivl_kernels.flash.tiles import image_of_tile, row_of_tile, shuffled
 from ivl_kernels.models.families import family_of
+from ivl_kernels.models.plain import linear_stack
 from tests.integrations.test_flash_native import flash_model
 from tests.models import chat_inputs, chat_model, inputs, native_model
 
@@ -136,3 +137,47 @@ def test_errors():
     chat = chat_model("hub", flash=(0.3, 0.1), token_id=None)
     with pytest.raises(ValueError, match="token_id: the model has not been told"):
         parts_of(chat)
+
+
+def test_an_image_ends_with_its_row():
+    ids = torch.tensor([[7, 290, 290], [290, 7, 290], [290, 290, 7]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 1]])
+    assert image_of_tile(ids, None, 290, 1).tolist() == [0, 0, 1, 2, 3, 3]
+    assert image_of_tile(ids, mask, 290, 1).tolist() == [0, 0, 1, 2, 3]
+    assert row_of_tile(ids, mask, 290, 1, 5).tolist() == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_gradients_of_the_embedding_alone(called):
+    model, batch = build("native")
+    model.requires_grad_(False)
+    table = model.get_input_embeddings().weight.requires_grad_(True)
+    if called:
+        model.flash.mlp2[1].register_forward_hook(lambda module, args, out: None)
+    parts = parts_of(model)
+    vit, kept = parts.vision.tokens_of(batch["pixel_values"]), []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda m, a, out: kept.append((out, out.detach().clone()))
+    )
+    made = flash_inputs(parts, batch["input_ids"], vit, attention_mask=batch["attention_mask"])
+    hook.remove()
+    assert kept and all(torch.equal(out, before) for out, before in kept)
+    made.embeds[made.packed.attention_mask != 0].sum().backward()
+    words = batch["input_ids"][batch["attention_mask"] != 0]
+    expected = torch.bincount(words[words != 290], minlength=len(table)).float()
+    assert torch.equal(table.grad, expected[:, None].expand_as(table))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["full", "small"])
+def test_the_eps_of_the_projectors(which):
+    model, batch = build("native")
+    parts = parts_of(model)
+    vit = parts.vision.tokens_of(batch["pixel_values"])
+    projector = getattr(parts.vision, which)
+    linear_stack(projector.module).norm.eps = 0.4
+    compress = torch.full((len(vit),), which == "small")
+    count = parts.vision.tokens // 4 if which == "small" else parts.vision.tokens
+    got = project_into(torch.empty(len(vit) * count, 48), vit, compress, parts.vision)
+    expected = projector.module(shuffled(vit[:, 1:], projector.merge, parts.vision.order))
+    torch.testing.assert_close(got, expected.flatten(0, 1), rtol=1e-4, atol=1e-5)

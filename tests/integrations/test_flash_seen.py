@@ -1,5 +1,7 @@
 """Whoever looks at a module under Flash sees tensors of the right value; every mix of dtypes that plain torch takes."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -205,3 +207,16 @@ def test_a_hook_that_makes_its_output_require_gradients():
         model.get_input_embeddings().register_forward_hook(require)
         assert torch.equal(model.generate(**batch, **GREEDY), expected)
         assert kept and all(torch.equal(out.detach(), before) for out, before in kept)
+
+
+def test_an_embedding_that_renormalises():
+    """`max_norm` changes the table itself: the layer is called."""
+    for model, batch in (chat(), native()):
+        model.get_input_embeddings().max_norm = 0.5
+        plain = copy.deepcopy(model)
+        ivl_kernels.patch(model)
+        got = embeds_seen(model, batch)
+        with torch.no_grad():
+            expected = plain.get_input_embeddings()(batch["input_ids"])
+        table, wanted = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
+        assert torch.equal(table, wanted) and torch.equal(got[0, 0], expected[0, 0])

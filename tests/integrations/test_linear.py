@@ -191,3 +191,13 @@ def test_who_changes_or_counts_layers_is_respected(monkeypatch):
     assert flops() == plain
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.ones(*x.shape[:-1], self.out_features))
     assert bool((model.lm_head(torch.randn(2, 48)) == 1).all())
+
+
+@torch.no_grad()
+def test_a_bias_of_another_shape_is_upstreams():
+    layer = nn.Linear(8, 6)
+    layer.bias = nn.Parameter(torch.ones(1))  # which plain torch broadcasts
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    assert torch.equal(adapter._forward("")(nn.Linear.forward, layer, x), expected)
+    assert not adapter._serves(x, layer.weight, layer.bias) and adapter._serves(x, layer.weight, None)

@@ -12,7 +12,7 @@ from ivl_kernels.integrations import WeightedLoss
 from ivl_kernels.integrations._patch import PatchError, features
 from ivl_kernels.nn import FlashVision
 from ivl_kernels.ops import row_plan
-from ivl_kernels.packing import Collator, Sample, collate
+from ivl_kernels.packing import Collator, Limits, PackedStream, Sample, collate
 from tests.models import FAMILIES, chat_inputs, chat_model, inputs, native_model, randomize
 
 BATCH = ((2,), (1, 1), ())
@@ -253,6 +253,21 @@ def test_trainer(tmp_path):
             moved = (value - start[name]).norm()
             assert (other[name] - value).norm() <= 1e-4 * moved + 1e-7, name
     assert (found[0]["lm_head.weight"] - start["lm_head.weight"]).norm() > 0
+
+
+def test_trainer_over_a_stream(tmp_path):
+    """A DataLoader of packed rows, as a Trainer makes it of an iterable data set, and stays on course."""
+    samples = packed_samples()
+    expected = native_model("qwen3")
+    patch(expected, "square", packed=True)
+    rows = [list(row) for row in PackedStream(samples, Limits(90, 4), rows=1)]
+    assert len(rows) > 1 and sum(map(len, rows)) == 4
+    expected = train(expected, rows[:2], 2, tmp_path, steps=1)
+    model = native_model("qwen3")
+    patch(model, "square", packed=True)
+    found = train(model, PackedStream(samples, Limits(90, 4), rows=1), 2, tmp_path, steps=1)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "hub"])

@@ -726,3 +726,55 @@ def test_fused_experts(family):
     hidden, ids, weights = torch.randn(7, 48), torch.rand(7, theirs.num_experts).topk(2).indices, torch.rand(7, 2)
     close(ours(hidden, ids, weights), theirs(hidden, ids, weights))
     assert ours(hidden.view(1, 7, 48), ids, weights).shape == (1, 7, 48)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(8, 6, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(6, 8, bias=False), nn.SiLU()
+
+
+class Block(nn.Module):
+    """A router and a list of experts, as 4.57 has them."""
+
+    top_k, norm_topk_prob = 2, True
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 4, bias=False), nn.ModuleList(Expert() for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda e: e.up_proj.register_forward_hook(print), "experts.2.up_proj has hooks"),
+        (lambda e: e.up_proj.register_forward_pre_hook(print), "experts.2.up_proj has hooks"),
+        (lambda e: e.up_proj.register_full_backward_hook(print), "experts.2.up_proj has hooks"),
+        (lambda e: e.up_proj.register_full_backward_pre_hook(print), "experts.2.up_proj has hooks"),
+        (lambda e: e.act_fn.register_full_backward_hook(print), "experts.2.act_fn has hooks"),
+        (lambda e: e.register_full_backward_hook(print), "experts.2 has hooks"),
+        (lambda e: setattr(e.down_proj, "forward", print), "experts.2.down_proj.forward was replaced"),
+        (lambda e: setattr(e, "act_fn", nn.GELU()), "experts.2 is not like the first"),
+        (lambda e: setattr(e, "up_proj", nn.Linear(8, 6)), "experts.2.up_proj has a bias"),
+        (lambda e: e.up_proj.double(), "experts.2.up_proj is torch.float64"),
+    ],
+)
+def test_a_list_of_experts_is_read_only_where_nobody_looks(change, reason):
+    block = Block()
+    lists, why = experts._matrices(block)
+    assert why == "" and all(w is e.up_proj.weight for w, e in zip(lists[1], block.experts, strict=True))
+    change(block.experts[2])
+    assert reason in experts._matrices(block)[1]
+
+
+@torch.no_grad()
+def test_routing_weights_of_a_list_are_rounded_as_upstream(monkeypatch):
+    block, seen = Block().bfloat16(), []
+    op = experts.moe_experts_list
+    monkeypatch.setattr(experts, "moe_experts_list", lambda *a, **k: seen.append(a[2]) or op(*a, **k))
+    x = torch.randn(2, 3, 8).bfloat16()
+    out, logits = experts._block_forward(Block, Expert, nn.SiLU, "")(None, block, x)
+    assert out.shape == x.shape and torch.equal(logits, block.gate(x.flatten(0, 1)))
+    weights = logits.softmax(1, dtype=torch.float32).topk(2).values
+    assert torch.equal(seen[0], (weights / weights.sum(1, keepdim=True)).bfloat16())

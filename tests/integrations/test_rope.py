@@ -160,6 +160,25 @@ def test_the_eps_of_the_norms(eps):
 
 
 @torch.no_grad()
+def test_norms_of_two_eps():
+    model, batch = native_model("qwen3"), inputs(BATCH)
+    for layer in language(model).layers:
+        layer.self_attn.k_norm.variance_epsilon = 0.4
+    expected = model(**batch).logits
+    only_rope(model)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_float64_is_as_exact_as_upstream():
+    """Whose norms are in float32 even then."""
+    model, batch = native_model("qwen3").double(), inputs(BATCH, dtype=torch.float64)
+    expected = model(**batch).logits
+    only_rope(model)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("body, norms", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_norms_of_another_dtype(body, norms, autocast):

@@ -13,7 +13,9 @@ from transformers import DynamicCache
 import ivl_kernels
 from ivl_kernels.integrations._patch import PatchError, PatchWarning
 from ivl_kernels.integrations._patch import features as registered
+from ivl_kernels.integrations.v2pe import _State
 from ivl_kernels.models import families
+from ivl_kernels.models.upstream import filled
 from ivl_kernels.nn import FlashVision
 from ivl_kernels.ops import v2pe_position_ids
 from tests.models import CHAT_KINDS, FAMILIES, IMAGE_TOKEN, chat_inputs, chat_model, inputs, native_model, randomize
@@ -351,6 +353,12 @@ def test_a_cache_that_is_not_known_is_refused():
     patch(model, v2pe=0.25)
     with pytest.raises(ValueError, match=f"{PLAIN.shape[1]} of them from calls with v2pe"):
         text(sequence(3), past_key_values=cache)
+    handle.undo()
+    cache.crop(PLAIN.shape[1] - filled(cache))
+    text(sequence(1), past_key_values=cache)  # a single token that was not seen
+    patch(model, v2pe=0.25)
+    with pytest.raises(ValueError, match=f"{PLAIN.shape[1]} of them from calls with v2pe"):
+        text(sequence(3), past_key_values=cache)
     with pytest.raises(TypeError, match="past_key_values: got a tuple"):
         text(sequence(3), past_key_values=((torch.ones(1), torch.ones(1)),))
     packed = DynamicCache()
@@ -449,6 +457,13 @@ def test_masks_of_other_forms():
         text(ids, attention_mask=causal)
     with pytest.raises(ValueError, match="attention_mask: got"):
         text(ids, attention_mask=present[:, 1:])
+    # What padding sees is nobody's business: everything, for attention that must not meet a row of nothing.
+    batch = inputs(BATCH)
+    ids, present = batch["input_ids"], batch["attention_mask"].bool()
+    causal = torch.ones(length, length, dtype=torch.bool).tril() & present[:, None, None, :]
+    text(ids, attention_mask=present.long())
+    text(ids, attention_mask=causal | ~present[:, None, :, None])
+    assert torch.equal(seen[-1][present], seen[-2][present])
 
 
 @torch.no_grad()
@@ -668,3 +683,32 @@ def test_rows_of_a_cache_in_another_order_are_refused(order):
     else:
         with pytest.raises(ValueError, match="in another order"):
             model(input_ids=ids, attention_mask=mask, **{name: cache})
+
+
+@torch.no_grad()
+def test_padding_of_an_earlier_call_stays_padding():
+    """A second turn whose mask has forgotten it: what is in the cache was placed as it was."""
+    model = native_model("qwen3")
+    handle = patch(model, v2pe=0.25)
+    text, seen, reports = language(model), Seen(model), []
+    first, second = sequence(9, [16], 4), sequence(1, [16], 4)
+    mask = torch.ones(1, first.shape[1] + second.shape[1], dtype=torch.int64)
+    mask[0, :4] = 0
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    for later in (mask, torch.ones_like(mask)):
+        cache, past = DynamicCache(), first.shape[1]
+        text(first, attention_mask=mask[:, :past], position_ids=at[:, :past], past_key_values=cache)
+        text(second, attention_mask=later, position_ids=at[:, past:], past_key_values=cache)
+        reports.append(str(handle.note("v2pe")))
+    assert torch.equal(seen[3], seen[1])
+    assert reports == ["46 tokens in 22 positions (24 saved), delta 0.25"] * 2
+
+
+def test_a_call_reaches_the_language_model_once_any_part_of_it_does():
+    state = _State(None, 0.25, "span", "")
+    outer = state.enter(None)
+    for reaches in (True, False):
+        inner = state.enter(None)
+        state.call.reached = reaches
+        assert state.leave(inner) == reaches
+    assert state.leave(outer)

@@ -17,6 +17,11 @@ def test_everything_is_read_at_the_call():
     assert family.merge == 4
     model.downsample_ratio = 0.3
     assert family.merge == 0
+    assert family.tile_pixels == 64
+    model.config.force_image_size = 448
+    assert family.tile_pixels == 448
+    model.config.force_image_size = None
+    assert family.tile_pixels == 64
     ours = native_model("qwen3")
     family = family_of(ours)
     ours.config.image_token_id = 5

@@ -122,6 +122,14 @@ def test_an_rms_norm_is_judged_by_what_it_computes():
     assert rms_norm(nn.LayerNorm)[1]
 
 
+def test_parameters_on_several_devices(monkeypatch):
+    named = Named().eval()
+    elsewhere, device = named.last.weight, torch.Tensor.device
+    where = property(lambda p: torch.device("cuda:1") if p is elsewhere else device.__get__(p))
+    monkeypatch.setattr(nn.Parameter, "device", where, raising=False)
+    assert linear_stack(named) == "its parameters are on several devices"
+
+
 class Gated(nn.Module):
     def __init__(self, activation=None):
         super().__init__()

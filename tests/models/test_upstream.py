@@ -70,6 +70,22 @@ def test_the_cache_is_what_behaves_like_one():
         upstream.cache_of({"past_key_values": ((torch.ones(1),),)})
 
 
+class Layer:
+    def __init__(self, sliding, length, kept):
+        self.is_sliding, self._length, self.keys = sliding, length, torch.full((1, 2, kept, 3), float(sliding))
+
+    def get_seq_length(self):
+        return self._length
+
+
+def test_keys_are_those_of_a_layer_that_keeps_all():
+    cache = Cache()
+    cache.layers = [Layer(False, 4, 4), Layer(True, 4, 4)]  # the second one has not forgotten anything yet
+    assert torch.equal(upstream.keys_at(cache, 3), torch.zeros(1, 2, 3)) and upstream.keys_at(cache, 4) is None
+    cache.layers = cache.layers[1:]
+    assert upstream.keys_at(cache, 3) is None
+
+
 class Two(upstream.Deferred):
     def tensor(self):
         return torch.tensor([2.0, 3.0])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ivl_kernels.flash import router_problem
 from ivl_kernels.nn import TileRouter
 from ivl_kernels.testing.shipped import ShippedRouter
 
@@ -96,3 +97,41 @@ def test_dtype_and_compile():
         p = router(z, skip=1)
         assert p.dtype == torch.bfloat16
         assert torch.equal(torch.compile(router, fullgraph=True, backend="aot_eager")(z, skip=1), p)
+
+
+def set_(path, name, value):
+    return lambda router: setattr(router.get_submodule(path), name, value)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda router: None, ""),
+        (lambda router: router.train(), ""),
+        (set_("gating.block2.5", "eps", 1e-6), "differ in eps"),
+        (set_("pooling_before_gating.norm2", "eps", 1e-6), "differ in eps"),
+        (set_("gating.block3.4", "p", 0.3), "dropouts differ"),
+        (set_("gating.block3.1", "approximate", "tanh"), "block3.1 is GELU"),
+        (set_("pooling_before_gating.attn2", "num_heads", 2), "other options"),
+        (set_("pooling_before_gating.attn2", "batch_first", False), "other options"),
+        (set_("pooling_before_gating.attn1", "add_zero_attn", True), "other options"),
+        (
+            lambda router: router.train() and set_("pooling_before_gating.attn1", "dropout", 0.1)(router),
+            "other options",
+        ),
+        (lambda router: router.get_submodule("gating.gate.1").double(), "float32 and float64"),
+        (lambda router: router.get_submodule("gating.gate.1").register_forward_hook(print), "gate.1 has hooks"),
+        (lambda router: router.get_submodule("gating").register_forward_hook(print), "gating has hooks"),
+    ],
+)
+def test_when_the_router_must_be_called(change, reason):
+    _, router = pair()
+    change(router)
+    why = router_problem(router)
+    assert reason in why and bool(why) == bool(reason)
+
+
+def test_a_dropout_of_the_attention_that_is_off():
+    _, router = pair()
+    router.pooling_before_gating.attn1.dropout = 0.1
+    assert router_problem(router) == ""

@@ -299,6 +299,69 @@ def test_gradcheck(gpt_oss):
 
 
 @BACKENDS
+@pytest.mark.parametrize("inner", [15, 24, 33, 48])
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_whole_vectors_of_one_width_only(backend, gpt_oss, inner):
+    """bfloat16 pairs need an even depth in both products."""
+    case = make(37, 64, inner, 3, 2, gpt_oss, False, torch.bfloat16)
+    grad = torch.randn_like(case.hidden)
+    with poisoned():
+        got = gradients(case, lambda c: c.run(backend), grad)
+    truth = gradients(case.to(torch.float64), lambda c: c.run("reference"), grad.double())
+    usual = gradients(case, lambda c: eager(c) + 0 * c.hidden, grad)
+    assert_accurate(case.run(backend), case.to(torch.float64).run("reference"), eager(case))
+    for name, value in got.items():
+        assert_accurate(value, truth[name], usual[name], name, 2 if value.numel() > 100 else 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_scratch_of_an_earlier_call_does_not_matter(gpt_oss, dtype):
+    """Which is full of NaN, where every expert has an odd number of rows."""
+    case = make(7, 64, 64, 3, 3, gpt_oss, gpt_oss, dtype)
+    grad = torch.randn_like(case.hidden)
+
+    def run(case):
+        return gradients(case, lambda c: c.run("native"), grad)
+
+    expected = run(case)
+    broken = case.leaves().to(dtype)
+    for tensor in broken.tensors:
+        if tensor is not None:
+            tensor.fill_(torch.nan)
+    assert run(broken)["gate_up"].isnan().all()
+    for name, value in run(case).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@backends("native", "triton", "reference")
+def test_gradient_at_the_limit_of_the_activation(backend):
+    """Clamping passes on the gradient of a value that is the limit."""
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    gate_up = torch.tensor([[[7.0, 7.0, 7.5, -7.0], [7.0, -7.5, 6.0, 7.5]]])  # gate, up, gate, up
+    down = torch.tensor([[[1.0, -0.5], [0.25, 2.0]]])
+    ids, grad = torch.zeros(3, 1, dtype=torch.int64), torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.5, 1.0]])
+
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, gate_up, down)]
+        return torch.autograd.grad(function(*leaves), leaves, grad.to(dtype))
+
+    def plain(hidden, gate_up, down):
+        pre = hidden @ gate_up[0]
+        gate, up = pre[:, ::2].clamp(max=7.0), pre[:, 1::2].clamp(-7.0, 7.0)
+        return ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ down[0]
+
+    def ours(hidden, gate_up, down):
+        options = dict(activation="gpt_oss", layout="interleaved", backend=backend)
+        return moe_experts(hidden, ids, torch.ones(3, 1), gate_up, down, **options)
+
+    with poisoned():
+        got = run(ours, torch.float32)
+    for g, e in zip(got, run(plain, torch.float64)):
+        torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
 @pytest.mark.parametrize("which", range(6))
 def test_only_needed_gradients(backend, which):
     case = make(bias=True, gpt_oss=True)

@@ -72,6 +72,9 @@ def test_equal_scores_take_the_lower_expert(backend, convention):
     ids, _ = moe_routing(logits, 4, scoring=convention[0], renormalize=convention[1], backend=backend)
     expected = [[0, 1, 2, 3], [40, 41, 42, 43], [0, 3, 6, 9], [69, 0, 1, 2], [0, 1, 2, 3]]
     assert ids.tolist() == expected
+    zeros = torch.tensor([[-0.0, 0.0] * 35, [0.0, -0.0] * 35])  # which are equal, as in torch
+    ids, _ = moe_routing(zeros, 4, scoring=convention[0], renormalize=convention[1], backend=backend)
+    assert ids.tolist() == [[0, 1, 2, 3]] * 2
 
 
 @BACKENDS

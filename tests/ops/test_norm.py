@@ -174,6 +174,42 @@ def test_gradients(backend, dtype, kind, given):
             assert_accurate(g, t, e)
 
 
+@BACKENDS
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_rows_apart(backend, kind, residual):
+    """Every operand with a stride of its own."""
+
+    def apart(x, gap):
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + gap), torch.nan, dtype=x.dtype)
+        return wide[..., 1 : 1 + x.shape[-1]].copy_(x)
+
+    def run(function, dtype, lay):
+        torch.manual_seed(3)
+        values = [None if v is None else v.to(dtype) for v in make((9, 72), residual=residual, scale=residual)]
+        values = [v if v is None or v.dim() == 1 else lay(v, 2 + i) for i, v in enumerate(values)]
+        values[4] = values[4] if kind == "layer" else None
+        leaves = [v.requires_grad_() for v in values if v is not None]
+        out = both(function(kind, *values))
+        return torch.autograd.grad(out, leaves, [lay(torch.randn(9, 72).to(dtype), 5 + 2 * i) for i in range(len(out))])
+
+    got = run(lambda *args: ours(*args, backend=backend), torch.float32, apart)
+    exact, usual = (run(plain, dtype, lambda x, gap: x) for dtype in (torch.float64, torch.float32))
+    for g, t, e in zip(got, exact, usual):
+        assert_accurate(g, t, e)
+
+
+@BACKENDS
+def test_rows_far_from_zero(backend):
+    """Where float32 holds integers only, their mean is none: the variance is exact nevertheless."""
+    x = 2.0**23 + torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(1))
+    x[0] = 2.0**23 + torch.tensor([0, 0, 0, 1, 1])
+    got = layer_norm(x, torch.ones(5), torch.zeros(5), EPS, backend=backend)
+    torch.testing.assert_close(
+        got, torch.nn.functional.layer_norm(x.double(), (5,), eps=EPS).float(), rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_gradcheck(kind, residual):

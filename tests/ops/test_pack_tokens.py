@@ -195,6 +195,21 @@ def test_rows_in_parallel(padding):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
+def test_long_rows_in_parallel_know_the_tiles_before_them():
+    """Placeholders that padding covers are none."""
+    ids = torch.randint(20, 30, (3, 32768), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row in range(3):
+        ids[row, 100:108] = TOKEN
+        ids[row, 9000 : 9000 + 4 * row] = TOKEN
+    mask[0, 100:104] = mask[1, 100:108] = 0
+    compress = torch.tensor([True, False, True, False, False, True])
+    options = dict(attention_mask=mask, tokens_per_tile=4, compressed_tokens=1)
+    got, expected = (pack_tokens(ids, compress, TOKEN, **options, backend=b) for b in ("native", "reference"))
+    for name in ("ids", "attention_mask", "kept", "keep", "tile_rows", "lengths"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
 def wrong_cases():
     ids, mask = example()
     broken = ids.clone()

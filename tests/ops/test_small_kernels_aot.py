@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from ivl_kernels.ops.moe_routing.op import Routing, RoutingBackward, Sorting
 from tests.simulator import aot
 from tests.simulator.gpu import CUDA_SOURCES, cuda_ptx
 from tests.simulator.ptxsim.frontend import resources
@@ -25,9 +26,9 @@ def test_triton(target):
             packing._launch(embeds, positions, rows, take)
         for experts, top_k, scoring in ((128, 8, "softmax_then_topk"), (32, 4, "topk_then_softmax")):
             logits = meta(1024, experts)
-            ids, weights = routing.moe_routing(logits, meta(experts), top_k, scoring, False)
-            routing.moe_routing_backward(weights, logits, None, ids, scoring, False)
-            routing.moe_dispatch(ids, experts, 64)
+            ids, weights = routing.moe_routing(Routing(logits, meta(experts), top_k, scoring, False))
+            routing.moe_routing_backward(RoutingBackward(weights, logits, None, ids, scoring, False))
+            routing.moe_dispatch(Sorting(ids, experts, 64))
     assert len(log) == 9
     for kernel in log:
         assert kernel.spills == 0, kernel.kernel

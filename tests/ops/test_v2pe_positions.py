@@ -123,6 +123,21 @@ def test_text_does_not_depend_on_compression(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("hole", [0, 5, 16, 20, 31, 32, 39])
+def test_padding_inside_an_image_parts_it(backend, hole):
+    ids = torch.tensor([[TEXT] + [IMAGE] * 40 + [TEXT]])
+    mask = torch.ones_like(ids)
+    mask[0, 1 + hole] = 0
+    got = v2pe_position_ids(ids, IMAGE, 0.3, attention_mask=mask, backend=backend)[0]
+    last = 0.0
+    for begin, end in ((1, 1 + hole), (2 + hole, 41)):
+        steps = torch.arange(1, end - begin + 1, dtype=torch.float64) * 0.3
+        torch.testing.assert_close(got[begin:end].double(), last + steps, rtol=1e-6, atol=0)
+        last += math.ceil((end - begin) * 0.3 - 1e-9)
+    assert got[41] == last + 1
+
+
+@BACKENDS
 def test_one_delta_a_row(backend):
     ids, _, _ = ids_of([[2, [False], 1], [2, [False], 1]], False, False)
     got = v2pe_position_ids(ids, IMAGE, torch.tensor([[0.5], [1.0]]), backend=backend)

@@ -277,6 +277,26 @@ def test_gradients_match_eager(backend, dtype, norm, width, rotary):
 
 
 @BACKENDS
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_angles_of_one_row_for_all(backend, norm, table):
+    """Models give positions, or cos and sin, of one row [1, N] to a batch."""
+    q, k, positions, inv_freq = make(batch=3, tokens=70, dtype=torch.float32)
+    q, k = q.requires_grad_(), k.requires_grad_()
+    one = positions[:1]
+    weights = dict(q_weight=torch.rand(64) + 0.5, k_weight=torch.rand(64) + 0.5, eps=EPS) if norm else {}
+
+    def run(positions):
+        cos, sin = stock_cos_sin(positions, inv_freq, q.dtype)
+        angles, given = ((), dict(cos=cos, sin=sin)) if table else ((positions, inv_freq), {})
+        out = v2pe_rope(q, k, *angles, **given, **weights, backend=backend)
+        return *out, *torch.autograd.grad(out, (q, k), [torch.ones_like(x) for x in out])
+
+    for got, expected in zip(run(one), run(one.expand(3, -1).contiguous())):
+        assert torch.equal(got, expected)
+
+
+@BACKENDS
 @pytest.mark.parametrize("eps", [1e-12, 0.3])
 def test_eps_counts(backend, eps):
     q, k, positions, inv_freq = make(dtype=torch.float32)

@@ -103,6 +103,28 @@ def test_remote_code(kind):
     assert not torch.allclose(out, plain)  # upstream's own call, with its default cache
 
 
+@pytest.mark.parametrize("kind", ["native", "hub"])
+@torch.no_grad()
+def test_v2pe_begins_anew_in_every_sample(kind):
+    model = native_model("qwen3") if kind == "native" else chat_model("hub")
+    samples, row = row_of()
+    flags = {} if kind == "native" else {"image_flags": torch.ones(3, 1, dtype=torch.int64)}
+    handle = ivl_kernels.patch(model, v2pe=1 / 4, packed=True, loss=True)
+    out = model(**row, **flags, return_logits=True)
+    assert len(handle.note("v2pe").report.tokens) == 1
+    alone = []
+    for s in samples:
+        if s.pixels is not None:
+            given = {"pixel_values": s.pixels} | {n: f[: len(s.pixels)] for n, f in flags.items()}
+            alone.append(model(input_ids=s.ids[None], **given).logits[0])
+    begins = row["cu_seq_lens_q"].tolist()
+    for (begin, end), expected in zip((begins[:2], begins[2:]), alone):
+        torch.testing.assert_close(out.logits[0, begin:end], expected, rtol=1e-4, atol=1e-4)
+    integer = native_model("qwen3") if kind == "native" else chat_model("hub")
+    patch(integer, loss=True)
+    assert not torch.allclose(integer(**row, **flags).loss, out.loss, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_padded_batches_and_generation():
     model = native_model("qwen3")

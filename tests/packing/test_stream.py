@@ -4,27 +4,16 @@ import copy
 import itertools
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from bench.packing import sizes_of
 from ivl_kernels.packing import Limits, Mixture, PackedStream, Packer
 from ivl_kernels.packing.stream import TooLarge
 
 SIZES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 10)), max_size=200)
-
-
-def realistic(count, seed=0):
-    """(tokens, tiles) of a mix: text, photographs, several images, documents, videos; 256 tokens a tile."""
-    rng = np.random.default_rng(seed)
-    kind = rng.choice(5, count, p=[0.35, 0.35, 0.15, 0.1, 0.05])
-    mean, spread = np.array([6.3, 5.0, 5.8, 6.5, 6.0])[kind], np.array([1.0, 0.8, 0.9, 0.9, 0.8])[kind]
-    text = np.minimum(np.exp(rng.normal(mean, spread)).astype(int) + 16, 16000)
-    low, high = np.array([0, 1, 1, 2, 8])[kind], np.array([1, 8, 14, 25, 49])[kind]
-    tiles = rng.integers(low, high)
-    return list(zip((text + 256 * tiles).tolist(), tiles.tolist()))
 
 
 @settings(max_examples=80, deadline=None)
@@ -58,7 +47,7 @@ def test_maintain_finishes_the_fullest():
 
 
 def test_fill():
-    limits, sizes = Limits(), [size for size in realistic(50_000) if size[0] <= 32768]
+    limits, sizes = Limits(), [size for size in sizes_of(50_000) if size[0] <= 32768]
     packer = Packer(limits)
     rows = [row for i, size in enumerate(sizes) if (row := packer.push(i, *size))]
     rows += packer.flush()
@@ -145,7 +134,7 @@ def test_state_of_another_kind():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_a_data_loader(workers):
-    sizes = realistic(300)
+    sizes = sizes_of(300)
     items = [(i, *size) for i, size in enumerate(sizes) if size[0] <= 32768]
     packed = PackedStream(Mixture([items]), size=size_of)
     rows = list(DataLoader(packed, batch_size=None, num_workers=workers, collate_fn=list))

@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from ..._triton import Kernel, cdiv
 from .op import Mlp, MlpBackward, MlpGradients, MlpResult
 
 BLOCK = 1024  # columns of a program
 
 
+@Kernel
 @triton.jit
 def gated_kernel(
     pre,  # [R, 2 * INNER]: gates, ups
@@ -32,6 +34,7 @@ def gated_kernel(
     tl.store(active + row * INNER + i, (gate * tl.sigmoid(gate) * up).to(active.dtype.element_ty), mask)
 
 
+@Kernel
 @triton.jit
 def gated_backward_kernel(
     pre,  # [R, 2 * INNER]: gates, ups
@@ -55,7 +58,7 @@ def gated_backward_kernel(
 
 
 def _grid(rows: int, inner: int) -> tuple[int, int]:
-    return rows, triton.cdiv(inner, BLOCK)
+    return rows, cdiv(inner, BLOCK)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
+from ..._triton import Kernel, cdiv, next_power_of_2
 from .._tf32 import rounded_to_tf32
 from .op import Experts, ExpertsBackward, Gradients, Output, empty_gradients, empty_output, tile_rows
 
@@ -176,6 +177,7 @@ def _gate_up_tile(
     _gate_up_store(acc, bias, act, pre, row, live, n * BN, I, CONCATENATED, GPT_OSS, ALPHA, LIMIT, PART)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_gate_up_kernel(
     x,  # [S, H]
@@ -226,6 +228,7 @@ def _rows_tile(
     tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_rows_kernel(
     a,  # [rows, K]
@@ -253,6 +256,7 @@ def moe_rows_kernel(
         )  # fmt: skip
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S"])
 def moe_combine_kernel(
     y,  # [rows, H]
@@ -369,6 +373,7 @@ def _down_backward_tile(
     tl.store(partial + n.to(tl.int64) * rows + flat, share.to(partial.dtype.element_ty), mask=live)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows", "num_tiles"])
 def moe_down_backward_kernel(
     grad,  # [S, H]
@@ -444,6 +449,7 @@ def _outer_tile(
                 tl.store(bias + expert * P + i, extra.to(bias.dtype.element_ty), mask=i < P)
 
 
+@Kernel
 @triton.jit
 def moe_weight_grad_kernel(
     grad_pre, x, grad_gate_up, grad_gate_up_bias, weighted, grad, grad_down, grad_down_bias, weights, permutation,
@@ -467,6 +473,7 @@ def moe_weight_grad_kernel(
         )  # fmt: skip
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S"])
 def moe_combine_backward_kernel(
     y,  # [rows, H]: gradient of each row's token; or None
@@ -557,7 +564,7 @@ def flags(itemsize: int, target: int) -> dict:
 def combine_config(tokens: int, columns: int) -> dict:
     """Few tokens: one warp a program, so that there are enough programs."""
     few = tokens * columns < 64 * 2048
-    width = min(triton.next_power_of_2(columns), 256 if few else 1024)
+    width = min(next_power_of_2(columns), 256 if few else 1024)
     return dict(BT=(256 if few else 2048) // width, BH=width, num_warps=1 if few else 4, enable_fp_fusion=True)
 
 
@@ -574,7 +581,7 @@ def _contiguous(a: Experts) -> tuple[Any, ...]:
 
 
 def _grid(num_tiles: int, columns: int, config: dict) -> tuple[int]:
-    return (triton.cdiv(num_tiles, config["GROUP"]) * config["GROUP"] * triton.cdiv(columns, config["BN"]),)
+    return (cdiv(num_tiles, config["GROUP"]) * config["GROUP"] * cdiv(columns, config["BN"]),)
 
 
 def moe_experts(a: Experts) -> Output:
@@ -603,7 +610,7 @@ def moe_experts(a: Experts) -> Output:
         STEP_N=I if concatenated else 1, **config, **common,
     )  # fmt: skip
     config = combine_config(S, H)
-    moe_combine_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
+    moe_combine_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
         y, weights, a.inverse, a.offsets, result.out, S, E=E, H=H, TOP_K=K, **config
     )
     return result
@@ -633,7 +640,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True)
     if target == 120 and common["PRECISION"] == "tf32":
         config |= dict(num_warps=4, num_stages=2)  # with more of either ptxas takes so few registers that it spills
-    column_tiles = triton.cdiv(I, config["BN"])
+    column_tiles = cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None
     direct = column_tiles == 1 and needs.weights
@@ -645,8 +652,8 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     )  # fmt: skip
     if need_up or need_down:
         config = weight_grad_config(S * K, E, size, target)
-        up = triton.cdiv(2 * I, config["BP"]) * triton.cdiv(H, config["BG"]) if need_up else 0
-        both = up + (triton.cdiv(I, config["BP"]) * triton.cdiv(H, config["BG"]) if need_down else 0)
+        up = cdiv(2 * I, config["BP"]) * cdiv(H, config["BG"]) if need_up else 0
+        both = up + (cdiv(I, config["BP"]) * cdiv(H, config["BG"]) if need_down else 0)
         moe_weight_grad_kernel[(both, E)](
             grad_pre, hidden, wanted("gate_up"), wanted("gate_up_bias"), weighted, grad, wanted("down"),
             wanted("down_bias"), weights, a.permutation, a.offsets,
@@ -662,7 +669,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
                 STEP_K=H if concatenated else 1, STEP_N=1 if concatenated else 2 * I, **config, **gemm,
             )  # fmt: skip
         config = combine_config(S, H)
-        moe_combine_backward_kernel[(triton.cdiv(S, config["BT"]), triton.cdiv(H, config["BH"]))](
+        moe_combine_backward_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
             expanded, a.inverse, a.offsets, result.hidden, partial, wanted("weights"), S, E=E, H=H, TOP_K=K,
             NUM_PARTIAL=0 if direct else column_tiles, **config,
         )  # fmt: skip

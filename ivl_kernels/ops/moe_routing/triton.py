@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._triton import Kernel, cdiv, next_power_of_2
 from .op import Dispatch, Routed, Routing, RoutingBackward, Sorting, empty_dispatch, empty_routed
 
 SLOTS = 4096  # of one dispatch program, at most
@@ -23,6 +24,7 @@ def _scores(logits, bias, s, S, E: tl.constexpr, E_POW2: tl.constexpr):
     return tl.where((s < S)[:, None], score, 0.0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S"])
 def moe_routing_kernel(
     logits,  # [S, E]
@@ -56,6 +58,7 @@ def moe_routing_kernel(
     tl.store(weights + at, value.to(weights.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S"])
 def moe_routing_backward_kernel(
     grad,  # [S, TOP_K]
@@ -98,6 +101,7 @@ def _experts(ids, first, slots, E: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(tl.where((expert < 0) | (expert > E), E, expert).to(tl.int32), [BLOCK])
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S"])
 def moe_dispatch_count_kernel(
     ids, block_counts, S, TOP_K: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, ROW: tl.constexpr,
@@ -110,6 +114,7 @@ def moe_dispatch_count_kernel(
     tl.store(block_counts + block * ROW + e, count, mask=e < ROW)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["S", "num_tiles"])
 def moe_dispatch_place_kernel(
     ids,
@@ -174,11 +179,11 @@ def moe_routing(a: Routing) -> Routed:
     result = empty_routed(a)
     bias = None if a.bias is None else a.bias.contiguous()
     if S:
-        width = max(16, triton.next_power_of_2(E))
+        width = max(16, next_power_of_2(E))
         rows = max(1, 512 // width)
-        moe_routing_kernel[(triton.cdiv(S, rows),)](
+        moe_routing_kernel[(cdiv(S, rows),)](
             a.logits.contiguous(), bias, *result, S, E=E, TOP_K=a.top_k, TOPK_FIRST=a.scoring == "topk_then_softmax",
-            RENORMALIZE=a.renormalize, K_POW2=triton.next_power_of_2(a.top_k), E_POW2=width, BS=rows, num_warps=4,
+            RENORMALIZE=a.renormalize, K_POW2=next_power_of_2(a.top_k), E_POW2=width, BS=rows, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
     return result
@@ -190,10 +195,10 @@ def moe_routing_backward(a: RoutingBackward) -> Tensor:
     out = a.logits.new_empty(S, E)
     bias = None if a.bias is None else a.bias.contiguous()
     if S:
-        width = max(16, triton.next_power_of_2(E))
-        choices = triton.next_power_of_2(top_k)
+        width = max(16, next_power_of_2(E))
+        choices = next_power_of_2(top_k)
         rows = max(1, 512 // width, 128 // choices)  # choices for every thread, so that none is loaded twice
-        moe_routing_backward_kernel[(triton.cdiv(S, rows),)](
+        moe_routing_backward_kernel[(cdiv(S, rows),)](
             a.grad.contiguous(), a.logits.contiguous(), bias, a.ids.contiguous(), out, S, E=E, TOP_K=top_k,
             OVER_ALL=a.scoring == "softmax_then_topk" and not a.renormalize, K_POW2=choices,
             E_POW2=width, BS=rows, num_warps=4, enable_fp_fusion=True,
@@ -205,9 +210,9 @@ def moe_dispatch(a: Sorting) -> Dispatch:
     S, top_k = a.ids.shape
     result = empty_dispatch(a)
     ids, slots = a.ids.contiguous(), S * top_k
-    block = min(SLOTS, max(128, triton.next_power_of_2(slots)))
-    blocks = max(1, triton.cdiv(slots, block))
-    width = triton.next_power_of_2(a.num_experts + 1)
+    block = min(SLOTS, max(128, next_power_of_2(slots)))
+    blocks = max(1, cdiv(slots, block))
+    width = next_power_of_2(a.num_experts + 1)
     row = (a.num_experts + 8) // 8 * 8  # whole sectors
     common = dict(
         TOP_K=top_k, E=a.num_experts, E_POW2=width, ROW=row, BLOCK=block, num_warps=max(4, min(8, block // 128)),

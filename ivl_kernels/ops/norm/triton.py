@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._triton import Kernel, cdiv, next_power_of_2
+
 
 @triton.jit
 def _through(x, dtype: tl.constexpr):
@@ -30,6 +32,7 @@ def _normalised(s, mask, eps, WIDTH: tl.constexpr, CENTER: tl.constexpr):
     return s * rstd, rstd
 
 
+@Kernel
 @triton.jit
 def norm_kernel(
     x, residual, layer_scale, weight, bias,  # [R, WIDTH] by rows, [R, WIDTH] by rows, [WIDTH], [WIDTH], [WIDTH]
@@ -63,6 +66,7 @@ def norm_kernel(
         tl.store(y + r * WIDTH + i, n.to(dtype), mask)
 
 
+@Kernel
 @triton.jit
 def norm_backward_kernel(
     grad, grad_total, total, x, layer_scale, weight,  # [R, WIDTH] by rows x 4, [WIDTH], [WIDTH]
@@ -124,7 +128,7 @@ def _warps(threads: int) -> int:
 
 def config(rows: int, width: int) -> dict[str, int]:
     """A row a program; a thread holds 16 elements of it."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return dict(BLOCK=block, ROWS=1, num_warps=_warps(block // 16), num_stages=1)
 
 
@@ -133,8 +137,8 @@ def backward_config(rows: int, width: int) -> dict[str, int]:
 
     A thread holds 8 or 16 elements of up to seven vectors.
     """
-    block = triton.next_power_of_2(width)
-    rows = max(4, triton.cdiv(rows, PROGRAMS))
+    block = next_power_of_2(width)
+    rows = max(4, cdiv(rows, PROGRAMS))
     return dict(BLOCK=block, ROWS=rows, KEEP=block <= 4096, num_warps=_warps(block // 8), num_stages=1)
 
 
@@ -160,7 +164,7 @@ def norm(
     rows, width = x.shape
     if rows:
         options = config(rows, width)
-        norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+        norm_kernel[(cdiv(rows, options["ROWS"]),)](
             x, residual, *vectors, y, total, rows, x.stride(0), _row_stride(residual), eps, WIDTH=width,
             CENTER=center, ROUND=round, **options, enable_fp_fusion=False,
         )  # fmt: skip
@@ -180,7 +184,7 @@ def norm_backward(
     layer_scale = None if layer_scale is None else layer_scale.contiguous()
     rows, width = total.shape
     options = backward_config(rows, width)
-    programs = triton.cdiv(rows, options["ROWS"])
+    programs = cdiv(rows, options["ROWS"])
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
     if rows:
         norm_backward_kernel[(programs,)](

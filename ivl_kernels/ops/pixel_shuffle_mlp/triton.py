@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
+from ..._triton import Kernel, cdiv, next_power_of_2
 from .._tf32 import rounded_to_tf32
 
 
@@ -87,6 +88,7 @@ def _row_statistics(base, stride_token, eps, R: tl.constexpr, C: tl.constexpr, M
     return total, 1.0 / tl.sqrt(variance + eps)
 
 
+@Kernel
 @triton.jit
 def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, M, stride_tile, stride_token, eps,
                         C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -128,6 +130,7 @@ def _gelu(z):
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
+@Kernel
 @triton.jit
 def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts, pre, M, stride_tile, stride_token,
                   stride_out, stride_pre, C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr,
@@ -201,6 +204,7 @@ def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts,
     tl.store(out + place[:, None] * stride_out + column[None, :], z.to(out.dtype.element_ty), mask=stored)
 
 
+@Kernel
 @triton.jit
 def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre: tl.constexpr, N: tl.constexpr, SLAB: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
@@ -237,6 +241,7 @@ def _centred_and_gradient(k, base, grad_rows, live, norm_weight, mean, scale, st
     return centred, g * tl.load(norm_weight + feature, mask=inside, other=0.0)[None, :].to(tl.float32)
 
 
+@Kernel
 @triton.jit
 def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, M, stride_tile, stride_token, C: tl.constexpr,
                                  MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
@@ -284,6 +289,7 @@ def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, M, stri
         tl.store(target + place[None, :], value.to(dx.dtype.element_ty), mask=live[:, None] & (feature < K)[None, :])
 
 
+@Kernel
 @triton.jit
 def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_token, C: tl.constexpr,
                            MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
@@ -346,20 +352,20 @@ def row_config(rows: int, features: int, channels: int, itemsize: int, target: i
 
     A program holds `tensors` float32 values for each element of its rows when registers allow, else of BLOCK features.
     """
-    block = triton.next_power_of_2(features)
+    block = next_power_of_2(features)
     threads, values = min(512, max(32, block // 8)), 64  # values: a thread's
     if itemsize == 4:  # more registers a thread where parameters are shared, fewer values where they are not
         threads, values = (min(256, threads), 128) if block <= 4096 else (threads, 32)
     if block > 16384 or (target == 120 and itemsize * tensors == 8 and features == 16384):  # the latter would spill
         block, threads = 1024, 128
-    r = max(1, min(8, values // tensors * threads // block, triton.next_power_of_2(rows)))
+    r = max(1, min(8, values // tensors * threads // block, next_power_of_2(rows)))
     run = min(block, channels & -channels)
     return dict(R=r, BLOCK=block, RUN=run, num_warps=max(1, threads // (32 if target else 64)), enable_fp_fusion=True)
 
 
 def slab_config(rows: int, columns: int) -> tuple[dict, int]:
     """Rows and columns of a program that sums over rows: at most 32 slabs, fixed by the shape, never by the device."""
-    block = min(128, triton.next_power_of_2(columns))
+    block = min(128, next_power_of_2(columns))
     return dict(SLAB=16 * -(-rows // (16 * 32)), BM=16, num_warps=4, enable_fp_fusion=True), block
 
 
@@ -381,7 +387,7 @@ def _rows_last(tensor: Tensor) -> Tensor:
 
 def _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, rows, count, eps, geometry) -> None:
     config = row_config(count, norm_weight.shape[0], x.shape[2], x.element_size(), capability(x), 1)
-    shuffle_norm_kernel[(triton.cdiv(count, config["R"]),)](
+    shuffle_norm_kernel[(cdiv(count, config["R"]),)](
         x, tiles, norm_weight, norm_bias, stats, rows, count, x.stride(0), x.stride(1), eps, **geometry, **config
     )
 
@@ -389,7 +395,7 @@ def _shuffle_norm(x, tiles, norm_weight, norm_bias, stats, rows, count, eps, geo
 def _linear(a, tiles, stats, norm, w, bias, out, starts, pre, rows, geometry, gelu, config, target) -> None:
     x_strides = (a.stride(0), a.stride(1)) if stats is not None else (0, 0)
     N, K = w.shape
-    linear_kernel[(triton.cdiv(rows, config["BM"]) * triton.cdiv(N, config["BN"]),)](
+    linear_kernel[(cdiv(rows, config["BM"]) * cdiv(N, config["BN"]),)](
         a, tiles, stats, *norm, w, bias, out, starts, pre, rows, *x_strides, out.stride(0),
         0 if pre is None else pre.stride(0), **geometry, K=K, N=N, IMPLICIT=stats is not None, GELU=gelu, **config,
         **flags(w.element_size(), target),
@@ -451,9 +457,9 @@ def _gelu_backward(z: Tensor, da: Tensor | None, activated: Tensor | None, sums:
     """Column sums of the new `da`, in float32, when wanted."""
     rows, columns = z.shape
     config, block = slab_config(rows, columns)
-    slabs = triton.cdiv(rows, config["SLAB"])
+    slabs = cdiv(rows, config["SLAB"])
     partial = z.new_empty(slabs, columns, dtype=torch.float32) if sums else None
-    gelu_backward_kernel[(slabs, triton.cdiv(columns, block))](
+    gelu_backward_kernel[(slabs, cdiv(columns, block))](
         z, da, activated, partial, rows, z.stride(0), N=columns, BN=block, **config
     )
     return None if partial is None else partial.sum(0)
@@ -502,16 +508,16 @@ def backward(grad, x, norm_weight, norm_bias, weights, biases, pre, merge, heigh
         count = x.shape[0] if tiles is None else tiles.shape[0]
         dx = x.new_empty(count, *x.shape[1:])
         config = row_config(rows, features, x.shape[2], x.element_size(), capability(x), 2)
-        shuffle_norm_backward_kernel[(triton.cdiv(rows, config["R"]),)](
+        shuffle_norm_backward_kernel[(cdiv(rows, config["R"]),)](
             x, tiles, norm_weight, stats, da, dx, rows, *strides, **geometry, **config
         )  # fmt: skip
         dx[:, :skip] = 0
         found[0] = dx if tiles is None else x.new_zeros(x.shape).index_add_(0, tiles, dx)
     if needs[1] or needs[2]:
         config, block = slab_config(rows, features)
-        slabs = triton.cdiv(rows, config["SLAB"])
+        slabs = cdiv(rows, config["SLAB"])
         partial = x.new_empty(slabs, 2, features, dtype=torch.float32)
-        norm_parameters_kernel[(slabs, triton.cdiv(features, block))](
+        norm_parameters_kernel[(slabs, cdiv(features, block))](
             x, tiles, stats, da, partial, rows, *strides, **geometry, BLOCK=block, **config
         )
         sums = partial.sum(0)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..._gpu import capability
 from ..._targets import limits
+from ..._triton import Kernel, cdiv, next_power_of_2
 
 HEADS = 16  # least size of a side of tl.dot
 CHUNK = 256  # channels a fused program holds in one register tensor
@@ -63,6 +64,7 @@ def _store_sums(base, sums, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.
     tl.store(base + h[:, None] * width + c[None, :], sums, mask=(h[:, None] < heads) & (c[None, :] < width))
 
 
+@Kernel
 @triton.jit
 def pool_kernel(
     z, u, sums, largest, denominator, rows, width, tile_stride, row_stride, query_stride, heads, split_rows,
@@ -133,6 +135,7 @@ def pool_kernel(
     tl.store(denominator + part * heads + h, total, mask=h < heads)
 
 
+@Kernel
 @triton.jit
 def combine_kernel(
     sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS: tl.constexpr, BLOCK: tl.constexpr
@@ -158,6 +161,7 @@ def combine_kernel(
         tl.store(pooled + out * width + c, result / total, mask=inside)
 
 
+@Kernel
 @triton.jit
 def scores_kernel(
     z, u, grad, scores, slopes, rows, width, tile_stride, row_stride, query_stride, heads, part_width,
@@ -196,6 +200,7 @@ def _sum_parts(base, n, rows, parts, part_stride, BLOCK: tl.constexpr):
     return total
 
 
+@Kernel
 @triton.jit
 def weights_kernel(scores, slopes, lse, delta, rows, parts, part_stride, BLOCK: tl.constexpr):
     """One head of one tile. Part 0 of the scores becomes softmax weights, of the slopes the gradients of the scores.
@@ -221,6 +226,7 @@ def weights_kernel(scores, slopes, lse, delta, rows, parts, part_stride, BLOCK: 
         tl.store(slopes + n, slope, mask=inside)
 
 
+@Kernel
 @triton.jit
 def weighted_sum_kernel(
     z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows,
@@ -243,6 +249,7 @@ def weighted_sum_kernel(
     _store_sums(sums, total, heads, block * CHUNK, width, HEADS, CHUNK)
 
 
+@Kernel
 @triton.jit
 def linear_kernel(
     x, w, bias, out, rows, each, width, stride, outputs, blocks, split_width,
@@ -273,6 +280,7 @@ def linear_kernel(
     tl.store(place, total, mask=m_mask[:, None] & n_mask[None, :])
 
 
+@Kernel
 @triton.jit
 def linear_transposed_kernel(
     x, w, out, rows, each, width, stride, groups,
@@ -312,14 +320,14 @@ def fused(width: int, heads: int, itemsize: int, target: int) -> bool:
 
 def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
     """Launch of `pool_kernel`: pieces of at least 128 rows, enough of them to fill a GPU with few tiles."""
-    splits = max(1, min(16, triton.cdiv(256, tiles), rows // 128))
-    chunk = min(CHUNK, max(16, triton.next_power_of_2(width)))
+    splits = max(1, min(16, cdiv(256, tiles), rows // 128))
+    chunk = min(CHUNK, max(16, next_power_of_2(width)))
     warps = 8 if width > CHUNK else 4
     return {
-        "split_rows": triton.cdiv(triton.cdiv(rows, splits), 16) * 16,
+        "split_rows": cdiv(cdiv(rows, splits), 16) * 16,
         "BLOCK_N": 16,
         "CHUNK": chunk,
-        "CHUNKS": triton.cdiv(width, chunk),
+        "CHUNKS": cdiv(width, chunk),
         "SPLIT": min(warps, chunk // 16),
         "num_warps": warps,
         "num_stages": 1,
@@ -329,11 +337,11 @@ def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
 def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
     """Launch of `scores_kernel`: many rows a program, as each reads the queries; channels in parts to fill a GPU."""
     roomy = target and limits(target).large  # older Tritons keep several copies of z in shared memory
-    block = min(256 if roomy else 128, max(16, triton.next_power_of_2(rows)))
-    chunk = min(128 // itemsize, max(16, triton.next_power_of_2(width)))
-    parts = max(1, min(128 // (triton.cdiv(rows, block) * tiles), width // 512))
+    block = min(256 if roomy else 128, max(16, next_power_of_2(rows)))
+    chunk = min(128 // itemsize, max(16, next_power_of_2(width)))
+    parts = max(1, min(128 // (cdiv(rows, block) * tiles), width // 512))
     return {
-        "part_width": triton.cdiv(triton.cdiv(width, parts), chunk) * chunk,
+        "part_width": cdiv(cdiv(width, parts), chunk) * chunk,
         "BLOCK_N": block,
         "CHUNK": chunk,
         "num_warps": 8 if block > 128 else 4,
@@ -343,10 +351,10 @@ def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int)
 
 def sum_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
     """Launch of `weighted_sum_kernel`: wide programs, as each reads the weights; rows in pieces to fill a GPU."""
-    chunk = min(512 // itemsize, max(16, triton.next_power_of_2(width)))
-    splits = max(1, min(128 // (triton.cdiv(width, chunk) * tiles), rows // 128))
+    chunk = min(512 // itemsize, max(16, next_power_of_2(width)))
+    splits = max(1, min(128 // (cdiv(width, chunk) * tiles), rows // 128))
     return {
-        "split_rows": triton.cdiv(triton.cdiv(rows, splits), 32) * 32,
+        "split_rows": cdiv(cdiv(rows, splits), 32) * 32,
         "BLOCK_N": 32,
         "CHUNK": chunk,
         "num_warps": 8 if target and chunk > 128 else 4,
@@ -359,7 +367,7 @@ def _queries(u: torch.Tensor) -> torch.Tensor:
 
 
 def _head_block(heads: int) -> int:
-    return max(HEADS, triton.next_power_of_2(heads))
+    return max(HEADS, next_power_of_2(heads))
 
 
 def _weights(
@@ -368,15 +376,15 @@ def _weights(
     """Softmax weights [T, heads, rows], writing lse; with `grad` weights and gradients of the scores, given lse."""
     (tiles, rows, width), heads = z.shape, u.shape[1]
     config = scores_config(rows, width, tiles, z.element_size(), capability(z))
-    parts = triton.cdiv(width, config["part_width"])
+    parts = cdiv(width, config["part_width"])
     scores = u.new_empty(parts, tiles, heads, rows)
     slopes = None if grad is None else torch.empty_like(scores)
-    scores_kernel[triton.cdiv(rows, config["BLOCK_N"]), parts, tiles](
+    scores_kernel[cdiv(rows, config["BLOCK_N"]), parts, tiles](
         z, u, grad, scores, slopes, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
         HEADS=_head_block(heads), PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
     weights_kernel[(tiles * heads,)](
-        scores, slopes, lse, delta, rows, parts, tiles * heads * rows, BLOCK=triton.next_power_of_2(rows),
+        scores, slopes, lse, delta, rows, parts, tiles * heads * rows, BLOCK=next_power_of_2(rows),
         num_warps=4 if rows <= 4096 else 16, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return scores[0], scores[0] if slopes is None else slopes[0]
@@ -385,9 +393,9 @@ def _weights(
 def _weighted_sum(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (tiles, rows, width), heads = z.shape, weight.shape[1]
     config = sum_config(rows, width, tiles, z.element_size(), capability(z))
-    splits = triton.cdiv(rows, config["split_rows"])
+    splits = cdiv(rows, config["split_rows"])
     sums = weight.new_empty(tiles, splits, heads, width)
-    weighted_sum_kernel[triton.cdiv(width, config["CHUNK"]), splits, tiles](
+    weighted_sum_kernel[cdiv(width, config["CHUNK"]), splits, tiles](
         z, weight, sums, rows, width, z.stride(0), z.stride(1), heads, HEADS=_head_block(heads),
         PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
@@ -406,7 +414,7 @@ def tile_pool(z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         return _weighted_sum(z, weight), lse
     pooled = u.new_empty(u.shape)
     config = pool_config(rows, width, tiles)
-    splits = triton.cdiv(rows, config["split_rows"])
+    splits = cdiv(rows, config["split_rows"])
     sums = u.new_empty(tiles, splits, heads, width)
     largest, denominator = u.new_empty(tiles, splits, heads), u.new_empty(tiles, splits, heads)
     pool_kernel[splits, tiles](
@@ -414,7 +422,7 @@ def tile_pool(z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         HEADS=HEADS, PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
     combine_kernel[heads, tiles](
-        sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=triton.next_power_of_2(splits),
+        sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=next_power_of_2(splits),
         BLOCK=256, num_warps=2, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return pooled, lse
@@ -435,12 +443,12 @@ def tile_pool_backward(
 def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, int]:
     """Launch of `linear_kernel`: few outputs are cut along the width until about 256 programs stream the weights."""
     block_n = 32 if each >= 32 else 16
-    blocks = triton.cdiv(each, block_n)
+    blocks = cdiv(each, block_n)
     splits = max(1, min(8, 256 // max(1, groups * blocks), width // 512))
-    block_k = min(64, max(16, triton.next_power_of_2(width)))
+    block_k = min(64, max(16, next_power_of_2(width)))
     return {
         "blocks": blocks,
-        "split_width": triton.cdiv(triton.cdiv(width, splits), block_k) * block_k,
+        "split_width": cdiv(cdiv(width, splits), block_k) * block_k,
         "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -455,10 +463,10 @@ def few_rows_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None)
     each = outputs // groups
     bias = None if bias is None else bias.contiguous()
     config = linear_config(rows, groups, each, width)
-    splits = triton.cdiv(width, config["split_width"])
+    splits = cdiv(width, config["split_width"])
     out = x.new_empty(splits, rows, outputs)
     if rows:
-        linear_kernel[groups * config["blocks"], splits, triton.cdiv(rows, config["BLOCK_M"])](
+        linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BLOCK_M"])](
             x, w, bias, out, rows, each, width, w.stride(0), outputs, PRECISION=precision(w.dtype),
             enable_fp_fusion=True, **config,
         )  # fmt: skip
@@ -471,7 +479,7 @@ def transposed_config(rows: int, each: int, itemsize: int) -> dict[str, int]:
     return {
         "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
         "BLOCK_N": 64,
-        "BLOCK_K": min(depth, max(16, triton.next_power_of_2(each))),
+        "BLOCK_K": min(depth, max(16, next_power_of_2(each))),
         "num_warps": 4 if rows <= 16 else 8,
         "num_stages": 2,
     }
@@ -483,7 +491,7 @@ def few_rows_linear_transposed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor
     out = x.new_empty(rows, groups, width)
     config = transposed_config(rows, each, w.element_size())
     if rows:
-        linear_transposed_kernel[triton.cdiv(width, config["BLOCK_N"]), groups, triton.cdiv(rows, config["BLOCK_M"])](
+        linear_transposed_kernel[cdiv(width, config["BLOCK_N"]), groups, cdiv(rows, config["BLOCK_M"])](
             x, w, out, rows, each, width, w.stride(0), groups, PRECISION=precision(w.dtype), enable_fp_fusion=True,
             **config,
         )  # fmt: skip

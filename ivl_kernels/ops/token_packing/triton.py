@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._triton import Kernel, cdiv, next_power_of_2
 from .packed import check_counts
 
 
+@Kernel
 @triton.jit
 def _move_rows(
     grid, rows, positions, columns, batch_stride, token_stride, width, TAKE: tl.constexpr, BLOCK: tl.constexpr
@@ -28,10 +30,10 @@ def _launch(embeds: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, t
     count, width = rows.shape
     if count == 0 or width == 0:
         return
-    block = min(triton.next_power_of_2(width), 4096 // embeds.element_size())
+    block = min(next_power_of_2(width), 4096 // embeds.element_size())
     strides = (embeds.shape[1], embeds.stride(0), embeds.stride(1))
     warps = max(1, min(4, block * embeds.element_size() // 512))
-    grid = (count, triton.cdiv(width, block))
+    grid = (count, cdiv(width, block))
     _move_rows[grid](embeds, rows, positions, *strides, width, TAKE=take, BLOCK=block, num_warps=warps)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ... import _gpu
+from ..._triton import Kernel, cdiv, next_power_of_2
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -191,6 +192,7 @@ def _heads(
             tl.store(out + to_rest, rest, rest_mask)
 
 
+@Kernel
 @triton.jit
 def rope_kernel(
     q, k, q_out, k_out, q_weight, k_weight, first, second, tokens, angle_batch, angle_token, scale, eps,
@@ -303,6 +305,7 @@ def _heads_backward(
         tl.store(partial + 2 * HALF + j, tl.sum(sum_rest, 0), j < REST)
 
 
+@Kernel
 @triton.jit
 def norm_backward_kernel(
     grad_q, grad_k, q, k, q_out, k_out, q_weight, k_weight, partial, first, second, tokens, angle_batch, angle_token,
@@ -334,7 +337,7 @@ def norm_backward_kernel(
 def config(batch: int, tokens: int, half: int) -> dict[str, int]:
     """Tokens a program and warps. A warp's lanes cover a row's half with 16 bytes each, and whole rows."""
     warps = 1 if batch * tokens <= 4096 else 4
-    return dict(TOKENS=max(1, 256 // triton.next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
+    return dict(TOKENS=max(1, 256 // next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
 
 
 FEW = 64  # tokens
@@ -342,11 +345,11 @@ FEW = 64  # tokens
 
 def few_config(half: int, q_heads: int, kv_heads: int, rest: int) -> dict[str, int]:
     """A program a token, an angle a thread: as many heads at a time as leave registers, so that loads overlap."""
-    block = triton.next_power_of_2(half)
+    block = next_power_of_2(half)
     # One warp where a few columns are left: in place, two would read them while the other writes.
     warps = 1 if rest else max(1, min(4, block // 32))
     least = max(1, 256 * warps // block)  # 16 bytes a lane
-    q_block, k_block = (max(least, min(2048 // block, triton.next_power_of_2(h))) for h in (q_heads, kv_heads))
+    q_block, k_block = (max(least, min(2048 // block, next_power_of_2(h))) for h in (q_heads, kv_heads))
     return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, num_warps=warps, num_stages=1)
 
 
@@ -354,7 +357,7 @@ def constants(q: torch.Tensor, k: torch.Tensor, rotary_dim: int, heads_dim: int)
     half, rest = rotary_dim // 2, q.shape[3] - rotary_dim
     return dict(
         Q_HEADS=q.shape[heads_dim], K_HEADS=k.shape[heads_dim], DIM=q.shape[3], HALF=half,
-        BLOCK=triton.next_power_of_2(half), REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
+        BLOCK=next_power_of_2(half), REST=rest, REST_BLOCK=next_power_of_2(max(rest, 1)),
     )  # fmt: skip
 
 
@@ -382,7 +385,7 @@ def _launch(
         options = few_config(rotary_dim // 2, q.shape[heads_dim], k.shape[heads_dim], q.shape[3] - rotary_dim)
     else:
         options = config(batch, tokens, rotary_dim // 2) | dict(Q_BLOCK=0, K_BLOCK=0)
-    grid = (triton.cdiv(tokens, options["TOKENS"]), batch)
+    grid = (cdiv(tokens, options["TOKENS"]), batch)
     rope_kernel[grid](
         q, k, q_out, k_out, q_weight, k_weight, first, second, tokens,
         0 if first.shape[0] == 1 else first.stride(0), first.stride(1), None if scale == 1 else scale, eps,
@@ -420,7 +423,7 @@ def norm_backward(
     out = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, width = q.shape[0], q.shape[3 - heads_dim], q.shape[3]
     options = config(batch, tokens, rotary_dim // 2)
-    blocks = triton.cdiv(tokens, options["TOKENS"])
+    blocks = cdiv(tokens, options["TOKENS"])
     partial = q.new_empty(batch * blocks, 2, width, dtype=torch.float32)
     if q.numel() + k.numel():
         norm_backward_kernel[(blocks, batch)](

@@ -1,0 +1,77 @@
+"""Launches of Triton kernels without Triton's look-up of the compiled variant, which costs more than a short kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+from . import _gpu
+
+
+class Kernel:
+    """A `triton.jit` function that is only launched; put above `@triton.jit`.
+
+    What Triton compiles for a call depends on the values of keyword arguments, on dtypes and 16-byte alignment of
+    tensors, and on whether an integer is 1, divides by 16 or needs 64 bits. By these a compiled kernel is found again.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+        self.function = function
+        self._compiled: dict[Any, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self._launch, grid)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.function, name)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+        if not _direct():
+            return self.function[grid](*args, **constants)
+        device = driver.active.get_current_device()
+        key = (device, *map(_kind, args), *constants.items())
+        found = self._compiled.get(key)
+        if found is None:
+            return self._first(key, grid, args, constants)
+        compiled, rest = found
+        compiled[(*grid, 1, 1)[:3]](*args, *rest, stream=driver.active.get_current_stream(device))
+        return compiled
+
+    def _first(self, key: Any, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> Any:
+        """Triton's own launch; its compiled kernel is kept when all keywords are constants of it."""
+        compiled = self.function[grid](*args, **constants)
+        rest = self.function.params[len(args) :]
+        if isinstance(compiled, CompiledKernel) and all(parameter.is_constexpr for parameter in rest):
+            self._compiled[key] = compiled, [constants.get(p.name, p.default) for p in rest]
+        return compiled
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def _kind(value: Any) -> Any:
+    """What a compiled kernel may depend on."""
+    kind = type(value)
+    if kind is int:
+        return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value <= 0x7FFFFFFF)
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16
+    return kind if kind is float else value
+
+
+def _direct() -> bool:
+    stand_in = _gpu.standing()
+    if stand_in is not None:
+        return stand_in.kind == "idle"
+    return torch.version.hip is None and torch.cuda.is_initialized() and not _gpu.interpreting()
