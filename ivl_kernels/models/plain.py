@@ -244,6 +244,8 @@ def mlp(container: nn.Module) -> Mlp | str:
     if len({(p.dtype, p.device) for p in parameters}) > 1:
         return "its parameters are of several dtypes or on several devices"
     up, down = layers[-2:]
+    if any(layer.bias is not None and layer.bias.shape != layer.weight.shape[:1] for layer in layers):
+        return "a bias does not have its layer's width"
     if up.out_features != down.in_features or gated and layers[0].weight.shape != up.weight.shape:
         return "its widths do not fit each other"
     return Mlp(layers[0] if gated else None, up, down)

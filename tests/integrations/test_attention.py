@@ -217,7 +217,6 @@ def test_a_function_of_somebody_else_under_this_name(before, calls, monkeypatch)
     assert torch.equal(got, expected) and not calls
 
 
-<<<<<<< HEAD
 LENGTHS = (9, 40)  # within the sliding window of a tiny model, and beyond it
 
 
@@ -350,21 +349,23 @@ def test_compiled_and_dropped_out(meanings):
         layer.self_attn.attention_dropout = 0.5
     model(input_ids=ids)
     assert not meanings
-=======
-def taken(q, *rest, **options):
+
+
+def taken(q, mask=None, *rest, has_sinks=False, **options):
     """Whether the call is upstream's."""
-    attend = adapter._attend(lambda *a, **k: "stock", "")
-    return attend(None, q, q, q, *rest, **options) == "stock"
+    attend = adapter._attend(lambda *a, **k: "stock", "", False, has_sinks)
+    return attend(None, q, q, q, mask, *rest, **options) == "stock"
 
 
-def test_only_plain_attention_is_served():
+def test_only_known_attention_is_served():
     q = torch.randn(2, 3, 5, 16)
-    assert not taken(q, is_causal=False) and not taken(q, is_causal=False, dropout=0.0, scaling=0.3)
-    for options in ({}, dict(is_causal=None), dict(is_causal=True), dict(is_causal=False, dropout=0.1)):
-        assert taken(q, **options)
+    for options in ({}, dict(is_causal=None), dict(is_causal=True), dict(is_causal=False, dropout=0.0, scaling=0.3)):
+        assert not taken(q, **options)
+    for options in (dict(dropout=0.1), dict(softcap=1.0), dict(output_attentions=True), dict(s_aux=torch.zeros(3))):
+        assert taken(q, is_causal=False, **options)
     assert taken(q, torch.zeros(5, 5), is_causal=False) and taken(q, None, 1, is_causal=False)
+    assert taken(q, has_sinks=True) and not taken(q, has_sinks=True, s_aux=torch.zeros(3))
     for width in (0, 12, 264):
         assert taken(torch.randn(2, 3, 5, width), is_causal=False)
     for x in (q[0], q.double(), nn.Parameter(q), q.to("meta")):
         assert taken(x, is_causal=False)
->>>>>>> main

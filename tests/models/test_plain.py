@@ -193,3 +193,10 @@ def test_mlps_that_must_be_called(change, reason):
     gated = Gated()
     change(gated)
     assert reason in mlp(gated)
+
+
+def test_a_bias_that_is_broadcast():
+    pair = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 4))
+    assert mlp(pair) == Mlp(None, pair[0], pair[2])
+    pair[0].bias = nn.Parameter(torch.ones(1))
+    assert "a bias does not have" in mlp(pair)
