@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.runner import Case, Work, compiled, device
+from bench.measure import Case, Work, compiled, device
 from ivl_kernels.nn import TileRouter
+from ivl_kernels.testing.cases import tile_router as cost
 from ivl_kernels.testing.shipped import ShippedRouter
 
 TOKENS = 1024
@@ -72,16 +73,15 @@ def cases(quick: bool) -> Iterator[Case]:
         shapes += [(1024, 1, torch.float32, False), (1024, 5, torch.bfloat16, False), (1024, 13, torch.bfloat16, False)]
         shapes += [(1024, 5, torch.float32, True), (3200, 5, torch.float32, False)]
     for width, tiles, dtype, training in shapes:
-        weights = (4 + 4 + 8 * 4) * width * width  # both attentions and the gating blocks, once each
-        # Four poolings of 16 heads, and each weight used once for a tile (the second attention's three times).
-        flops = 2 * tiles * (4 * 2 * 16 * TOKENS * width + (4 * 4 + 8 * 4) * width * width)
+        forward, backward = cost.least(tiles, TOKENS, width, dtype.itemsize)
+        backward -= dtype.itemsize * tiles * TOKENS * width  # the tokens get no gradient
         yield Case(
             "tile_router",
             f"{'forward + backward ' if training else ''}C={width} tiles={tiles} {str(dtype).removeprefix('torch.')}",
             {"width": width, "tiles": tiles, "training": training},
             lambda v=(width, tiles, dtype, training): (make_training if v[3] else make)(*v[:3]),
-            bytes=dtype.itemsize * (tiles * TOKENS * width + (2 if training else 1) * weights),
-            flops=flops * (3 if training else 1),
+            bytes=forward + (backward if training else 0),
+            flops=cost.flops(tiles, TOKENS, width) * (3 if training else 1),
             dtype=torch.float32,
             seconds=25.0,
         )

@@ -19,9 +19,10 @@ import torch
 
 import ivl_kernels
 from bench.bench_flash import parts_of_shipped
-from bench.bench_token_packing import TOKEN, prompt
+from bench.measure import device
 from ivl_kernels.flash import flash_inputs, route
 from ivl_kernels.testing import MODELS
+from ivl_kernels.testing.cases.token_packing import CONTEXT, prompt
 from ivl_kernels.testing.shipped import ShippedFlash, shipped_decision, shipped_packing, shipped_shuffle
 
 SHAPE = MODELS["InternVL3.5-1B"]
@@ -41,7 +42,7 @@ def language_model() -> Any:
     config = Qwen3Config(
         hidden_size=SHAPE.hidden, num_hidden_layers=SHAPE.layers, num_attention_heads=SHAPE.q_heads,
         num_key_value_heads=SHAPE.kv_heads, head_dim=SHAPE.head_dim, intermediate_size=SHAPE.intermediate,
-        vocab_size=TOKEN + 1, tie_word_embeddings=True, attn_implementation="sdpa",
+        vocab_size=CONTEXT + 1, tie_word_embeddings=True, attn_implementation="sdpa",
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval().requires_grad_(False)
 
@@ -71,7 +72,7 @@ def plain(stage: ShippedFlash, vit: torch.Tensor, ids: torch.Tensor, clock: Cloc
 
     def embed() -> torch.Tensor:
         embeds = stage.embedding(ids)
-        embeds[ids == TOKEN] = rows.flatten(0, 1)
+        embeds[ids == CONTEXT] = rows.flatten(0, 1)
         return embeds
 
     rows = clock("plain 1/4", "project", project)
@@ -89,7 +90,7 @@ def shipped(stage: ShippedFlash, vit: torch.Tensor, ids: torch.Tensor, clock: Cl
 
     def pack() -> torch.Tensor:
         compress = shipped_decision(gate, *stage.thresholds)
-        return shipped_packing(stage.embedding(ids), ids, torch.ones_like(ids), small, full, compress, TOKEN)[0]
+        return shipped_packing(stage.embedding(ids), ids, torch.ones_like(ids), small, full, compress, CONTEXT)[0]
 
     gate = clock(name, "route", lambda: stage.router(vit))
     small, full = clock(name, "project", project)
@@ -119,9 +120,9 @@ def main() -> None:
     torch.manual_seed(0)
     vision, language = vision_transformer(), language_model()
     # Parameters that require gradients, as a loaded model has: torch's attention takes another path without.
-    stage = ShippedFlash(SHAPE.vision, SHAPE.hidden, TOKEN + 1, (0.45, 0.0), TOKEN).eval()
+    stage = ShippedFlash(SHAPE.vision, SHAPE.hidden, CONTEXT + 1, (0.45, 0.0), CONTEXT).eval()
     stage.embedding = language.get_input_embeddings()
-    ids = prompt(options.tiles)
+    ids = prompt(options.tiles, device=device())
     pixels = torch.randn(options.tiles, 3, 448, 448)
     clock, logits, tokens = Clock(), {}, {}
     for _ in range(options.rounds):

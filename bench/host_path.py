@@ -3,7 +3,7 @@
     python -m bench.host_path [-k REGEX] [--seconds 5] [--json FILE]
 
 No GPU is needed: the driver returns at once, tensors lie on the CPU, kernels are compiled for sm_90 but never run.
-Every sample that a CUDA graph can capture is called, and what transformers calls instead of some, for one token, whose
+Every case that a CUDA graph can capture is called, and what transformers calls instead of some, for one token, whose
 arithmetic counts for little. CPU time of this process, the least over short batches with the calls in turn; each launch
 of a real driver adds 4 to 5 us.
 """
@@ -20,23 +20,18 @@ from typing import Any
 
 import torch
 
-from ivl_kernels.testing.samples import samples
+from ivl_kernels.testing.cases import Numbers, all_cases, cast
 from tests.simulator.idle import CAPABILITY, Idle, idle_gpu
 
 BATCH = 10  # calls
 
 
 def ours(pattern: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(title, call) of every sample that promises not to wait for the device, in bfloat16."""
-    for sample in samples():
-        if sample.graph and re.search(pattern, sample.title):
-            made = sample.make(torch.Generator().manual_seed(0))
-            inputs = torch.utils._pytree.tree_map(_bfloat16, made)
-            yield sample.title, lambda call=sample.call, inputs=inputs: call(inputs, "")
-
-
-def _bfloat16(value: Any) -> Any:
-    return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    """(title, call) of every case that promises not to wait for the device, in bfloat16."""
+    for case in all_cases():
+        if case.graph and re.search(pattern, case.title):
+            inputs = cast(case.inputs(Numbers()), torch.bfloat16, "cpu")
+            yield case.title, lambda call=case.call, inputs=inputs: call(inputs, "")
 
 
 def eager() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -72,7 +67,7 @@ def measure(calls: dict[str, Callable[[], Any]], idle: Idle, seconds: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser("bench.host_path", description=__doc__.splitlines()[0])
-    parser.add_argument("-k", default="", metavar="REGEX", help="only samples whose title matches")
+    parser.add_argument("-k", default="", metavar="REGEX", help="only cases whose title matches")
     parser.add_argument("--seconds", type=float, default=2, help="a call")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -1,6 +1,7 @@
-"""The one benchmark runner: interleaved variants, correctness first, spread, peak memory, floor, ratios.
+"""The one benchmark runner: `python -m bench`.
 
-A file `bench_<op>.py` yields cases; nothing is allocated until a case's turn comes:
+What there is to time comes from the cases of `ivl_kernels.testing.cases` and, where an op is compared with more than
+plain torch, from files `bench_<op>.py`. Nothing is allocated until a case's turn comes:
 
     def cases(quick: bool) -> Iterator[Case]:
         yield Case("my_op", "5 tiles", {"tiles": 5}, make=lambda: make(5), bytes=2 * 5 * 4096)
@@ -9,10 +10,6 @@ A file `bench_<op>.py` yields cases; nothing is allocated until a case's turn co
         x = torch.randn(tiles, 1024, device=device())
         return Work({"ours": lambda: ours(x), "eager": lambda: eager(x), "compile": compiled(eager, x)},
                     truth=lambda: eager(x.double()))
-
-Every variant of a case is timed in one process, one call each in turn, in a new random order each round. A ratio is the
-median over rounds of (time of the other variant / time of `ours`) within the same round, so that drift of the machine
-cancels. A variant whose result is wrong gets no ratio.
 """
 
 from __future__ import annotations
@@ -20,373 +17,35 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import functools
 import gc
 import importlib
+import itertools
 import json
-import math
 import os
 import platform
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ivl_kernels.testing import error_report
+from ivl_kernels.testing import cases as of_ops
+
+from . import from_cases
+from .measure import Case, copy_rate, device, gemm_rate, on_gpu, run_case
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "ours"
 # One glibc arena that never returns memory: page faults then happen once, whoever allocates.
 FRIENDLY_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-
-
-@dataclass
-class Work:
-    """What one case runs.
-
-    Attributes:
-        variants: name -> function without arguments that returns a tensor or a nest of tensors. `ours` is the kernel
-            under test, `eager` what the model does today, `compile` torch.compile of the same; other names are peers.
-        truth: the float64 result, in the same nest; every checked variant may be at most twice as far from it as
-            `same_dtype` is. None: results must equal those of `same_dtype` bit for bit.
-        same_dtype: the variant whose error sets the tolerance.
-        select: the part of a variant's result that is checked, in the nest of `truth`; everything by default.
-        unchecked: variants that compute something else, such as a GEMM-only floor.
-        reset: called before every call, untimed; for variants that change their inputs.
-    """
-
-    variants: dict[str, Callable[[], Any]]
-    truth: Callable[[], Any] | None = None
-    same_dtype: str = "eager"
-    select: Callable[[Any], Any] = lambda result: result
-    unchecked: Sequence[str] = ()
-    reset: Callable[[], None] | None = None
-
-
-@dataclass
-class Case:
-    """One shape of one op.
-
-    Attributes:
-        op: the op's name; `--op` selects by it.
-        name: unique within the op; a row of the table.
-        params: what was varied, for the JSON.
-        make: builds inputs and variants when the case's turn comes.
-        bytes: least memory traffic in bytes, read and written once each; part of the floor.
-        flops: of the matrix products; part of the floor.
-        dtype: whose GEMM rate the floor uses.
-        seconds: measuring time, all variants together.
-    """
-
-    op: str
-    name: str
-    params: dict[str, Any]
-    make: Callable[[], Work]
-    bytes: float = 0
-    flops: float = 0
-    dtype: torch.dtype = torch.float32
-    seconds: float = 6.0
-
-
-@dataclass
-class Timing:
-    """Times of one variant in milliseconds, one a round, and what else is known of it."""
-
-    times: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    error: str = ""
-    failed: str = ""
-    checked: bool = True
-
-
-def device() -> str:
-    """ "cuda" when there is a GPU, else "cpu"."""
-    return os.environ.get("IVL_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def on_gpu() -> bool:
-    return device() != "cpu"
-
-
-def compiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
-    """A variant that calls torch.compile(function) with these arguments; compiles on its first (untimed) call."""
-    torch._dynamo.reset()
-    target = torch.compile(function, dynamic=False)
-    return lambda: target(*args, **kwargs)
-
-
-def backward(output: Any, inputs: Sequence[torch.Tensor], grads: Any) -> tuple[torch.Tensor, ...]:
-    """Gradients of `output` with respect to `inputs`; for forward + backward variants."""
-    return torch.autograd.grad(output, inputs, grads)
-
-
-def tensors(nest: Any) -> list[torch.Tensor]:
-    """All tensors of a nest of tuples, lists, dicts and dataclasses, in order."""
-    if isinstance(nest, torch.Tensor):
-        return [nest]
-    if isinstance(nest, dict):
-        return [t for value in nest.values() for t in tensors(value)]
-    if isinstance(nest, (list, tuple)):
-        return [t for value in nest for t in tensors(value)]
-    if hasattr(nest, "__dataclass_fields__"):
-        return [t for name in nest.__dataclass_fields__ for t in tensors(getattr(nest, name))]
-    return []
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def sync() -> None:
-    if on_gpu():
-        torch.cuda.synchronize()
-
-
-@functools.cache
-def copy_rate() -> float:
-    """Bytes a second of a large warm copy, read and written bytes both counted."""
-    size = (1 << 30) if on_gpu() else (128 << 20)
-    source = torch.ones(size, dtype=torch.uint8, device=device())
-    target = torch.ones_like(source)
-    return 2 * size / _best_time(lambda: target.copy_(source))
-
-
-@functools.cache
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square matrix product."""
-    n = 8192 if on_gpu() else 2048
-    a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * n**3 / _best_time(lambda: torch.mm(a, b, out=out), rounds=5)
-
-
-def _best_time(function: Callable[[], Any], rounds: int = 7) -> float:
-    function()
-    times = []
-    for _ in range(rounds):
-        sync()
-        start = time.perf_counter()
-        function()
-        sync()
-        times.append(time.perf_counter() - start)
-    return quantile(times, 0.5)
-
-
-def floor_ms(case: Case) -> float:
-    """Least possible time: bytes over the copy rate or FLOPs over the GEMM rate, whichever is longer."""
-    memory = case.bytes / copy_rate() if case.bytes else 0.0
-    compute = case.flops / gemm_rate(case.dtype) if case.flops else 0.0
-    return 1e3 * max(memory, compute)
-
-
-def _status_kib(key: str) -> int:
-    match = re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(match.group(1)) if match else 0
-
-
-def _trim() -> None:
-    import ctypes
-
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def peak_bytes(function: Callable[[], Any]) -> int | None:
-    """Memory one call needs at its worst, result included: CUDA allocator, or growth of the resident set."""
-    gc.collect()
-    if on_gpu():
-        sync()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        sync()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        _trim()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_kib("VmRSS")
-        result = function()
-        peak = _status_kib("VmHWM")
-        del result
-        return max(0, peak - before) * 1024
-    except OSError:
-        return None
-
-
-def check(work: Work, timings: dict[str, Timing]) -> None:
-    """Fill `error` or `failed` of every variant. A variant that raises has failed; the others still run."""
-    results: dict[str, list[torch.Tensor]] = {}
-    for name, function in work.variants.items():
-        try:
-            if work.reset:
-                work.reset()
-            result = function()
-            result = result if name in work.unchecked else work.select(result)
-            results[name] = [t.detach().clone() for t in tensors(result)]
-            sync()
-        except Exception as error:  # a peer that cannot run is a row of the table, not the end of it
-            timings[
-                name
-            ].failed = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-            )
-    base = results.get(work.same_dtype)
-    truth = None
-    if work.truth is not None:
-        if work.reset:
-            work.reset()
-        truth = [t.detach() for t in tensors(work.truth())]
-    for name, got in results.items():
-        timing = timings[name]
-        if name in work.unchecked:
-            timing.checked = False
-        elif base is None:
-            timing.failed = f"the variant it is compared with ({work.same_dtype}) failed"
-        elif len(got) != len(base) or any(a.shape != b.shape for a, b in zip(got, base)):
-            timing.failed = f"shapes {[list(t.shape) for t in got]}, {work.same_dtype}: {[list(t.shape) for t in base]}"
-        else:
-            _compare(timing, got, base, truth)
-
-
-def _compare(
-    timing: Timing, got: list[torch.Tensor], base: list[torch.Tensor], truth: list[torch.Tensor] | None
-) -> None:
-    for i, (mine, other) in enumerate(zip(got, base)):
-        if truth is None or not mine.is_floating_point():
-            if not torch.equal(mine, other):
-                timing.failed = f"result {i} differs"
-                return
-            timing.error = timing.error or "equal"
-        else:
-            report = error_report(mine, truth[i], other)
-            if not report.passed:
-                timing.failed = f"result {i}: {report}"
-                return
-            timing.error = str(report)
-
-
-def measure(work: Work, timings: dict[str, Timing], seconds: float, rounds: tuple[int, int]) -> None:
-    """One call of every working variant in each round, order shuffled; between `rounds` and until `seconds` passed."""
-    names = [name for name in work.variants if not timings[name].failed]
-    shuffle = random.Random(0)
-    one_round = _gpu_round if on_gpu() else _cpu_round
-    for name in names:  # warm-up
-        _call(work, name)
-    gc.collect()
-    gc.disable()
-    try:
-        start, done = time.perf_counter(), 0
-        while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
-            shuffle.shuffle(names)
-            for name, ms in one_round(work, names).items():
-                timings[name].times.append(ms)
-            done += 1
-    finally:
-        gc.enable()
-
-
-def _call(work: Work, name: str) -> None:
-    if work.reset:
-        work.reset()
-    work.variants[name]()
-
-
-def _cpu_round(work: Work, names: Sequence[str]) -> dict[str, float]:
-    times = {}
-    for name in names:
-        if work.reset:
-            work.reset()
-        function = work.variants[name]
-        start = time.perf_counter()
-        result = function()
-        times[name] = 1e3 * (time.perf_counter() - start)
-        del result
-    return times
-
-
-@functools.cache
-def _l2_flush() -> torch.Tensor:
-    size = torch.cuda.get_device_properties(0).L2_cache_size
-    return torch.empty(2 * max(size, 32 << 20), dtype=torch.uint8, device="cuda")
-
-
-def _gpu_round(work: Work, names: Sequence[str]) -> dict[str, float]:
-    # The sleep fills the queue, so that events enclose the kernels and not the gaps between launches.
-    flush, events = _l2_flush(), {}
-    torch.cuda._sleep(2_000_000)
-    for name in names:
-        if work.reset:
-            work.reset()
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work.variants[name]()
-        end.record()
-        events[name] = start, end
-    torch.cuda.synchronize()
-    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
-
-
-def run_case(case: Case, quick: bool = False) -> dict[str, Any]:
-    """Check, measure and summarise one case; a row of the JSON."""
-    work = case.make()
-    timings = {name: Timing() for name in work.variants}
-    check(work, timings)
-    for name, timing in timings.items():
-        if not timing.failed:
-            if work.reset:
-                work.reset()
-            timing.peak_bytes = peak_bytes(work.variants[name])
-    measure(work, timings, min(case.seconds, 1.5) if quick else case.seconds, (3, 20) if quick else (7, 400))
-    ours = timings.get(OURS)
-    return {
-        "op": case.op,
-        "name": case.name,
-        "params": case.params,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "floor_ms": floor_ms(case),
-        "ok": ours is not None and not ours.failed,
-        "variants": {name: _summary(timing, ours) for name, timing in timings.items()},
-    }
-
-
-def _summary(timing: Timing, ours: Timing | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"failed": timing.failed, "error": timing.error, "checked": timing.checked}
-    if timing.failed or not timing.times:
-        return row
-    row |= {
-        "rounds": len(timing.times),
-        "median_ms": quantile(timing.times, 0.5),
-        "q20_ms": quantile(timing.times, 0.2),
-        "q80_ms": quantile(timing.times, 0.8),
-        "min_ms": min(timing.times),
-        "peak_bytes": timing.peak_bytes,
-    }
-    if ours is not None and not ours.failed and ours is not timing:
-        ratios = [other / mine for other, mine in zip(timing.times, ours.times)]
-        row |= {f"ratio{suffix}": quantile(ratios, q) for suffix, q in (("", 0.5), ("_q20", 0.2), ("_q80", 0.8))}
-    return row
 
 
 def environment() -> dict[str, Any]:
@@ -423,15 +82,37 @@ def environment() -> dict[str, Any]:
 
 
 def find_ops() -> list[str]:
-    """Names of the ops that have a `bench_<op>.py`."""
-    return sorted(f.stem.removeprefix("bench_") for f in (ROOT / "bench").glob("bench_*.py"))
+    """Names of what can be timed: the ops whose cases have a timetable, and those with a `bench_<op>.py`."""
+    timed = {name for name in of_ops.names() if hasattr(of_ops.module(name), "timed")}
+    return sorted(timed | {f.stem.removeprefix("bench_") for f in (ROOT / "bench").glob("bench_*.py")})
+
+
+def chosen(op: str) -> list[str]:
+    """The names that `op` stands for: itself, or all that begin with it (moe: moe_experts, moe_routing)."""
+    return [name for name in find_ops() if name == op or name.startswith(f"{op}_")]
 
 
 def load_cases(ops: Iterable[str], quick: bool, pattern: str = "") -> Iterator[Case]:
-    for op in ops:
-        for case in importlib.import_module(f"bench.bench_{op}").cases(quick):
+    for op in dict.fromkeys(name for asked in ops for name in chosen(asked)):
+        found: list[Iterable[Case]] = []
+        if op in of_ops.names() and hasattr(of_ops.module(op), "timed"):
+            found.append(map(from_cases.case, of_ops.module(op).timed(quick)))
+        if (ROOT / "bench" / f"bench_{op}.py").exists():
+            found.append(importlib.import_module(f"bench.bench_{op}").cases(quick))
+        for case in itertools.chain.from_iterable(found):
             if re.search(pattern, f"{case.op}: {case.name}"):
                 yield case
+
+
+def in_turn(ops: Iterable[str], quick: bool, pattern: str, seconds: float) -> Iterator[Case]:
+    """The first case of each op, then the second, and no new one after so many seconds."""
+    start = time.monotonic()
+    left = [load_cases([op], quick, pattern) for op in ops]
+    for case in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*left))):
+        if time.monotonic() - start > seconds:
+            print("no time for the other benchmark cases")
+            return
+        yield case
 
 
 def run(cases: Iterable[Case], quick: bool = False) -> dict[str, Any]:
@@ -487,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-k", default="", metavar="REGEX", help="only cases whose 'op: name' matches")
     parser.add_argument("--quick", action="store_true", help="few shapes, about a second each")
     parser.add_argument("--list", action="store_true", help="print the cases and exit")
+    parser.add_argument(
+        "--within", type=float, metavar="SECONDS", help="take the ops in turn; start no case after that"
+    )
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument(
         "--allocator",
@@ -512,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in write(json.loads(args.report.read_text()), args.out, args.name or args.report.stem):
             print(path)
         return 0
-    unknown = sorted(set(args.op) - set(find_ops()))
+    unknown = sorted(op for op in set(args.op) if not chosen(op))
     if unknown:
         parser.error(f"--op: no benchmark for {', '.join(unknown)}; there are {', '.join(find_ops())}")
     ops = args.op or find_ops()
@@ -525,7 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.execve(sys.executable, [sys.executable, "-m", "bench", *rest], os.environ | FRIENDLY_ALLOCATOR)
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = run(load_cases(ops, args.quick, args.k), args.quick)
+    if args.within is None:
+        cases = load_cases(ops, args.quick, args.k)
+    else:
+        cases = in_turn(ops, args.quick, args.k, args.within)
+    result = run(cases, args.quick)
     stem = args.name or (ops[0] if len(ops) == 1 else "all")
     for path in write(result, args.out, stem):
         print(path)

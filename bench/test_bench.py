@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.runner import OURS, Timing, check
+from bench.measure import OURS, Timing, check
 
 
 def test_op(case, benchmark):

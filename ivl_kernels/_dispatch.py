@@ -15,10 +15,11 @@ A backend is one of:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,28 @@ class Implementation:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+_preferred = ""
+
+
+@contextlib.contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """Let `backend` come first in every op that has it and where it can serve; elsewhere the best one serves as ever.
+
+    For tools that look at one backend of ops which call others; to force one, an op takes `backend=`.
+    """
+    global _preferred
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def preference() -> str:
+    """The backend that `preferring` puts first, or an empty string."""
+    return _preferred
 
 
 def _triton_problem(device: int | None) -> str | None:
@@ -163,6 +186,8 @@ def choose(
         raise BackendError(f"ivl::{op}: backend '{forced}' was forced but cannot serve this call: {'; '.join(reasons)}")
     if kind == "cpu" and _gpu.preferred():
         kind = "cuda"
+    if _preferred:
+        implementations = sorted(implementations, key=lambda impl: impl.backend != _preferred)
     passed: list[tuple[str, str]] = []
     for impl in implementations:
         why = _problem(impl, kind, device.index, dtype, args)

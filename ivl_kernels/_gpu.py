@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StandIn:
-    """What takes the place of a GPU: `kind` is "interpreter", "simulator" or "idle"; cuda: also for CUDA C++."""
+    """What takes the place of a GPU.
+
+    Attributes:
+        kind: "interpreter", "simulator", "idle" or "compiler".
+        cuda: also for CUDA C++.
+    """
 
     kind: str
     preferred: bool
@@ -35,7 +40,8 @@ def stand_in(
     """Let GPU backends serve CPU tensors while something executes their kernels without a GPU.
 
     Args:
-        kind: "interpreter" (Triton's), "simulator" (compiled PTX) or "idle" (launches that run nothing).
+        kind: "interpreter" (Triton's), "simulator" (of compiled PTX), "idle" (launches that run nothing) or "compiler"
+            (no launches).
         cuda_launcher: replaces `_cuda.launch`; None leaves CUDA C++ unavailable.
         preferred: choose backends for CPU tensors as on a GPU, instead of only when one is forced.
         capability: what `capability` answers for CPU tensors.
@@ -69,6 +75,11 @@ def interpreting() -> bool:
     """True when Triton's interpreter runs the kernels (its bfloat16 `tl.dot` is wrong: upcast the operands)."""
     found = current()
     return found is not None and found.kind == "interpreter"
+
+
+def compiling() -> bool:
+    """Kernels are compiled and not run: what they would have written is not there to be checked."""
+    return _stand_in is not None and _stand_in.kind == "compiler"
 
 
 def device_kind(device_type: str) -> str:

@@ -166,7 +166,8 @@ class Op(Generic[A, R]):
         tensor, forced = values[self._key], values[-1]
         device = tensor.device
         cpu = device.type == "cpu"
-        usual = None if forced or _env.BACKEND.get() else (tensor.dtype, device, _gpu.standing())
+        free = not (forced or _env.BACKEND.get() or _dispatch.preference())
+        usual = (tensor.dtype, device, _gpu.standing()) if free else None
         function = self._usual.get(usual)
         arguments = self._made(values[:-1])
         if function is None:

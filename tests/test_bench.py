@@ -2,10 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 
-from bench import report
-from bench.runner import Case, Work, run, write
+from bench import from_cases, report
+from bench.measure import Case, Work
+from bench.runner import run, write
+from ivl_kernels.testing.cases import Case as OpCase
+from ivl_kernels.testing.cases import Cost, Timed
 
 
 def make_case(name, **variants):
@@ -63,3 +67,40 @@ def test_compare_finds_regressions():
         slower["rows"][0]["variants"]["eager"][key] *= 0.01
     text, regressions = report.compare(result, slower, 0.1)
     assert regressions == ["toy: good vs eager"] and "REGRESSION" in text
+
+
+def timed(call, **options):
+    case = OpCase(
+        "toy",
+        "squares",
+        lambda n: {"x": n.normal(64, 64)},
+        call,
+        ("x",),
+        plain=lambda v: v["x"] * v["x"],
+        cost=lambda v: (Cost(2 * v["x"].nbytes), Cost(3 * v["x"].nbytes, flops=7)),
+    )
+    return from_cases.case(Timed("toy", str(options), case, torch.float32, {}, compile=False, **options))
+
+
+@pytest.mark.parametrize("training, factor", [(False, 2), (True, 5)])
+def test_a_case_becomes_a_row(training, factor):
+    rows = run(
+        [
+            timed(lambda v, backend: v["x"].square(), training=training),
+            timed(
+                lambda v, backend: v["x"].square() * (1 if backend else 1.01), training=training
+            ),  # the truth is right
+        ],
+        quick=True,
+    )["rows"]
+    assert [row["ok"] for row in rows] == [True, False]
+    assert rows[0]["bytes"] == factor * 64 * 64 * 4 and rows[0]["flops"] == (7 if training else 0)
+    assert set(rows[0]["variants"]) == {"ours", "eager"}
+
+
+def test_what_a_call_changes_is_restored():
+    def in_place(v, backend):
+        return v["x"].mul_(v["x"].clone())
+
+    rows = run([timed(in_place, exact=True, mutates=("x",)), timed(in_place, exact=True)], quick=True)["rows"]
+    assert [row["ok"] for row in rows] == [True, False]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ivl_kernels import _library, cli
-from ivl_kernels.commands import gpu_check
-from ivl_kernels.testing.samples import samples
+from ivl_kernels.commands import _gpu_checks, gpu_check
+from ivl_kernels.testing.cases import Numbers, all_cases, cast, forward_backward
 from tests.simulator.gpu import simulated_gpu
 
 
@@ -40,8 +40,8 @@ def test_a_wrong_kernel_fails(tmp_path, monkeypatch, capsys):
     assert status == 1 and "TOO FAR" in capsys.readouterr().out
 
 
-def test_every_op_has_a_sample():
-    """An op without a sample of its own is reached through the public function of another."""
+def test_every_op_has_a_case():
+    """An op without a case of its own is reached through the public function of another."""
     reached = set()
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
@@ -50,12 +50,12 @@ def test_every_op_has_a_sample():
                 reached.add(function._schema.name.removeprefix("ivl::"))
             return function(*args, **(kwargs or {}))
 
-    for sample in samples():
-        inputs = gpu_check._cast(sample.make(torch.Generator().manual_seed(0)), torch.float32, "cpu")
+    for case in all_cases():
+        inputs = cast(case.inputs(Numbers()), torch.float32, "cpu")
         with Spy():
-            gpu_check._forward_backward(sample, inputs, "")
+            forward_backward(case, inputs, "")
     missing = set(_library.OPS) - reached
-    assert not missing, f"ops that no sample reaches: {sorted(missing)}"
+    assert not missing, f"ops that no case reaches: {sorted(missing)}"
 
 
 def test_without_a_gpu_it_says_so(capsys):
@@ -67,16 +67,16 @@ def test_without_a_gpu_it_says_so(capsys):
 
 def test_a_pattern_that_matches_nothing(tmp_path, capsys):
     assert cli.main(["gpu-check", "--device", "cpu", "--no-bench", "-k", "nothing", "--out", str(tmp_path)]) == 2
-    assert "no sample's title contains 'nothing'" in capsys.readouterr().err
+    assert "no case's title contains 'nothing'" in capsys.readouterr().err
 
 
-CAPTURED = [s for s in samples() if s.graph]
+CAPTURED = [case for case in all_cases() if case.graph]
 
 
-@pytest.mark.parametrize("sample", CAPTURED, ids=lambda s: s.title)
-def test_what_graphs_promise_touches_the_host_only_once(sample, monkeypatch):
+@pytest.mark.parametrize("case", CAPTURED, ids=lambda case: case.title)
+def test_what_graphs_promise_touches_the_host_only_once(case, monkeypatch):
     """After a first call: no value is read from the device, and nothing is copied to it. Kernels in the simulator."""
-    inputs = gpu_check._cast(sample.make(torch.Generator().manual_seed(0)), torch.bfloat16, "cpu")
+    inputs = cast(case.inputs(Numbers()), torch.bfloat16, "cpu")
     projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.op")
     monkeypatch.setattr(projector, "_check_indices", lambda *_: None)  # it is for the CPU
 
@@ -89,7 +89,7 @@ def test_what_graphs_promise_touches_the_host_only_once(sample, monkeypatch):
         return _to(tensor, *args, **kwargs)
 
     with simulated_gpu(preferred=True) as log, torch.no_grad():
-        expected = sample.call(inputs, "")
+        expected = case.call(inputs, "")
         launches = len(log)
         with monkeypatch.context() as patch:
             for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "cuda", "nonzero"):
@@ -97,7 +97,7 @@ def test_what_graphs_promise_touches_the_host_only_once(sample, monkeypatch):
             for name in ("tensor", "as_tensor", "nonzero"):
                 patch.setattr(torch, name, refuse(f"torch.{name}"))
             patch.setattr(torch.Tensor, "to", to)
-            got = sample.call(inputs, "")
+            got = case.call(inputs, "")
     assert len(log) == 2 * launches > 0
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected)):
         assert torch.equal(a, b)
@@ -107,27 +107,25 @@ def test_ops_that_wait_for_the_device_say_so():
     """Inductor leaves them out of the graphs that it captures. `pack_tokens` waits unless it is given a capacity."""
     waits = {n for n, op in _library.OPS.items() if torch.Tag.cudagraph_unsafe in op._overload.tags}
     assert waits == {"place_rows_", "take_rows", "pack_tokens", "v2pe_position_ids"}
-    assert not waits - {"pack_tokens"} & {s.op for s in CAPTURED}
+    assert not waits - {"pack_tokens"} & {case.op for case in CAPTURED}
 
 
 def test_huge_checks_run_small():
     """The same code on the CPU with few elements."""
     small = dict(elements=2**16)
-    gpu_check._huge_rows("cpu", width=64, **small)
-    gpu_check._huge_tiles("cpu", width=8, **small)
-    gpu_check._huge_rope("cpu", heads=2, **small)
-    gpu_check._huge_experts("cpu", width=32, inner=16, **small)
+    _gpu_checks._huge_rows("cpu", width=64, **small)
+    _gpu_checks._huge_tiles("cpu", width=8, **small)
+    _gpu_checks._huge_rope("cpu", heads=2, **small)
+    _gpu_checks._huge_experts("cpu", width=32, inner=16, **small)
 
 
 def test_what_breaks_off_is_a_failure(tmp_path, monkeypatch, capsys):
     def broken(device, pattern):
-        yield gpu_check.Result("first", "one", "ok")
+        yield _gpu_checks.Result("first", "one", "ok")
         raise MemoryError("no memory")
 
-    for name in ("_correctness", "_graphs", "_devices", "_model", "_sanitizer"):
-        monkeypatch.setattr(gpu_check, name, lambda device, pattern: iter(()))
-    monkeypatch.setattr(gpu_check, "_huge", broken)
-    monkeypatch.setattr(gpu_check, "_bench", lambda device, start: 1 / 0)
+    monkeypatch.setattr(_gpu_checks, "CHECKS", (broken,))
+    monkeypatch.setattr(gpu_check, "_bench", lambda args, seconds: 1 / 0)
     assert cli.main(["gpu-check", "--device", "cpu", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "FAILED   broken: broke off MemoryError" in out and "ZeroDivisionError" in out
@@ -146,6 +144,6 @@ def test_sanitizer(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setattr("ivl_kernels._cuda.problem", lambda: None)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = list(gpu_check._sanitizer("cuda", "racecheck"))
+    found = list(_gpu_checks.sanitizer("cuda", "racecheck"))
     assert [r.status for r in found] == ["ok"], found[0].detail
-    assert [r.status for r in gpu_check._sanitizer("cuda", "memcheck")] == ["FAILED"]  # the arguments are others
+    assert [r.status for r in _gpu_checks.sanitizer("cuda", "memcheck")] == ["FAILED"]  # the arguments are others

@@ -8,22 +8,21 @@ import pytest
 import triton
 
 from ivl_kernels import _library
-from ivl_kernels.testing.samples import samples
+from ivl_kernels.testing.cases import all_cases
 from tests.simulator.gpu import ROOT
 
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
     pytest.skip("the interpreter of older versions does not work with NumPy 2.4", allow_module_level=True)
-SUBJECTS = [s.title for s in samples() if any(i.backend == "triton" for i in _library.OPS[s.op].implementations)]
+SUBJECTS = [c.title for c in all_cases() if any(i.backend == "triton" for i in _library.OPS[c.op].implementations)]
 # The interpreter is chosen when Triton is imported, so in a process of its own.
 CODE = """
 import sys, traceback, torch
-from ivl_kernels.commands.gpu_check import _cast, _Subject
-from ivl_kernels.testing.samples import samples
-for sample in samples():
-    if sample.title in sys.argv:
-        inputs = _cast(sample.make(torch.Generator().manual_seed(0)), torch.float32, "cpu")
+from ivl_kernels.testing.cases import Checked, Numbers, all_cases, cast
+for case in all_cases():
+    if case.title in sys.argv:
+        inputs = cast(case.inputs(Numbers()), torch.float32, "cpu")
         try:
-            print(sample.title, "->", _Subject(sample, inputs, "cpu").check("triton"))
+            print(case.title, "->", Checked(case, inputs).check("triton"))
         except Exception:
             traceback.print_exc()
 """

@@ -188,9 +188,10 @@ class TestCommandLine:
             cli.main(["nothing"])
         assert stopped.value.code == 2
 
-    def test_bench_lists_its_cases(self, capsys):
-        assert cli.main(["bench", "--list", "--quick", "--op", "token_packing"]) == 0
-        assert "token_packing: " in capsys.readouterr().out
+    @pytest.mark.parametrize("op", ["token_packing", "moe"])
+    def test_bench_lists_its_cases(self, op, capfd):
+        assert cli.main(["bench", "--list", "--quick", "--op", op]) == 0
+        assert f"{op}" in capfd.readouterr().out
 
 
 def test_every_variable_that_is_read_is_listed():

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from .counters import counted_rows
@@ -51,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             fitting = [shape for shape in asked if all(getattr(shape.model, field) for field in subject.varies)]
             for shape in () if args.only == "machine" else fitting if asked else subject.small:
                 print(f"{name}, {shape.name}, {dtype}", flush=True)
-                tables["counters"] += counted_rows(name, replace(shape, dtype=DTYPES[dtype]))
+                tables["counters"] += counted_rows(name, shape, dtype)
             if args.only == "counters":
                 continue
             print(f"{name}, {dtype}: machine code", flush=True)
-            real = [(replace(shape, dtype=DTYPES[dtype]), models) for shape, models in real_shapes(name, args.shape)]
-            tables["machine"] += machine_rows(name, real, targets, args.jobs)
+            real = list(real_shapes(name, args.shape))
+            tables["machine"] += machine_rows(name, dtype, real, targets, args.jobs)
             if dtype == "bf16":
                 tables["roofline"] += [roofline_row(name, shape) for shape, _ in real]
     worse = check(tables, json.loads(BASELINE.read_text()), args.margin) if args.check else []

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from ivl_kernels import _dispatch
+from ivl_kernels.testing.cases import Cost, Shape
 
-from .subjects import SUBJECTS, Job, Shape, directions, dtype_name, forced, run
+from .subjects import SUBJECTS, Job, run
 
 
-def counters(job: Job, backend: str, direction: str, call: Callable[[], Any] | None = None) -> list[dict[str, Any]]:
+def counters(job: Job, backend: str, direction: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
     """One row a launch, from the simulator."""
     from tests.simulator.gpu import simulated_gpu
 
-    with simulated_gpu(preferred=True) as log, forced(backend):
-        return [_counted(report) for report in run(job, call or job.call, direction, log)]
+    with simulated_gpu(preferred=True) as log, _dispatch.preferring(backend):
+        return [_counted(report) for report in run(job, call, direction, log)]
 
 
 def _counted(report: Any) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def _counted(report: Any) -> dict[str, Any]:
     }
 
 
-def totals(launches: list[dict[str, Any]], job: Job, direction: str) -> dict[str, Any]:
+def totals(launches: list[dict[str, Any]], cost: Cost) -> dict[str, Any]:
     """Sums over an op's launches; for each kernel launches, sectors over distinct bytes, and bank conflicts."""
     total = {key: sum(row[key] for row in launches) for key in _counted_keys}
     kernels: dict[str, list[dict[str, Any]]] = {}
@@ -42,8 +44,9 @@ def totals(launches: list[dict[str, Any]], job: Job, direction: str) -> dict[str
     return {
         "launches": len(launches),
         **total,
-        "least": job.least if direction == "forward" else job.least_backward,
-        "elements": job.elements,
+        "least": cost.least,
+        "planned": cost.moved,
+        "elements": cost.elements,
         "kernels": {
             name: {
                 "launches": len(rows),
@@ -66,7 +69,7 @@ def eager_chain(job: Job, direction: str) -> list[dict[str, Any]]:
     """The kernels that PyTorch launches, each with the bytes of its distinct inputs and outputs; views are free."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from bench.runner import tensors
+    from bench.measure import tensors
 
     rows: list[dict[str, Any]] = []
     free = ("empty", "detach", "alias", "new_empty", "_reshape_alias", "lift_fresh")
@@ -80,30 +83,28 @@ def eager_chain(job: Job, direction: str) -> list[dict[str, Any]]:
                 rows.append({"kernel": name, "bytes": sum(touched.values())})
             return out
 
-    assert job.eager is not None
+    eager = job.case.plain
+    assert eager is not None
     with Recorder():
-        return run(job, job.eager, direction, rows)
+        return run(job, lambda: eager(job.inputs), direction, rows)
 
 
-def counted_rows(name: str, shape: Shape) -> list[dict[str, Any]]:
-    """One row for each direction and each of ours, Liger-Kernel's and eager's ways to do it."""
-    subject = SUBJECTS[name]
-    torch.manual_seed(0)
-    job = subject.make(shape)
-    whos: list[tuple[str, Callable[[], Any]]] = [(backend, job.call) for backend in subject.backends]
-    whos += (job.peers or {}).items()
+def counted_rows(name: str, shape: Shape, dtype: str, others: bool = True) -> list[dict[str, Any]]:
+    """One row for each direction and each way to do it: ours and, unless `others` is off, peers' and eager's."""
+    job = Job(name, shape, dtype)
+    whos: list[tuple[str, Callable[[], Any]]] = [(backend, job.call) for backend in SUBJECTS[name].backends]
+    if others:
+        whos += [(who, functools.partial(peer, job.inputs)) for who, peer in job.case.peers.items()]
     rows = []
-    for direction in directions(job):
-        key = {"op": name, "shape": shape.name, "dtype": dtype_name(shape.dtype), "direction": direction}
+    for direction in job.directions:
+        key = {"op": name, "shape": shape.name, "dtype": dtype, "direction": direction}
         for who, call in whos:
-            rows.append({**key, "who": who, **totals(counters(job, who, direction, call), job, direction)})
-        if job.eager:
+            rows.append({**key, "who": who, **totals(counters(job, who, direction, call), job.cost(direction))})
+        if others and job.case.plain:
             chain = eager_chain(job, direction)
-            least = job.least if direction == "forward" else job.least_backward
-            counts = dict(Counter(row["kernel"] for row in chain))
             requested = sum(row["bytes"] for row in chain)
             rows.append(
-                {**key, "who": "eager", "launches": len(chain), "requested_bytes": requested, "least": least,
-                 "kernels": counts}
+                {**key, "who": "eager", "launches": len(chain), "requested_bytes": requested,
+                 "least": job.cost(direction).least, "kernels": dict(Counter(row["kernel"] for row in chain))}
             )  # fmt: skip
     return rows

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
-from unittest import mock
 
 import torch
 
 from ivl_kernels._targets import NVIDIA
 from ivl_kernels._targets import TARGETS as TABLE
+from ivl_kernels.testing.cases import Shape
 
-from .subjects import SUBJECTS, Job, Shape, directions, dtype_name, forced, run
+from .subjects import SUBJECTS, Job, run
 
 TARGETS = (*NVIDIA, "gfx942")
 ACCESS = re.compile(r"\b(ld|st)\.global((?:\.[A-Za-z_]\w*(?:::\w+)*)*?)(?:\.v(\d+))?\.[bfus](\d+)\b")
@@ -45,14 +45,6 @@ def occupancy(target: int, threads: int, registers: int, shared: int) -> float:
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps) if registers else gpu.blocks
     by_shared = gpu.shared // (shared + 1024) if shared else gpu.blocks
     return min(gpu.threads // threads, by_registers, by_shared, gpu.blocks) * threads / gpu.threads
-
-
-@contextlib.contextmanager
-def unchecked_counts() -> Iterator[None]:
-    """Nothing checks counts that kernels wrote, as none ran."""
-    names = [f"ivl_kernels.ops.token_packing.{backend}.check_counts" for backend in ("cuda", "triton")]
-    with mock.patch(names[0], lambda *_: None), mock.patch(names[1], lambda *_: None):
-        yield
 
 
 @contextlib.contextmanager
@@ -83,7 +75,7 @@ def no_products() -> Iterator[None]:
 
 def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[Any]:
     """What would be launched: rows of kernels in CUDA C++, `aot.Launch` for those in Triton."""
-    from ivl_kernels import _gpu
+    from ivl_kernels import _dispatch, _gpu
     from tests.simulator import aot
 
     log: list[Any] = []
@@ -95,11 +87,10 @@ def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[An
 
     amd = isinstance(target, str)
     with (
-        unchecked_counts(),
         aot.compiling(target, log, make=lambda launch: launch),
         no_products(),
-        _gpu.stand_in("simulator", None if amd else launch, preferred=True, capability=0 if amd else target),
-        forced(backend),
+        _gpu.stand_in("compiler", None if amd else launch, preferred=True, capability=0 if amd else target),
+        _dispatch.preferring(backend),
     ):
         return run(job, job.call, direction, log)
 
@@ -156,19 +147,18 @@ def cuda_resources(source: str, target: int) -> dict[str, dict[str, Any]]:
 
 
 def machine_rows(
-    name: str, shapes: Sequence[tuple[Shape, list[str]]], targets: Sequence[Any], jobs: int
+    name: str, dtype: str, shapes: Sequence[tuple[Shape, list[str]]], targets: Sequence[Any], jobs: int
 ) -> list[dict[str, Any]]:
     """A row for each kernel, shape, direction, backend and target; alike launches count in one."""
-    subject = SUBJECTS[name]
     made: list[tuple[dict[str, Any], list[Any]]] = []
     for shape, models in shapes:
-        job = subject.make(shape)
-        key = {"op": name, "models": models, "tokens": shape.tokens, "dtype": dtype_name(shape.dtype)}
+        job = Job(name, shape, dtype)
+        key = {"op": name, "models": models, "tokens": shape.tokens, "dtype": dtype}
         made += [
             ({**key, "direction": direction, "backend": backend}, gpu_launches(job, backend, target, direction))
             for target in targets
-            for backend in subject.backends
-            for direction in directions(job)
+            for backend in SUBJECTS[name].backends
+            for direction in job.directions
             if not (isinstance(target, str) and backend == "cuda")
         ]
     code = compile_all([one for _, launches in made for one in launches if not isinstance(one, dict)], jobs)

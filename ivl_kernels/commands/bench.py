@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import CommandError
 
@@ -18,13 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return runner().main(args.rest)
+    return runner(args.rest)
 
 
-def runner() -> Any:
-    """The module `bench.runner` of the repository this package, or the working directory, lies in."""
+def repository() -> Path:
+    """The clone that this package, or the working directory, lies in."""
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         if (root / "bench" / "runner.py").exists():
-            sys.path.insert(0, str(root))
-            return importlib.import_module("bench.runner")
+            return root
     raise CommandError("the benchmarks are part of the repository: run this inside a clone of it")
+
+
+def runner(options: Sequence[str], **environment: str) -> int:
+    """`python -m bench` of the repository, in the working directory; its exit status."""
+    paths = [str(repository()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
+    return subprocess.run([sys.executable, "-m", "bench", *options], env=settings).returncode

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _native
+from .. import _native, ops
 from .._checks import KERNEL_DTYPES
 from .._library import transformed
 from ..models.families import families_in, text_stacks
@@ -136,7 +136,7 @@ def _eager_as_ours(function: Any, has_sinks: bool) -> bool:
         with torch.device("cpu"), torch.no_grad():
             got = function(layer, q, k, v, mask, scaling=0.3, dropout=0.0, s_aux=sinks)[0]
             heads_last = (x.transpose(1, 2) for x in (q, k, v))
-            expected = attention(*heads_last, causal=True, sinks=sinks, scale=0.3, backend="reference")
+            expected = ops.attention(*heads_last, causal=True, sinks=sinks, scale=0.3, backend="reference")
         # Weights rounded to float32 on the way are what upstream's own are.
         return bool(torch.allclose(got, expected, rtol=0, atol=1e-6))
     except Exception:

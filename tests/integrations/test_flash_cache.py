@@ -113,7 +113,8 @@ def crop_into_image(model, batch, cache):
 def reset(cache):
     cache.reset()
     if filled(cache):  # older transformers zero a dynamic cache and keep its length
-        cache.crop(0)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
 
 
 def refill(model, cache, embeds, ids=None):

@@ -1,6 +1,5 @@
-"""GPU kernels on tensors whose elements lie more than 2^31 apart, most of whose memory nobody touches."""
+"""GPU kernels on tensors whose elements lie more than 2^31 apart, beside what `test_cases.py` does with every op."""
 
-import functools
 import importlib
 
 import pytest
@@ -8,38 +7,10 @@ import torch
 
 from ivl_kernels import _cuda
 from ivl_kernels.ops import pixel_shuffle_mlp, v2pe_rope, v2pe_rope_
-from tests.simulator.gpu import simulated_gpu
+from tests.simulator.gpu import far, simulated_gpu
 
 projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.triton")
 BF16 = torch.bfloat16
-
-
-@functools.cache
-def memory():
-    return torch.empty(7 * 2**30, dtype=torch.uint8)
-
-
-def far(like, axis, number=0, index=-1):
-    """A copy of `like`: `index` along `axis` is at least 2^31 elements from the first; several numbers can coexist."""
-    step = -(-(2**31) // (index % like.shape[axis]) // 64) * 64
-    strides = list(torch.empty(like[(slice(None),) * axis + (slice(1),)].shape, device="meta").stride())
-    strides[axis] = step
-    return memory().view(like.dtype).as_strided(like.shape, strides, 4096 * number).copy_(like)
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_rows_of_embeddings(backend, axis):
-    ids, embeds, rows = (
-        torch.tensor([[3, 7, 7], [7, 3, 7], [7, 7, 7]]),
-        torch.zeros(3, 3, 8).to(BF16),
-        torch.randn(7, 8),
-    )
-    rows, there = rows.to(BF16), far(embeds, axis)
-    with simulated_gpu():
-        torch.ops.ivl.place_rows_(there, ids, rows, 7, backend)
-        back = torch.ops.ivl.take_rows(there, ids, 7, 7, backend)
-    assert torch.equal(there, embeds.masked_scatter((ids == 7).unsqueeze(-1), rows)) and torch.equal(back, rows)
 
 
 def test_table_of_embeddings():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels import _dispatch
-from ivl_kernels.ops import pack_tokens
+from ivl_kernels.ops import PackedTokens, pack_tokens
 from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_compaction
 from tests.simulator.gpu import backends, simulated_gpu
@@ -205,7 +205,12 @@ def test_long_rows_in_parallel_know_the_tiles_before_them():
     mask[0, 100:104] = mask[1, 100:108] = 0
     compress = torch.tensor([True, False, True, False, False, True])
     options = dict(attention_mask=mask, tokens_per_tile=4, compressed_tokens=1)
-    got, expected = (pack_tokens(ids, compress, TOKEN, **options, backend=b) for b in ("native", "reference"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)  # in one thread each row is counted again before the next is written
+    try:
+        got, expected = (pack_tokens(ids, compress, TOKEN, **options, backend=b) for b in ("native", "reference"))
+    finally:
+        torch.set_num_threads(before)
     for name in ("ids", "attention_mask", "kept", "keep", "tile_rows", "lengths"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
@@ -257,6 +262,15 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
             assert all(0 <= row < packed.ids.numel() for row in packed.tile_rows.tolist())
             with pytest.raises(ValueError, match=message):
                 packed.check()
+
+
+@pytest.mark.parametrize("report", [None, torch.full((2, 5), -1)])
+def test_what_the_host_was_not_told_raises(report):
+    status = torch.zeros(2, 5, dtype=torch.int64, device="meta")  # elsewhere, and not read
+    packed = PackedTokens(*[torch.zeros(2, 3)] * 6, _inputs=(status,), _report=report)
+    for name in ("compressed_tiles", "masked_tokens"):
+        with pytest.raises(RuntimeError, match="capacity mode on a GPU"):
+            getattr(packed, name)
 
 
 @pytest.mark.parametrize("capacity", [False, True])

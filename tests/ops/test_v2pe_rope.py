@@ -133,6 +133,17 @@ def test_gpt_oss_half_width_cos_sin(backend, dtype):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
+@BACKENDS
+@pytest.mark.parametrize("norm", [False, True])
+def test_more_heads_than_a_program_holds_at_once(backend, norm):
+    q, k, positions, inv_freq = make(1, 1, 72, 66, 64, torch.bfloat16)
+    cos, sin = stock_cos_sin(positions, inv_freq, torch.bfloat16)
+    weights = [torch.rand(64).bfloat16() + 0.5 if norm else None for _ in range(2)]
+    given = dict(cos=cos, sin=sin, q_weight=weights[0], k_weight=weights[1], eps=EPS)
+    got, expected = (v2pe_rope(q, k, **given, backend=b) for b in (backend, "reference"))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 @backends("native", "triton", "reference")
 @settings(max_examples=16)
 @given(

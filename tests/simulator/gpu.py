@@ -49,6 +49,20 @@ def simulated_gpu(*, preferred: bool = False, target: int | None = None, **sim):
             yield log
 
 
+@functools.cache
+def memory():
+    """7 GB of addresses, most of which nobody touches."""
+    return torch.empty(7 * 2**30, dtype=torch.uint8)
+
+
+def far(like, axis, number=0, index=-1):
+    """A copy of `like`: `index` along `axis` is at least 2^31 elements from the first; several numbers can coexist."""
+    step = -(-(2**31) // (index % like.shape[axis]) // 64) * 64
+    strides = list(torch.empty(like[(slice(None),) * axis + (slice(1),)].shape, device="meta").stride())
+    strides[axis] = step
+    return memory().view(like.dtype).as_strided(like.shape, strides, 2**16 * number).copy_(like)
+
+
 class Tf32Products(TorchDispatchMode):
     """Products of plain torch in float32 as on a GPU that may use tf32: operands rounded to 11 bits, to nearest."""
 

@@ -56,8 +56,8 @@ def linear_logprob(
         bias: [V], the dtype of `weight` or float32.
         temperature: that the tokens were, or will be, sampled with; > 0.
         softcap: limit of the logits' size (Gemma); 0: none.
-        save: what a backward finds: "nothing": logits are computed again; "logits": they were kept; "auto": kept where
-            they are no larger than the weight, N <= H.
+        save: what a backward finds: "nothing": logits are computed again; "logits": they were kept, in float32; "auto":
+            kept where they take no more memory than the weight does.
         backend: force a backend; empty picks the best.
 
     Returns:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._checks import FLOATS, autocast_dtype, check_dtype, check_same, check_shape, check_tensor, describe
+from ..._checks import (
+    FLOATS,
+    KERNEL_DTYPES,
+    autocast_dtype,
+    check_dtype,
+    check_same,
+    check_shape,
+    check_tensor,
+    describe,
+)
 from ..._positional import Implementation, Op
 
 SAVES = ("auto", "nothing", "logits")
@@ -18,8 +28,21 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _implementations(function: str) -> tuple[Implementation, ...]:
-    return (Implementation("reference", f"reference:{function}"),)
+def _implementations(*backends: str, unless: Callable[..., str | None] | None = None) -> tuple[Any, ...]:
+    """From "native:function" and "triton:function"."""
+    devices = {"native": ("cpu",), "triton": ("cuda", "hip")}
+    found = []
+    for function in backends:
+        name = function.split(":")[0]
+        found.append(Implementation(name, function, devices[name], KERNEL_DTYPES, unless))
+    return *found, Implementation("reference", f"reference:{function.split(':')[1]}")
+
+
+def _unlike(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *_: Any) -> str | None:
+    """The kernels of two heads want both of one dtype."""
+    if (hidden.dtype, weight.dtype) == (teacher_hidden.dtype, teacher_weight.dtype):
+        return None
+    return f"the heads' dtypes differ: {describe(teacher_hidden)} beside {describe(hidden)}"
 
 
 def _grads_like(tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -45,19 +68,19 @@ _linear_logprob = Op(
     "-> (Tensor logp, Tensor lse, Tensor entropy, Tensor mean_logit, Tensor kept)",
     package=__package__,
     key="hidden",
-    implementations=_implementations("linear_logprob"),
+    implementations=_implementations("native:linear_logprob", "triton:linear_logprob"),
     fake=_fake_logprob,
 )
 
 _linear_logprob_backward = Op(
     "linear_logprob_backward(Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, "
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor lse, Tensor entropy, "
-    "Tensor kept, float temperature, float softcap, bool need_hidden, bool need_weight, bool need_bias, str backend) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor logp, Tensor lse, "
+    "Tensor entropy, Tensor kept, float temperature, float softcap, bool need_hidden, bool need_weight, "
+    "bool need_bias, str backend) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     package=__package__,
     key="hidden",
-    implementations=_implementations("linear_logprob_backward"),
-    fake=lambda *args: _grads_like(args[4:7], args[14:17]),
+    implementations=_implementations("native:linear_logprob_backward", "triton:linear_logprob_backward"),
+    fake=lambda *args: _grads_like(args[4:7], args[15:18]),
 )
 
 _linear_ce = Op(
@@ -66,7 +89,7 @@ _linear_ce = Op(
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     package=__package__,
     key="hidden",
-    implementations=_implementations("linear_ce"),
+    implementations=_implementations("native:linear_ce"),
     fake=lambda *args: (args[0].new_empty((), dtype=_wide(args[0])), *_grads_like(args[:3], args[7:10])),
 )
 
@@ -84,7 +107,7 @@ _linear_kl = Op(
     "-> (Tensor kl, Tensor lse, Tensor teacher_lse, Tensor grad_hidden, Tensor grad_weight)",
     package=__package__,
     key="hidden",
-    implementations=_implementations("linear_kl"),
+    implementations=_implementations("native:linear_kl", unless=_unlike),
     fake=_fake_kl,
 )
 
@@ -94,7 +117,7 @@ _linear_kl_backward = Op(
     "bool need_weight, str backend) -> (Tensor grad_hidden, Tensor grad_weight)",
     package=__package__,
     key="hidden",
-    implementations=_implementations("linear_kl_backward"),
+    implementations=_implementations("native:linear_kl_backward", unless=lambda grad, *args: _unlike(*args)),
     fake=lambda *args: _grads_like(args[1:3], args[10:12]),
 )
 
@@ -111,7 +134,7 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         temperature, softcap, keep, backend = options
         *found, kept = _linear_logprob(hidden, weight, bias, targets, rows, temperature, softcap, keep, backend)
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, found[1], found[2], kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, *found[:3], kept)
         ctx.options = temperature, softcap, backend
         ctx.set_materialize_grads(False)
         return tuple(found)
@@ -290,7 +313,8 @@ def linear_logprob(
     hidden, weight = _cast(hidden, weight)
     if not _needs_grad(hidden, weight, bias):
         return _linear_logprob(hidden, weight, bias, targets, rows, temperature, softcap, False, backend)[:4]
-    keep = save == "logits" or save == "auto" and targets.shape[0] <= hidden.shape[1]
+    fits = targets.shape[0] * _wide(hidden).itemsize <= hidden.shape[1] * weight.element_size()
+    keep = save == "logits" or save == "auto" and fits
     return _LinearLogprob.apply(hidden, weight, bias, targets, rows, (temperature, softcap, keep, backend))
 
 

@@ -67,8 +67,11 @@ def linear_logprob(
         p = shifted.exp()
         total = p.sum(1)
         log_total = total.log()
+        own = targets[part, None]
+        e, below = p.gather(1, own)[:, 0], shifted.gather(1, own)[:, 0]
+        others = p.scatter(1, own, 0).sum(1)  # without the target: 1 - p keeps its digits where p is near 1
         lse[part] = top[:, 0] + log_total
-        logp[part] = (shifted.gather(1, targets[part, None])[:, 0] - log_total).clamp(max=0)
+        logp[part] = torch.where(e > others, -torch.log1p(others / e), below - log_total)
         # A word of probability 0 adds nothing, also where its logit is -inf.
         entropy[part] = log_total - torch.where(p > 0, p * shifted, p).sum(1) / total
         mean[part] = z.mean(1)
@@ -82,15 +85,16 @@ def _coefficient(grad: Tensor | None, part: slice) -> Tensor | float:
 
 
 def _logit_gradient(
-    z: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor, grads: tuple[Tensor | None, ...], part: slice
-) -> Tensor:
+    z: Tensor, targets: Tensor, logp: Tensor, lse: Tensor, entropy: Tensor, grads: tuple[Tensor | None, ...],
+    part: slice,
+) -> Tensor:  # fmt: skip
     g_logp, g_lse, g_entropy, g_mean = (_coefficient(g, part) for g in grads)
     u = z - lse[part, None]
     p = u.exp()
     dz = -g_logp * p
     if grads[0] is not None:
         own = targets[part, None]
-        dz.scatter_(1, own, -g_logp * torch.expm1(u.gather(1, own)))  # 1 - p with all its digits where p is near 1
+        dz.scatter_(1, own, -g_logp * torch.expm1(logp[part, None]))  # 1 - p with all its digits where p is near 1
     dz += p * g_lse
     if grads[2] is not None:
         dz -= torch.where(p > 0, p * (g_entropy * (u + entropy[part, None])), p)
@@ -107,6 +111,7 @@ def linear_logprob_backward(
     bias: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     kept: Tensor,
@@ -124,7 +129,7 @@ def linear_logprob_backward(
     grads = (grad_logp, grad_lse, grad_entropy, grad_mean)
     for part in _chunks(count, vocabulary):
         z = kept[part] if kept.numel() else _logits(x[part], w, b, temperature, softcap)
-        dz = _through(_logit_gradient(z, targets, lse, entropy, grads, part), z, temperature, softcap)
+        dz = _through(_logit_gradient(z, targets, logp, lse, entropy, grads, part), z, temperature, softcap)
         if need_hidden:
             dx[part] = dz @ w
         if dw is not None:
@@ -154,7 +159,7 @@ def linear_ce(
     logp, lse, entropy, _, kept = linear_logprob(hidden, weight, bias, targets, rows, 1.0, softcap, False)
     coefficient = torch.ones_like(logp) if row_weight is None else row_weight.to(logp.dtype)
     grads = linear_logprob_backward(
-        -coefficient, None, None, None, hidden, weight, bias, targets, rows, lse, entropy, kept, 1.0, softcap,
+        -coefficient, None, None, None, hidden, weight, bias, targets, rows, logp, lse, entropy, kept, 1.0, softcap,
         need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return -(logp * coefficient).sum(), *grads

@@ -2,7 +2,7 @@
 import re, shutil
 import numpy as np, pytest, torch
 from tests.simulator.ptxsim import run, run_cuda, compile_triton, patched_triton, run_triton, Out, SimError
-from tests.simulator.ptxsim.ops import fma32, to_bf16, from_bf16, f32_odd, lut3
+from tests.simulator.ptxsim.numbers import fma32, to_bf16, from_bf16, f32_odd, lut3
 from tests.simulator.ptxsim.parse import wto
 nvcc = pytest.mark.skipif(not shutil.which('nvcc'), reason='nvcc not installed')
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from bench.runner import Case, Work, backward, device
+from bench.measure import Case, Work, backward, device
 from ivl_kernels.ops import moe_dispatch, moe_experts, moe_routing
 from ivl_kernels.testing import MODELS
+from ivl_kernels.testing.cases import Cost
+from ivl_kernels.testing.cases import moe_experts as moe_case
 
 NAMES = {"qwen3_moe": "InternVL3.5-30B-A3B", "gpt_oss": "InternVL3.5-GPT-OSS-20B-A4B"}
 
@@ -63,6 +65,11 @@ def ours(
     return moe_experts(hidden, ids, weights, module.gate_up_proj, module.down_proj, backend=backend, **options)
 
 
+def costs(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[Cost, Cost]:
+    """Of the forward and of the backward."""
+    return moe_case.cost({"hidden": hidden, "ids": ids, "weights": weights, "down": module.down_proj})
+
+
 def sample(tokens: int) -> torch.Tensor:
     """Indices of at most 64 tokens, first and last among them: float64 of a whole long layer takes minutes."""
     return torch.linspace(0, tokens - 1, min(tokens, 64), device=device()).long()
@@ -98,7 +105,10 @@ def make(family: str, tokens: int, dtype: torch.dtype, skew: str = "even") -> Wo
     }
     if tokens == 1:
         variants["batched_mm"] = torch.no_grad()(lambda: batched_mm_experts_forward(*arguments))
-    return Work(variants, truth=torch.no_grad()(lambda: exact(*arguments)), select=lambda out: out[sample(tokens)])
+    return Work(
+        variants, truth=torch.no_grad()(lambda: exact(*arguments)), select=lambda out: out[sample(tokens)],
+        cost=costs(*arguments)[0],
+    )  # fmt: skip
 
 
 def make_layer(tokens: int, dtype: torch.dtype) -> Work:
@@ -134,6 +144,7 @@ def make_layer(tokens: int, dtype: torch.dtype) -> Work:
         truth=no_grad(lambda: plain(exact)),
         select=lambda out: out[sample(tokens)],
         unchecked=["routing and dispatch alone"],
+        cost=costs(module, hidden, scores.topk(shape.top_k, dim=1).indices, scores[:, : shape.top_k].to(dtype))[0],
     )
 
 
@@ -157,66 +168,37 @@ def make_training(tokens: int, experts: int, dtype: torch.dtype, frozen: bool) -
         return backward(moe_experts(double[0], ids, *double[1:], backend="reference"), wanted, grad.double())
 
     variants = {"ours": step(ours), "eager": step(type(module).forward), "grouped_mm": step(grouped_mm_experts_forward)}
-    return Work(variants, truth=truth)
-
-
-def make_routing(tokens: int) -> Work:
-    shape = MODELS[NAMES["qwen3_moe"]]
-    logits = torch.randn(tokens, shape.experts, device=device())
-
-    def fused() -> torch.Tensor:
-        ids, weights = moe_routing(logits, shape.top_k, renormalize=True)
-        return moe_dispatch(ids, shape.experts).offsets, weights
-
-    def plain() -> torch.Tensor:
-        weights, ids = torch.topk(logits.softmax(-1, dtype=torch.float), shape.top_k, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        sorted_ids, order = torch.sort(ids.reshape(-1))
-        counts = torch.histc(sorted_ids.float(), bins=shape.experts, min=0, max=shape.experts - 1)
-        torch.empty_like(order)[order] = torch.arange(order.shape[0], device=device())
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), weights
-
-    def truth() -> Any:
-        ids, weights = moe_routing(logits.double(), shape.top_k, renormalize=True, backend="reference")
-        return moe_dispatch(ids, shape.experts, backend="reference").offsets.double(), weights
-
-    return Work({"ours": fused, "eager": plain}, truth=truth)
+    there, back = costs(module, hidden, ids, weights)
+    # Without gradients of the weights, half of the backward's products and none of their bytes.
+    spared = (module.gate_up_proj.nbytes + module.down_proj.nbytes, back.flops // 2) if frozen else (0, 0)
+    cost = Cost(there.least + back.least - spared[0], there.flops + back.flops - spared[1])
+    return Work(variants, truth=truth, cost=cost)
 
 
 def cases(quick: bool) -> Iterator[Case]:
     for family in ("qwen3_moe",) if quick else ("qwen3_moe", "gpt_oss"):
-        shape = MODELS[NAMES[family]]
-        matrix = 3 * shape.hidden * shape.intermediate
         for dtype in (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16):
             for tokens, skew in ((1, "even"), (64, "even"), (320, "even"), (320, "one"), (320, "zipf"), (3400, "even")):
                 if quick and (tokens > 64 or skew != "even"):
                     continue
-                touched = routing(tokens, shape.experts, shape.top_k, skew).unique().numel()
                 name = str(dtype).removeprefix("torch.")
                 yield Case(
                     "moe_experts",
                     f"{NAMES[family]} tokens={tokens} {skew} {name}",
                     {"model": NAMES[family], "tokens": tokens, "routing": skew, "dtype": name},
                     lambda f=family, t=tokens, d=dtype, s=skew: make(f, t, d, s),
-                    bytes=touched * matrix * dtype.itemsize,
-                    flops=2 * tokens * shape.top_k * matrix,
                     dtype=dtype,
                     seconds=12.0 if tokens > 1000 else 6.0,
                 )
             for tokens in () if quick or family == "gpt_oss" else (1, 64, 320, 3400):
-                touched = routing(tokens, shape.experts, shape.top_k, "even").unique().numel()
                 yield Case(
                     "moe_layer",
                     f"from router logits, {NAMES[family]} tokens={tokens} {name}",
                     {"model": NAMES[family], "tokens": tokens, "dtype": name},
                     lambda t=tokens, d=dtype: make_layer(t, d),
-                    bytes=touched * matrix * dtype.itemsize,
-                    flops=2 * tokens * shape.top_k * matrix,
                     dtype=dtype,
                     seconds=9.0 if tokens > 1000 else 4.0,
                 )
-    shape = MODELS[NAMES["qwen3_moe"]]
-    matrix = 3 * shape.hidden * shape.intermediate
     settings = ((256, False),) if quick else ((256, False), (1700, False), (256, True), (1700, True))
     for tokens, frozen in settings:
         yield Case(
@@ -224,13 +206,4 @@ def cases(quick: bool) -> Iterator[Case]:
             f"forward + backward, 16 experts{' (frozen)' if frozen else ''}, tokens={tokens} float32",
             {"tokens": tokens, "experts": 16, "frozen": frozen},
             lambda t=tokens, f=frozen: make_training(t, 16, torch.float32, f),
-            flops=(4 if frozen else 6) * tokens * shape.top_k * matrix,
-        )
-    for tokens in (320,) if quick else (1, 320, 3400):
-        yield Case(
-            "moe_routing",
-            f"routing and dispatch tokens={tokens}",
-            {"tokens": tokens},
-            lambda t=tokens: make_routing(t),
-            bytes=tokens * shape.experts * 4,
         )

@@ -1,0 +1,165 @@
+"""The experts of a layer, in both checkpoint layouts; the eager form is the loop over experts."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from ... import ops
+from . import Case, Cost, Numbers, Shape, Subject, scaled
+from ._case import Inputs
+
+GRADIENTS = ("hidden", "weights", "gate_up", "down")
+BIASES = ("gate_up_bias", "down_bias")
+
+
+def inputs(
+    n: Numbers, tokens: int, width: int, inner: int, experts: int, top_k: int, interleaved: bool, biased: bool
+) -> Inputs:
+    first, second = (2 * inner, width), (width, inner)
+    if interleaved:
+        first, second = first[::-1], second[::-1]
+    values: Inputs = {
+        "ids": n.choices(tokens, experts, top_k),
+        "hidden": n.normal(tokens, width),
+        "weights": n.uniform(tokens, top_k),
+        "gate_up": n.normal(experts, *first, scale=width**-0.5),
+        "down": n.normal(experts, *second, scale=inner**-0.5),
+    }
+    if biased:
+        values["gate_up_bias"] = n.normal(experts, 2 * inner, scale=0.1)
+        values["down_bias"] = n.normal(experts, width, scale=0.1)
+    return values
+
+
+def plain(v: Inputs, activation: str, layout: str) -> torch.Tensor:
+    """The loop over experts, every product and activation rounded to the dtype of the inputs."""
+    transposed = layout == "interleaved"
+    out = torch.zeros_like(v["hidden"])
+    for expert in range(v["gate_up"].shape[0]):
+        token, slot = (v["ids"] == expert).nonzero(as_tuple=True)
+        first, second = (v[n][expert].T if transposed else v[n][expert] for n in ("gate_up", "down"))
+        biases = [v[n][expert] if n in v else None for n in BIASES]
+        each = functional.linear(v["hidden"][token], first, biases[0])
+        gate, up = (each[:, ::2], each[:, 1::2]) if transposed else each.chunk(2, -1)
+        if activation == "gpt_oss":
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        else:
+            inner = functional.silu(gate) * up
+        out = out.index_add(0, token, functional.linear(inner, second, biases[1]) * v["weights"][token, slot, None])
+    return out
+
+
+def cost(v: Inputs) -> tuple[Cost, Cost]:
+    (tokens, width), slots, size = v["hidden"].shape, v["ids"].numel(), v["hidden"].itemsize
+    experts, inner = v["down"].shape[0], v["down"].numel() // (v["down"].shape[0] * width)
+    used, matrices = v["ids"].unique().numel(), 3 * inner * width
+    chosen = slots * (8 + size)
+    least = size * (used * matrices + 2 * tokens * width) + chosen
+    least_backward = size * ((used + experts) * matrices + 3 * tokens * width) + chosen + slots * size
+    # `act` [slots, I] and a row [slots, H] for the gather-sum go out and in; ids, their dispatch and weights.
+    small = slots * (8 + 4 * 4 + size)
+    planned = size * (used * matrices + 2 * slots * (inner + width) + 2 * tokens * width) + small
+    # Gradient of pre out and in twice, its input and the weighted activation; both weight gradients; rows as before.
+    planned_backward = small + size * (
+        (used + experts) * matrices + slots * (2 * inner * 4 + 2 * inner + 2 * width) + 4 * tokens * width
+    )
+    flops, elements = 2 * slots * matrices, slots * width
+    return Cost(least, flops, elements, planned), Cost(least_backward, 2 * flops, elements, planned_backward)
+
+
+def case(tokens: int, width: int, inner: int, experts: int, top_k: int, gpt_oss: bool) -> Case:
+    activation, layout = ("gpt_oss", "interleaved") if gpt_oss else ("silu", "concatenated")
+    return Case(
+        "moe_experts",
+        f"{activation}, {layout}, {tokens} tokens, {top_k} of {experts}",
+        lambda n: inputs(n, tokens, width, inner, experts, top_k, gpt_oss, gpt_oss),
+        lambda v, backend: ops.moe_experts(**v, activation=activation, layout=layout, backend=backend),
+        GRADIENTS + BIASES if gpt_oss else GRADIENTS,
+        functools.partial(plain, activation=activation, layout=layout),
+        cost,
+        graph=True,
+    )
+
+
+def _as_lists(v: Inputs) -> Inputs:
+    gate, up = v.pop("gate_up").chunk(2, 1)
+    return {**v, "gate": list(gate.contiguous()), "up": list(up.contiguous()), "down": list(v["down"])}
+
+
+def _stacked(v: Inputs) -> Inputs:
+    gate_up = torch.cat([torch.stack(v["gate"]), torch.stack(v["up"])], 1)
+    return {**v, "gate_up": gate_up, "down": torch.stack(v["down"])}
+
+
+def cases(large: bool) -> Iterator[Case]:
+    sizes = (256, 2048, 768, 32, 8) if large else (13, 48, 40, 6, 2)
+    tokens, *_, experts, k = sizes
+    for gpt_oss in (False, True):
+        yield case(*sizes, gpt_oss)
+    yield Case(
+        "moe_experts_list",
+        f"one tensor a matrix, {tokens} tokens, {k} of {experts}",
+        lambda n: _as_lists(inputs(n, *sizes, False, False)),
+        lambda v, backend: ops.moe_experts_list(**v, backend=backend),
+        ("hidden", "weights", "gate", "up", "down"),
+        lambda v: plain(_stacked(v), "silu", "concatenated"),
+        lambda v: cost(_stacked(v)),
+    )
+
+
+def _liger(v: Inputs) -> torch.Tensor:
+    os.environ["LIGER_FUSED_MOE_AUTOTUNE"] = "0"  # its own single configuration
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return LigerFusedMoEFunction.apply(v["hidden"], v["gate_up"], v["down"], v["ids"].int(), v["weights"])
+
+
+def _at(s: Shape) -> Case:
+    gpt_oss = s.model.family == "gpt_oss"
+    one = case(s.tokens, s.model.hidden, s.model.intermediate, s.model.experts, s.model.top_k, gpt_oss)
+    eager = None if gpt_oss else one.plain
+    peers: dict[str, Any] = {} if gpt_oss else {"liger": _liger}
+    return Case(one.op, s.name, one.inputs, one.call, one.gradients, eager, one.cost, peers=peers)
+
+
+def _liger_swiglu(s: Shape) -> Case:
+    """Liger's SwiGLU alone, whose work our experts do in the epilogue of the first product."""
+
+    def call(v: Inputs, backend: str) -> Any:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        return LigerSiLUMulFunction.apply(v["gate"], v["up"])
+
+    def make(n: Numbers) -> Inputs:
+        return {name: n.normal(s.tokens * s.model.top_k, s.model.intermediate) for name in ("gate", "up")}
+
+    def size(v: Inputs) -> tuple[Cost, Cost]:
+        return Cost(3 * v["gate"].nbytes, 0, v["gate"].numel()), Cost(5 * v["gate"].nbytes, 0, v["gate"].numel())
+
+    return Case("moe_experts", s.name, make, call, ("gate", "up"), lambda v: functional.silu(v["gate"]) * v["up"], size)
+
+
+_WIDTHS = dict(hidden=256, intermediate=128, experts=16, top_k=4)
+_SMALL = (
+    scaled("InternVL3.5-30B-A3B", 64, _WIDTHS),
+    scaled("InternVL3.5-30B-A3B", 512, _WIDTHS),
+    scaled("InternVL3.5-GPT-OSS-20B-A4B", 61, dict(hidden=200, intermediate=104, experts=6)),
+)
+SUBJECTS = {
+    "moe_experts": Subject(
+        _at,
+        ("ours",),
+        _SMALL,
+        ("experts", "hidden", "intermediate", "top_k"),
+        (1, 64, 1024, 4096),
+        memory_bound=False,
+    ),
+    "liger swiglu": Subject(_liger_swiglu, ("liger",), _SMALL[:2], ("experts",), ()),
+}
