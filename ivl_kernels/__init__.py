@@ -18,8 +18,13 @@ _LAZY = {
     "verify": "ivl_kernels.integrations",
     "VerifyReport": "ivl_kernels.integrations",
     "enable_remote_code": "ivl_kernels.integrations",
+    "VisionSide": "ivl_kernels.dvd",
+    "LanguageSide": "ivl_kernels.dvd",
+    "VisualFeatures": "ivl_kernels.dvd",
+    "load_quantised": "ivl_kernels.integrations",
+    "quantise_experts": "ivl_kernels.integrations",
 }
-_SUBMODULES = ("ops", "nn", "flash", "integrations", "doctor", "testing")
+_SUBMODULES = ("ops", "nn", "flash", "integrations", "dvd", "doctor", "testing")
 
 __all__ = [*_LAZY, *_SUBMODULES, "__version__"]
 

@@ -39,6 +39,12 @@ ONEDNN_MAX_CPU_ISA = Variable(
     "",
     "oneDNN's own: when it rules out bfloat16 instructions, our float32 products serve bfloat16 instead of oneDNN's.",
 )
+VLLM = Variable(
+    "IVL_VLLM",
+    "",
+    "`0`: vLLM's plugin of this package (see [dvd](dvd.md)) does nothing. Otherwise our projector serves vLLM's "
+    "InternVL models.",
+)
 BUILD_CPU = Variable(
     "IVL_BUILD_CPU", "", "At build time: `1` requires the C++ kernels, `0` skips them. Empty: built if possible."
 )
@@ -48,7 +54,7 @@ BUILD_CUDA = Variable(
     "At build time: `1` requires the CUDA C++ kernels, `0` skips them. Empty: built if nvcc is there.",
 )
 
-VARIABLES = (BACKEND, CPU_ISA, CPU_LINEAR, ONEDNN_MAX_CPU_ISA, BUILD_CPU, BUILD_CUDA)
+VARIABLES = (BACKEND, CPU_ISA, CPU_LINEAR, ONEDNN_MAX_CPU_ISA, VLLM, BUILD_CPU, BUILD_CUDA)
 
 
 def markdown_table() -> str:

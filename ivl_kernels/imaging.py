@@ -1,12 +1,8 @@
-"""Photographs to tiles the InternVL way: dynamic aspect ratio, thumbnail last, ImageNet normalisation.
-
-Needs Pillow. Source of the rule: `dynamic_preprocess` of InternVL's model cards; transformers' GotOcr2 image processor,
-which InternVL uses there, chooses the same grids.
-"""
+"""Picture files to tiles the InternVL way: decoded by Pillow, upright, RGB; cut and normalised by `ops.tile_image`."""
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .ops.tile_image import MEAN, STD, choose_grid
+from .ops.tile_image import tile_image as tile_pixels
+
 if TYPE_CHECKING:
     from PIL import Image
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+__all__ = [
+    "MEAN",
+    "STD",
+    "ImageError",
+    "Tiling",
+    "choose_grid",
+    "draw_tiles",
+    "load_image",
+    "pixels_of",
+    "tile_image",
+    "to_rgb",
+]
 
 
 class ImageError(ValueError):
@@ -32,19 +41,45 @@ class Tiling:
     Attributes:
         image: the picture, RGB, upright.
         columns, rows: the grid; its tiles come first, row by row.
-        tiles: [T] pictures of `tile` x `tile` pixels; with `thumbnail` the last one is the whole picture.
-        thumbnail: whether there is one (only when the grid has more than one tile).
+        tile: pixels of a tile's side.
+        thumbnail: whether the whole picture comes last, as one more tile (only when the grid has more than one).
     """
 
     image: Image.Image
     columns: int
     rows: int
-    tiles: list[Image.Image]
+    tile: int
     thumbnail: bool
+
+    def __len__(self) -> int:
+        return self.columns * self.rows + self.thumbnail
 
     def pixel_values(self, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
         """[T, 3, tile, tile], normalised."""
-        return to_pixels(self.tiles).to(dtype).to(device or "cpu")
+        grid = (self.columns, self.rows)
+        pixels = tile_pixels(pixels_of(self.image), dtype=dtype, grid=grid, tile=self.tile, thumbnail=self.thumbnail)
+        return pixels.to(device or "cpu")
+
+    @functools.cached_property
+    def tiles(self) -> list[Image.Image]:
+        """[T] pictures of `tile` x `tile` pixels, by Pillow."""
+        from PIL import Image
+
+        side = self.tile
+        resized = self.image.resize((self.columns * side, self.rows * side), Image.Resampling.BICUBIC)
+        corners = [(x * side, y * side) for y in range(self.rows) for x in range(self.columns)]
+        cut = [resized.crop((x, y, x + side, y + side)) for x, y in corners]
+        if self.thumbnail:
+            cut.append(self.image.resize((side, side), Image.Resampling.BICUBIC))
+        return cut
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """[H, W, 3] uint8 of an RGB picture."""
+    import numpy
+
+    # A copy, since Pillow's memory is not to be written.
+    return torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -88,61 +123,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def choose_grid(
-    width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12, tile: int = 448
-) -> tuple[int, int]:
-    """(columns, rows) of the grid whose aspect ratio is closest to the picture's.
-
-    Among grids equally close, a larger one is taken while the picture has more than half the pixels of that grid.
-
-    Raises:
-        ValueError: sizes that are not positive, or min_tiles > max_tiles.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"width, height: got {width} x {height}, expected at least 1 x 1")
-    if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(f"min_tiles, max_tiles: got {min_tiles}, {max_tiles}, expected 1 <= min_tiles <= max_tiles")
-    grids = [
-        (columns, rows)
-        for columns in range(1, max_tiles + 1)
-        for rows in range(1, max_tiles + 1)
-        if min_tiles <= columns * rows <= max_tiles
-    ]
-    grids.sort(key=lambda grid: grid[0] * grid[1])
-    aspect, best, distance = width / height, (1, 1), math.inf
-    for columns, rows in grids:
-        away = abs(aspect - columns / rows)
-        roomy = width * height > 0.5 * tile * tile * columns * rows
-        if away < distance or (away == distance and roomy):
-            best, distance = (columns, rows), away
-    return best
-
-
 def tile_image(
     image: Image.Image, *, min_tiles: int = 1, max_tiles: int = 12, tile: int = 448, thumbnail: bool = True
 ) -> Tiling:
-    """Resize a picture to its grid and cut it; the thumbnail of a picture of several tiles comes last."""
-    from PIL import Image
-
+    """The grid of a picture; the thumbnail of a picture of several tiles comes last."""
     image = to_rgb(image)
     columns, rows = choose_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile=tile)
-    resized = image.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC)
-    tiles = [
-        resized.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile)) for y in range(rows) for x in range(columns)
-    ]
-    thumbnail = thumbnail and len(tiles) > 1
-    if thumbnail:
-        tiles.append(image.resize((tile, tile), Image.Resampling.BICUBIC))
-    return Tiling(image, columns, rows, tiles, thumbnail)
-
-
-def to_pixels(tiles: Sequence[Image.Image]) -> torch.Tensor:
-    """[T, 3, h, w] float32, normalised with ImageNet's mean and standard deviation."""
-    import numpy
-
-    values = torch.from_numpy(numpy.stack([numpy.asarray(tile, dtype=numpy.uint8) for tile in tiles]))
-    values = values.permute(0, 3, 1, 2).float().div_(255)
-    return values.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+    return Tiling(image, columns, rows, tile, thumbnail and columns * rows > 1)
 
 
 def draw_tiles(

@@ -31,15 +31,36 @@ ExpertShape shape_of(const Tensor& hidden, const Tensor& weights, const Tensors&
   return {hidden.size(0), weights.size(1), hidden.size(1), down[0].size(1), experts};
 }
 
+// Experts in few bits. Their rows are as long as their inputs, whatever the dimensions of the tensor.
+ExpertShape block_shape(const Tensor& hidden, const Tensor& weights, const Tensor& gate_up) {
+  return {hidden.size(0), weights.size(1), hidden.size(1), gate_up.size(1) / 2, gate_up.size(0)};
+}
+template <class T>
+BlockExperts<T> blocks_of(const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
+                          const OptionalTensor& down_bias, const OptionalTensor& gate_up_scales,
+                          const OptionalTensor& down_scales, bool interleaved) {
+  return {gate_up.scalar_type() == ScalarType::Byte ? BlockFormat::mxfp4 : BlockFormat::fp8,
+          in<uint8_t>(gate_up), in<uint8_t>(down), in<void>(gate_up_scales), in<void>(down_scales), interleaved,
+          in<T>(gate_up_bias), in<T>(down_bias)};
+}
+
 void forward(const Tensor& hidden, const Tensor& weights, const Tensor& permutation, const Tensor& offsets,
              const Tensor& gate_up, const Tensor& down, const OptionalTensor& gate_up_bias,
-             const OptionalTensor& down_bias, bool gpt_oss, double alpha, double limit, bool interleaved,
+             const OptionalTensor& down_bias, const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales,
+             bool gpt_oss, double alpha, double limit, bool interleaved,
              Tensor& result, OptionalTensor& pre) {
-  const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
+  const ExpertShape shape =
+      gate_up_scales ? block_shape(hidden, weights, gate_up) : shape_of(hidden, weights, down, interleaved);
   dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    if (gate_up_scales)
+      return experts_forward<T>(
+          BlockArgs<T>{shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
+                       in<int32_t>(permutation), nullptr, in<int32_t>(offsets),
+                       blocks_of<T>(gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, interleaved)},
+          out<T>(result), out<T>(pre));
     const Pointers<const T*> p(in<T>(gate_up), in<T>(down), shape.experts, shape.width * shape.inner);
-    experts_forward<T>({shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
+    experts_forward<T>(ExpertsArgs<T>{shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
                         in<int32_t>(permutation), nullptr, in<int32_t>(offsets),
                         {p.gate.data(), p.up.data(), p.down.data(), interleaved, in<T>(gate_up_bias), in<T>(down_bias)}},
                        out<T>(result), out<T>(pre));
@@ -48,17 +69,27 @@ void forward(const Tensor& hidden, const Tensor& weights, const Tensor& permutat
 
 void backward(const Tensor& grad, const Tensor& hidden, const Tensor& weights, const Tensor& permutation,
               const Tensor& inverse, const Tensor& offsets, const Tensor& gate_up, const Tensor& down,
-              const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const Tensor& pre, bool gpt_oss,
+              const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+              const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales, const Tensor& pre, bool gpt_oss,
               double alpha, double limit, bool interleaved, OptionalTensor& grad_hidden, OptionalTensor& grad_weights,
               OptionalTensor& grad_gate_up, OptionalTensor& grad_down, OptionalTensor& grad_gate_up_bias,
               OptionalTensor& grad_down_bias) {
-  const ExpertShape shape = shape_of(hidden, weights, down, interleaved);
+  const ExpertShape shape =
+      gate_up_scales ? block_shape(hidden, weights, gate_up) : shape_of(hidden, weights, down, interleaved);
   dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    if (gate_up_scales)
+      return experts_backward<T>(
+          BlockArgs<T>{shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
+                       in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
+                       blocks_of<T>(gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, interleaved)},
+          in<T>(grad), in<T>(pre),
+          {out<T>(grad_hidden), out<float>(grad_weights), nullptr, nullptr, nullptr, out<T>(grad_gate_up_bias),
+           out<T>(grad_down_bias)});
     const int64_t size = shape.width * shape.inner;
     const Pointers<const T*> p(in<T>(gate_up), in<T>(down), shape.experts, size);
     const Pointers<T*> g(out<T>(grad_gate_up), out<T>(grad_down), shape.experts, size);
-    experts_backward<T>({shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
+    experts_backward<T>(ExpertsArgs<T>{shape, activation_of(gpt_oss, alpha, limit), in<T>(hidden), in<float>(weights),
                          in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
                          {p.gate.data(), p.up.data(), p.down.data(), interleaved, in<T>(gate_up_bias), in<T>(down_bias)}},
                         in<T>(grad), in<T>(pre),
@@ -91,7 +122,7 @@ void forward_list(const Tensor& hidden, const Tensor& weights, const Tensor& per
   dispatch_widened(hidden.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto gates = in_each<T>(gate), ups = in_each<T>(up), downs = in_each<T>(down);
-    experts_forward<T>({shape_of(hidden, weights, down), activation_of(false, 0, 0), in<T>(hidden), in<float>(weights),
+    experts_forward<T>(ExpertsArgs<T>{shape_of(hidden, weights, down), activation_of(false, 0, 0), in<T>(hidden), in<float>(weights),
                         in<int32_t>(permutation), nullptr, in<int32_t>(offsets),
                         {gates.data(), ups.data(), downs.data(), false, nullptr, nullptr}},
                        out<T>(result), out<T>(pre));
@@ -106,7 +137,7 @@ void backward_list(const Tensor& grad, const Tensor& hidden, const Tensor& weigh
     using T = decltype(zero);
     const auto gates = in_each<T>(gate), ups = in_each<T>(up), downs = in_each<T>(down);
     const auto to_gates = out_each<T>(grad_gate), to_ups = out_each<T>(grad_up), to_downs = out_each<T>(grad_down);
-    experts_backward<T>({shape_of(hidden, weights, down), activation_of(false, 0, 0), in<T>(hidden), in<float>(weights),
+    experts_backward<T>(ExpertsArgs<T>{shape_of(hidden, weights, down), activation_of(false, 0, 0), in<T>(hidden), in<float>(weights),
                          in<int32_t>(permutation), in<int32_t>(inverse), in<int32_t>(offsets),
                          {gates.data(), ups.data(), downs.data(), false, nullptr, nullptr}},
                         in<T>(grad), in<T>(pre),

@@ -7,11 +7,7 @@ namespace ivl {
 
 template <class T>
 void experts_forward(const ExpertsArgs<T>& args, T* out, T* pre) {
-  if (pre != nullptr) {
-    const ExpertShape& shape = args.shape;
-    const int64_t used = args.offsets[shape.experts], all = shape.tokens * shape.top_k;
-    std::memset(static_cast<void*>(pre + used * 2 * shape.inner), 0, (all - used) * 2 * shape.inner * sizeof(T));
-  }
+  clear_unused(args.shape, args.offsets, pre);
   IVL_CALL(forward, args, out, pre);
 }
 

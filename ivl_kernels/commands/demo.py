@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
             routed = _flash_run(subject, inputs, args.tokens, device)
     bar.close()
 
-    count = len(tiling.tiles)
+    count = len(tiling)
     print(f"{args.image or 'the photograph that ships with the package'}: {image.width} x {image.height} pixels,")
     print(f"  {tiling.columns} x {tiling.rows} tiles{' and a thumbnail' if tiling.thumbnail else ''}, ", end="")
     print(f"{count * subject.family.tokens_a_tile} visual tokens of {inputs['input_ids'].shape[1]}")

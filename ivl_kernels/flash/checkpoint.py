@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.families import Transformers, family_of
+from ..models.families import FLASH, Transformers, family_of
 from ..nn.router import TileRouter
 
-_GROUPS = ("mlp2", "pooling_before_gating", "gating")
-_KEY = re.compile(rf"^(?:model\.)?(?:flash\.)?((?:{'|'.join(_GROUPS)})\..*)$")
+_KEY = re.compile(rf"^(?:model\.)?(?:flash\.)?((?:{'|'.join(FLASH)})\..*)$")
 
 
 def _renamed() -> dict[str, tuple[str, ...]]:
@@ -133,7 +132,7 @@ class FlashVision(nn.Module):
             )
         tensors = _read_tensors(folder)
         if not tensors:
-            raise ValueError(f"folder: {folder} holds no Flash modules ({', '.join(g + '.*' for g in _GROUPS)})")
+            raise ValueError(f"folder: {folder} holds no Flash modules ({', '.join(g + '.*' for g in FLASH)})")
         names = cls(16, 1, *thresholds, device="meta").state_dict()
         layouts = [{name: table.get(name, (name,)) for name in names} for table in ({}, _RENAMED)]
         absent = [[part for parts in layout.values() for part in parts if part not in tensors] for layout in layouts]

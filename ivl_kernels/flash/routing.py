@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..imaging import choose_grid
+from ..ops.tile_image import choose_grid
 from .tiles import image_of_tile
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from ._edit import Editor
 from ._patch import Adapter, Feature, PatchError, PatchHandle, Site, patch, patched
 from ._report import PatchReport, Row
 from ._verify import VerifyReport, verify
+from .quantised import QuantisationReport, load_quantised, quantise_experts
 from .trainer import WeightedLoss
 
 __all__ = [
@@ -14,12 +15,15 @@ __all__ = [
     "PatchError",
     "PatchHandle",
     "PatchReport",
+    "QuantisationReport",
     "Row",
     "Site",
     "VerifyReport",
     "WeightedLoss",
     "enable_remote_code",
+    "load_quantised",
     "patch",
     "patched",
+    "quantise_experts",
     "verify",
 ]

@@ -22,6 +22,7 @@ from .. import _native
 from .._checks import FLOATS
 from ..models.plain import gathered_in_call, gathered_later, not_plain, watched
 from ..models.upstream import class_of, forward_name, named_instances, replaced_before
+from ..nn.quantised_experts import QuantisedExperts
 from ..ops.moe_experts import moe_experts, moe_experts_list
 from ._edit import Editor, attachment
 from ._expert_forms import PROJECTIONS, WEIGHTS, Form, biases_of, computes_silu, form_of, list_problem, route
@@ -336,6 +337,10 @@ class Experts(Adapter):
             served += [] if reason else [module]
             yield Site(FEATURE, path, module, "experts", reason)
         for path, module in model.named_modules():
+            if isinstance(module, QuantisedExperts):
+                reason = f"experts in {module.quantisation}: their module calls moe_experts itself"
+                yield Site(FEATURE, path, module, "experts", reason)
+                continue
             if _is_list_block(module):
                 yield Site(FEATURE, path, module, "experts", _block_problem(module))
             if _stacked_elsewhere(module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..flash import FlashInputs, FlashParts, Routing, flash_family, flash_inputs, parts_of, router_problem
-from ..models.families import Family, RemoteCode, families_in, family_of
+from ..models.families import FLASH, Family, RemoteCode, families_in, family_of
 from ..models.packed import leak, takes_starts, varlen_keywords
 from ..models.plain import linear_stack
 from ..models.upstream import arguments, cache_of, class_of, filled, signature
@@ -27,7 +27,6 @@ from .vision import shuffle_refused
 
 FindParts = Callable[[nn.Module], FlashParts]
 FORWARDS = (False, True, "unpadded")
-_NEEDED = ("mlp2", "pooling_before_gating", "gating")
 
 
 def _parse_forward(value: Any) -> Any:
@@ -102,7 +101,7 @@ def _reason(projector: nn.Module) -> str:
 def _problem(family: Family) -> str:
     """Why the model's modules are not those of a Flash model, or "". Modules that cannot be read are called."""
     holder, model = family.flash_holder, family.model
-    missing = [name for name in _NEEDED if not isinstance(getattr(holder, name, None), nn.Module)]
+    missing = [name for name in FLASH if not isinstance(getattr(holder, name, None), nn.Module)]
     if missing:
         return f"unknown structure: no {', '.join(missing)}"
     if isinstance(family, RemoteCode) and not callable(getattr(model, "generate_flash", None)):
@@ -263,7 +262,7 @@ def _sequence(inputs: FlashInputs, layout: Any, family: Family | None) -> dict[s
     return sequence
 
 
-class _PromptStreamer:
+class PromptStreamer:
     """Hands a streamer the prompt the caller gave instead of the packed one, then what is generated."""
 
     def __init__(self, streamer: Any, prompt: torch.Tensor) -> None:
@@ -313,7 +312,7 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
         with torch.no_grad():
             parts = find_parts(self)
             mask = kwargs.pop("attention_mask", None)
-            mask = _default_mask(self, ids, config, kwargs) if mask is None else mask
+            mask = default_mask(self, ids, config, kwargs) if mask is None else mask
             past = filled(cache)
             if past:
                 flash = continued(parts, ids, mask, pixels, cache, held, name_of(cache, kwargs))
@@ -321,9 +320,9 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
                 flash = flash_inputs(parts, ids, parts.vision.tokens_of(pixels), attention_mask=mask)
             _keep_routing(self, flash, ids, mask, parts)
             packed, embeds = flash.packed, flash.embeds
-            kwargs.update(_new_tokens(self, ids.shape[1], config, kwargs))
+            kwargs.update(new_tokens(self, ids.shape[1], config, kwargs))
             if kwargs.get("streamer") is not None:
-                kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], ids.cpu())
+                kwargs["streamer"] = PromptStreamer(kwargs["streamer"], ids.cpu())
             if past and hasattr(self, "_get_initial_cache_position"):
                 # transformers up to 5.1 takes embeddings beside a filled cache only if they are those of its new
                 # positions; later ones cut them.
@@ -350,7 +349,7 @@ def _native_generate(find_parts: FindParts) -> Callable[..., Any]:
     return generate
 
 
-def _default_mask(model: Any, ids: torch.Tensor, config: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+def default_mask(model: Any, ids: torch.Tensor, config: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The mask transformers makes when none is given: padding is what equals a pad id that does not also end a text."""
     config = config or model.generation_config
     pad = kwargs.get("pad_token_id", config.pad_token_id)
@@ -361,7 +360,7 @@ def _default_mask(model: Any, ids: torch.Tensor, config: Any, kwargs: Mapping[st
     return (ids != pad).long()
 
 
-def _new_tokens(model: Any, length: int, config: Any, kwargs: dict[str, Any]) -> dict[str, int]:
+def new_tokens(model: Any, length: int, config: Any, kwargs: dict[str, Any]) -> dict[str, int]:
     """`max_length` and `min_length` count the prompt as the caller sees it, not as it is packed."""
     changes = {}
     for kind, default in (("max", 20), ("min", 0)):

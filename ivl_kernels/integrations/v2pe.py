@@ -9,6 +9,7 @@ goes down in a stand-in of the decoder stack, and what the next call has to know
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -96,7 +97,8 @@ class _State:
         before = getattr(self._local, "call", None)
         call = self.call if delta is None else replace(self.call, delta=_parse(delta))
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-            call = replace(call, ids=ids, whole=whole, compress=None)
+            # What is announced of these ids is still known where they are handed on.
+            call = replace(call, ids=ids, whole=whole, compress=call.compress if ids is call.ids else None)
         self._local.call = replace(call, reached=False)
         return before
 
@@ -188,6 +190,23 @@ def announce(
     if state is not None:
         call = state.call
         call.ids, call.compress = input_ids, compress
+
+
+@contextlib.contextmanager
+def prompt(
+    model: nn.Module, input_ids: torch.Tensor, compress: torch.Tensor | None, delta: Any = None
+) -> Iterator[None]:
+    """Tell V2PE the packed ids of a generation that gets embeddings, and which of its tiles are compressed."""
+    state: _State | None = model.__dict__.get(_ATTRIBUTE)
+    if state is None:
+        yield
+        return
+    before = state.enter(delta, input_ids, whole=True)
+    state.call.compress = compress
+    try:
+        yield
+    finally:
+        state.leave(before)
 
 
 def _parse(value: Any) -> Any:

@@ -15,6 +15,9 @@ from torch import nn
 
 from .upstream import named_instances
 
+# The modules that Flash adds.
+FLASH = ("mlp2", "pooling_before_gating", "gating")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -25,6 +28,8 @@ class Family:
         class_name: of `model`, in whatever package.
         core_name: of the class of `core`.
         features_name: method of `core` that turns pixels into rows of the language model.
+        model_type: in a checkpoint's config.json.
+        vision_name, projector_name: attributes of `core`, and so of a checkpoint's tensors.
         generate_name: method of `model` that embeds prompt and images and generates without routing.
     """
 
@@ -32,6 +37,9 @@ class Family:
     class_name: ClassVar[str]
     core_name: ClassVar[str]
     features_name: ClassVar[str]
+    model_type: ClassVar[str]
+    vision_name: ClassVar[str]
+    projector_name: ClassVar[str]
 
     @property
     def generate_name(self) -> str:
@@ -45,6 +53,18 @@ class Family:
     @property
     def vision(self) -> Any:
         """The vision transformer: pixels [T, 3, h, w] -> `last_hidden_state` [T, 1 + n, C]."""
+        return getattr(self.core, self.vision_name)
+
+    @property
+    def has_vision(self) -> bool:
+        return getattr(self.core, self.vision_name, None) is not None
+
+    def drop_vision(self) -> None:
+        """Leave the language model: transformer, projector and Flash modules are gone."""
+        raise NotImplementedError
+
+    def drop_language(self) -> None:
+        """Leave the vision side."""
         raise NotImplementedError
 
     def tile_tokens(self, pixels: Any) -> Any:
@@ -54,7 +74,7 @@ class Family:
     @property
     def projector(self) -> Any:
         """Shuffled tokens [T, n / 4, 4 C] -> [T, n / 4, H]."""
-        raise NotImplementedError
+        return getattr(self.core, self.projector_name)
 
     @property
     def language(self) -> Any:
@@ -162,14 +182,20 @@ class Transformers(Family):
     class_name = "InternVLForConditionalGeneration"
     core_name = "InternVLModel"
     features_name = "get_image_features"
+    model_type = "internvl"
+    vision_name, projector_name = "vision_tower", "multi_modal_projector"
 
     @property
     def core(self) -> Any:
         return self.model.model if hasattr(self.model, "model") else self.model
 
-    @property
-    def vision(self) -> Any:
-        return self.core.vision_tower
+    def drop_vision(self) -> None:
+        self.core.vision_tower = self.core.multi_modal_projector = None
+        if hasattr(self.model, "flash"):
+            del self.model.flash
+
+    def drop_language(self) -> None:
+        self.core.language_model = self.model.lm_head = None
 
     def tile_tokens(self, pixels: Any) -> Any:
         return self.vision(pixel_values=pixels.to(self.model.dtype)).last_hidden_state
@@ -177,10 +203,6 @@ class Transformers(Family):
     @property
     def causal(self) -> Any:
         return self.model
-
-    @property
-    def projector(self) -> Any:
-        return self.core.multi_modal_projector
 
     @property
     def head(self) -> Any:
@@ -216,14 +238,20 @@ class RemoteCode(Family):
 
     class_name = core_name = "InternVLChatModel"
     features_name = "extract_feature"
+    model_type = "internvl_chat"
+    vision_name, projector_name = "vision_model", "mlp1"
 
     @property
     def core(self) -> Any:
         return self.model
 
-    @property
-    def vision(self) -> Any:
-        return self.model.vision_model
+    def drop_vision(self) -> None:
+        for name in (self.vision_name, self.projector_name, *FLASH):
+            if hasattr(self.model, name):
+                delattr(self.model, name)
+
+    def drop_language(self) -> None:
+        self.model.language_model = None
 
     def tile_tokens(self, pixels: Any) -> Any:
         return self.vision(pixel_values=pixels, output_hidden_states=False, return_dict=True).last_hidden_state
@@ -231,10 +259,6 @@ class RemoteCode(Family):
     @property
     def causal(self) -> Any:
         return self.language
-
-    @property
-    def projector(self) -> Any:
-        return self.model.mlp1
 
     @property
     def head(self) -> Any:

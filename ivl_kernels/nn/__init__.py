@@ -20,6 +20,7 @@ from .losses import (
     group_advantages,
 )
 from .projector import PixelShuffleProjector
+from .quantised_experts import QuantisedExperts
 from .router import TileRouter
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "MPOLoss",
     "NextTokenLoss",
     "PixelShuffleProjector",
+    "QuantisedExperts",
     "RatioWindow",
     "RewardShift",
     "RouterLoss",

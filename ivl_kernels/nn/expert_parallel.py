@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..ops import moe_dispatch, moe_experts
+from .quantised_experts import QuantisedExperts
 
 
 class _Flight:
@@ -73,9 +74,10 @@ class ExpertParallelExperts(nn.Module):
     Args:
         gate_up_proj, down_proj: this rank's experts, laid out as `moe_experts` says.
         gate_up_proj_bias, down_proj_bias: their biases, or None.
+        gate_up_scales, down_scales: of experts in few bits, as `moe_experts` says; those get no gradients.
         num_experts: E, of all ranks.
         group: the process group; None: the default group.
-        activation, layout, backend: as of `moe_experts`.
+        activation, alpha, limit, layout, backend: as of `moe_experts`.
 
     Raises:
         ValueError: the number of experts given is not this rank's share of `num_experts`, or there are more ranks than
@@ -93,14 +95,19 @@ class ExpertParallelExperts(nn.Module):
         down_proj_bias: torch.Tensor | None = None,
         *,
         num_experts: int,
+        gate_up_scales: torch.Tensor | None = None,
+        down_scales: torch.Tensor | None = None,
         group: dist.ProcessGroup | None = None,
         activation: str = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
         layout: str = "concatenated",
         backend: str = "",
     ) -> None:
         super().__init__()
         self.group, self.num_experts = group, num_experts
-        self.activation, self.layout, self.backend = activation, layout, backend
+        self.activation, self.alpha, self.limit = activation, alpha, limit
+        self.layout, self.backend = layout, backend
         self.bounds = self.shares(num_experts, dist.get_world_size(group))
         self.rank = dist.get_rank(group)
         ranks = len(self.bounds) - 1
@@ -112,9 +119,17 @@ class ExpertParallelExperts(nn.Module):
                 f"gate_up_proj: got {gate_up_proj.shape[0]} experts, expected {expected}: the share of rank "
                 f"{self.rank} in {num_experts}"
             )
-        self.gate_up_proj, self.down_proj = nn.Parameter(gate_up_proj), nn.Parameter(down_proj)
-        self.gate_up_proj_bias = None if gate_up_proj_bias is None else nn.Parameter(gate_up_proj_bias)
-        self.down_proj_bias = None if down_proj_bias is None else nn.Parameter(down_proj_bias)
+
+        def parameter(tensor: torch.Tensor | None, trained: bool = True) -> nn.Parameter | None:
+            return None if tensor is None else nn.Parameter(tensor, requires_grad=trained)
+
+        plain = gate_up_scales is None and down_scales is None
+        self.gate_up_proj, self.down_proj = parameter(gate_up_proj, plain), parameter(down_proj, plain)
+        self.gate_up_proj_bias, self.down_proj_bias = parameter(gate_up_proj_bias), parameter(down_proj_bias)
+        self.gate_up_proj_scales, self.down_proj_scales = (
+            parameter(gate_up_scales, False),
+            parameter(down_scales, False),
+        )
 
     @staticmethod
     def shares(num_experts: int, ranks: int) -> list[int]:
@@ -129,6 +144,8 @@ class ExpertParallelExperts(nn.Module):
         gate_up_proj_bias: torch.Tensor | None = None,
         down_proj_bias: torch.Tensor | None = None,
         *,
+        gate_up_scales: torch.Tensor | None = None,
+        down_scales: torch.Tensor | None = None,
         group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> ExpertParallelExperts:
@@ -136,14 +153,29 @@ class ExpertParallelExperts(nn.Module):
         experts = gate_up_proj.shape[0]
         bounds, rank = cls.shares(experts, dist.get_world_size(group)), dist.get_rank(group)
         mine = slice(bounds[rank], bounds[rank + 1])
-        tensors = (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias)
-        local = (None if t is None else t.detach()[mine].clone() for t in tensors)
+        tensors = (gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias, gate_up_scales, down_scales)
+        *local, gate_up_scales, down_scales = (None if t is None else t.detach()[mine].clone() for t in tensors)
+        options |= dict(gate_up_scales=gate_up_scales, down_scales=down_scales)
         return cls(*local, num_experts=experts, group=group, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_quantised(
+        cls, experts: QuantisedExperts, *, group: dist.ProcessGroup | None = None
+    ) -> ExpertParallelExperts:
+        """From experts in few bits: keeps a copy of this rank's share, as it is stored."""
+        (gate_up, gate_up_scales), (down, down_scales) = map(experts.tensors, ("gate_up_proj", "down_proj"))
+        return cls.from_full(
+            gate_up, down, experts.gate_up_proj_bias, experts.down_proj_bias, gate_up_scales=gate_up_scales,
+            down_scales=down_scales, group=group, activation=experts.activation, alpha=experts.alpha,
+            limit=experts.limit, layout="interleaved" if experts.interleaved else "concatenated",
+            backend=experts.backend,
+        )  # fmt: skip
 
     def _experts(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return moe_experts(
             hidden, ids, weights, self.gate_up_proj, self.down_proj, gate_up_bias=self.gate_up_proj_bias,
-            down_bias=self.down_proj_bias, activation=self.activation, layout=self.layout, backend=self.backend,
+            down_bias=self.down_proj_bias, gate_up_scales=self.gate_up_proj_scales, down_scales=self.down_proj_scales,
+            activation=self.activation, alpha=self.alpha, limit=self.limit, layout=self.layout, backend=self.backend,
         )  # fmt: skip
 
     def _sizes(self, counts: torch.Tensor) -> tuple[list[int], list[int], torch.Tensor]:

@@ -8,6 +8,7 @@ from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .norm import layer_norm, rms_norm
 from .pixel_shuffle_mlp import pixel_shuffle_mlp
+from .tile_image import choose_grid, tile_image, tile_images
 from .tile_router import select_tiles, tile_router
 from .token_packing import PackedTokens, embed_text, pack_tokens, place_rows
 from .v2pe_rope import rope_frequencies, v2pe_position_ids, v2pe_rope, v2pe_rope_
@@ -18,6 +19,7 @@ __all__ = [
     "PackedTokens",
     "RowPlan",
     "attention",
+    "choose_grid",
     "embed_text",
     "gated_mlp",
     "layer_norm",
@@ -38,6 +40,8 @@ __all__ = [
     "rope_frequencies",
     "row_plan",
     "select_tiles",
+    "tile_image",
+    "tile_images",
     "tile_router",
     "v2pe_position_ids",
     "v2pe_rope",

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ivl_kernels.nn import ExpertParallelExperts
+from ivl_kernels.nn import ExpertParallelExperts, QuantisedExperts
 from ivl_kernels.ops import moe_experts
+from ivl_kernels.ops.moe_experts import formats
 
 # tokens of each rank (taken in turn), experts, dtype, GPT-OSS, where the tokens go
 CASES = [
@@ -69,6 +70,48 @@ def compare(rank, ranks, group, sizes, experts, dtype, gpt_oss, kind):
         torch.testing.assert_close(got.double(), wanted, **tolerance)
 
 
+def compare_quantised(rank, kind, gpt_oss):
+    """Two ranks with half of the stored experts each, against all experts in one place."""
+    g = torch.Generator().manual_seed(5)
+    full = QuantisedExperts(
+        6, 32, 64, quantisation=kind, activation="gpt_oss" if gpt_oss else "silu", interleaved=gpt_oss, bias=gpt_oss,
+        limit=2.0,
+    )  # fmt: skip
+    for name, rows, columns in (("gate_up_proj", 128, 32), ("down_proj", 32, 64)):
+        for tensor, value in zip(
+            full.tensors(name), formats.quantise(torch.randn(6, rows, columns, generator=g), kind)
+        ):
+            tensor.copy_(value)
+    if gpt_oss:
+        for bias in (full.gate_up_proj_bias, full.down_proj_bias):
+            bias.data.copy_(torch.randn(bias.shape, generator=g))
+    module = ExpertParallelExperts.from_quantised(full)
+    local, whole = module.gate_up_proj, full.tensors("gate_up_proj")[0]
+    share = whole[3 * rank : 3 * rank + 3]
+    assert local.dtype == whole.dtype and torch.equal(local.view(torch.uint8), share.view(torch.uint8))
+    tokens = 7 + 4 * rank
+    mine = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(tokens, 32, generator=mine).requires_grad_()
+    ids = torch.rand(tokens, 6, generator=mine).argsort(1)[:, :2]
+    weights = torch.rand(tokens, 2, generator=mine).requires_grad_()
+    out = module(hidden, ids, weights)
+    out.sum().backward()
+    again = [t.detach().clone().requires_grad_() for t in (hidden, weights)]
+    expected = full(again[0], ids, again[1])
+    expected.sum().backward()
+    for got, wanted in ((out, expected), (hidden.grad, again[0].grad), (weights.grad, again[1].grad)):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    assert module.gate_up_proj.grad is None and (not gpt_oss or module.down_proj_bias.grad is not None)
+
+
+def run_quantised(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    compare_quantised(rank, "mxfp4", True)
+    compare_quantised(rank, "fp8", False)
+    dist.destroy_process_group()
+
+
 def run(rank, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=4)
@@ -87,3 +130,7 @@ def run(rank, path):
 def test_equals_one_process(tmp_path):
     """Four processes, and two of them as a group of their own."""
     torch.multiprocessing.spawn(run, (tmp_path / "store",), nprocs=4)
+
+
+def test_experts_in_few_bits(tmp_path):
+    torch.multiprocessing.spawn(run_quantised, (tmp_path / "store",), nprocs=2)

@@ -398,7 +398,7 @@ def test_strided_inputs(backend, gpt_oss):
 def test_opcheck(backend, gpt_oss):
     case = make(gpt_oss=gpt_oss)
     dispatch = torch.ops.ivl.moe_dispatch(case.ids, 5, 16, "reference")
-    tensors = (case.hidden, case.weights, dispatch[0], dispatch[1], *dispatch[3:], *case.tensors[2:])
+    tensors = (case.hidden, case.weights, dispatch[0], dispatch[1], *dispatch[3:], *case.tensors[2:], None, None)
     options = (case.activation, 1.702, 7.0, case.layout)
     torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, False, backend))
     torch.library.opcheck(torch.ops.ivl.moe_experts.default, (*tensors, *options, True, backend))

@@ -74,13 +74,35 @@ float dot(const A* a, const T* b, int64_t size) {
   return total;
 }
 
+// As with_up_panels, of the transposed matrices: f(source) with the panels of down^T, and f(depth, at, source) with every
+// part of gate_up^T and the columns [at, at + depth) of a gradient of `pre` that go through it.
+template <class T, class F>
+void with_down_turned(const ExpertWeights<T>& experts, ExpertShape shape, int64_t e, int64_t panel, F&& f) {
+  const T* const down = experts.down[e];
+  if (experts.interleaved) f([&](int64_t p) { return row_panel(down, shape.width, shape.inner, (panel + p) * kPanel); });
+  else f([&](int64_t p) { return column_panel(down, shape.inner, shape.inner, (panel + p) * kPanel); });
+}
+template <class T, class F>
+void with_up_turned(const ExpertWeights<T>& experts, ExpertShape shape, int64_t e, int64_t panel, F&& f) {
+  const int64_t width = shape.width, inner = shape.inner;
+  if (experts.interleaved) {
+    f(2 * inner, 0, [&](int64_t p) { return row_panel(experts.gate[e], 2 * inner, width, (panel + p) * kPanel); });
+    return;
+  }
+  for (bool up : {false, true})
+    f(inner, up ? inner : 0,
+      [&](int64_t p) { return column_panel((up ? experts.up : experts.gate)[e], width, width, (panel + p) * kPanel); });
+}
+template <class T>
+bool turned_in_columns(const ExpertWeights<T>& experts) { return !experts.interleaved; }
+
 // The backward of the experts [first, last), whose rows alone have their `active` and `change`.
-template <class T, class A>
+template <class T, class A, class Experts>
 struct BackwardCall {
   ExpertShape shape;
   GatedActivation options;
   const int32_t* offsets;
-  const ExpertWeights<T>& experts;
+  const Experts& experts;
   const T* pre;
   const ExpertGradients<T>& to;
   const A* const* grads;   // by sorted row, as all that follow
@@ -99,7 +121,7 @@ struct BackwardCall {
   void through_down() const {
     const int64_t width = shape.width, inner = shape.inner, inner_panels = this->inner_panels();
     const bool interleaved = experts.interleaved;
-    const std::vector<UpTask> tasks = list_tasks(offsets, first, last, inner_panels, !interleaved);
+    const std::vector<UpTask> tasks = list_tasks(offsets, first, last, inner_panels, turned_in_columns(experts));
     run_tasks(tasks.size(), [&](int64_t i) {
       const UpTask t = tasks[i];
       const auto finish = [&](int64_t begin, int64_t count, int64_t p, const float* c) {
@@ -120,22 +142,17 @@ struct BackwardCall {
           if (dots) dots[r * inner_panels + t.panel + p] = sum(dot);
         }
       };
-      const T* const down = experts.down[t.expert];
-      if (interleaved) {
-        const auto source = [&](int64_t p) { return row_panel(down, width, inner, (t.panel + p) * kPanel); };
+      with_down_turned(experts, shape, t.expert, t.panel, [&](auto&& source) {
         multiply(grads + t.row, t.rows, width, t.panels, source, finish);
-      } else {
-        const auto source = [&](int64_t p) { return column_panel(down, inner, inner, (t.panel + p) * kPanel); };
-        multiply(grads + t.row, t.rows, width, t.panels, source, finish);
-      }
+      });
     });
   }
 
   // Through gate_up, added to the sums over each token's experts; the last experts' turn writes the result.
   void through_gate_up() const {
-    const int64_t width = shape.width, inner = shape.inner;
+    const int64_t width = shape.width;
     const Groups groups((width + kPanel - 1) / kPanel,
-                        group_panels(!experts.interleaved, (offsets[last] - offsets[first]) / (last - first)));
+                        group_panels(turned_in_columns(experts), (offsets[last] - offsets[first]) / (last - first)));
     run_tasks(groups.count, [&](int64_t g) {
       const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel;
       const TokenSums sums(shape.tokens, width, panel, panels, first ? hidden_sums : nullptr);
@@ -150,21 +167,11 @@ struct BackwardCall {
               store(sum + part * kLanes, load(sum + part * kLanes) + load(c + part * kLanes));
           }
         };
-        if (experts.interleaved) {
-          const auto source = [&](int64_t p) {
-            return row_panel(experts.gate[e], 2 * inner, width, (panel + p) * kPanel);
-          };
-          multiply(changes + row, rows, 2 * inner, panels, source, finish);
-          continue;
-        }
         const Scratch<const A*> from(rows);
-        for (bool up : {false, true}) {
-          for (int64_t r = 0; r < rows; ++r) from[r] = changes[row + r] + (up ? inner : 0);
-          const auto source = [&](int64_t p) {
-            return column_panel((up ? experts.up : experts.gate)[e], width, width, (panel + p) * kPanel);
-          };
-          multiply(from.get(), rows, inner, panels, source, finish);
-        }
+        with_up_turned(experts, shape, e, panel, [&](int64_t depth, int64_t at, auto&& source) {
+          for (int64_t r = 0; r < rows; ++r) from[r] = changes[row + r] + at;
+          multiply(from.get(), rows, depth, panels, source, finish);
+        });
       }
       if (last < shape.experts) sums.write(hidden_sums);
       else sums.write(to.hidden);
@@ -212,10 +219,10 @@ struct BackwardCall {
   }
 };
 
-template <class T, class A>
-void backward_with(const ExpertsArgs<T, A>& args, const A* grad, const T* pre, const ExpertGradients<T>& to) {
+template <class T, class A, class Experts>
+void backward_with(const ExpertsArgs<T, A, Experts>& args, const A* grad, const T* pre, const ExpertGradients<T>& to) {
   const ExpertShape& shape = args.shape;
-  const ExpertWeights<T>& experts = args.experts;
+  const Experts& experts = args.experts;
   const int32_t* const offsets = args.offsets;
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
   const Turns turns(offsets, shape.experts, 2048);
@@ -239,7 +246,7 @@ void backward_with(const ExpertsArgs<T, A>& args, const A* grad, const T* pre, c
   const Scratch<float> dots(to.weights ? used * inner_panels : 0);
   const bool in_place = std::is_same_v<T, float> || !to.hidden || turns.count() == 1;
   const Scratch<float> hidden_sums(in_place ? 0 : shape.tokens * width);
-  BackwardCall<T, A> call{shape, args.activation, offsets, experts, pre, to, grads.get(), inputs.get(), actives.get(),
+  BackwardCall<T, A, Experts> call{shape, args.activation, offsets, experts, pre, to, grads.get(), inputs.get(), actives.get(),
                           changes.get(), tokens.get(), scales.get(), to.weights ? dots.get() : nullptr,
                           kept_sums(to.hidden, hidden_sums), 0, 0};
   for (int64_t turn = 0; turn < turns.count(); ++turn) {
@@ -265,8 +272,8 @@ void backward_with(const ExpertsArgs<T, A>& args, const A* grad, const T* pre, c
   });
 }
 
-template <class T>
-void backward(const ExpertsArgs<T>& args, const T* grad, const T* pre, const ExpertGradients<T>& to) {
+template <class T, class Experts>
+void backward(const ExpertsArgs<T, T, Experts>& args, const T* grad, const T* pre, const ExpertGradients<T>& to) {
   if constexpr (std::is_same_v<T, float>) {
     return backward_with(args, grad, pre, to);
   } else {

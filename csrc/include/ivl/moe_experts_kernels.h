@@ -78,11 +78,46 @@ float* kept_sums(T* result, const Scratch<float>& sums) {
   else return sums.get();
 }
 
-template <class T, class A>
+// How the products read an expert's matrices: f(source) with the panels of gate and up, or of down, from `panel` on, and
+// where those begin.
+template <class T, class F>
+void with_up_panels(const ExpertWeights<T>& experts, ExpertShape shape, int64_t e, int64_t panel, F&& f) {
+  const int64_t inner = shape.inner, width = shape.width;
+  if (experts.interleaved) {
+    f([&](int64_t p) { return column_panel(experts.gate[e], 2 * inner, 2 * inner, (panel + p) * kPanel, true); });
+  } else {
+    f([&](int64_t p) {
+      const int64_t column = (panel + p) * kHalf, n = std::min(kHalf, inner - column), start = column * width;
+      return RowPanel<T>{experts.gate[e] + start, experts.up[e] + start, width, n, n};
+    });
+  }
+}
+template <class T, class F>
+void with_down_panels(const ExpertWeights<T>& experts, ExpertShape shape, int64_t e, int64_t panel, F&& f) {
+  const T* const down = experts.down[e];
+  if (experts.interleaved)
+    f([&](int64_t p) { return column_panel(down, shape.width, shape.width, (panel + p) * kPanel); });
+  else f([&](int64_t p) { return row_panel(down, shape.inner, shape.width, (panel + p) * kPanel); });
+}
+template <class T>
+const T* up_start(const ExpertWeights<T>& experts, ExpertShape shape, int64_t e, int64_t panel) {
+  return experts.gate[e] + panel * (experts.interleaved ? kPanel : kHalf * shape.width);
+}
+template <class T>
+const T* down_start(const ExpertWeights<T>& experts, ExpertShape shape, int64_t e, int64_t panel) {
+  return experts.down[e] + panel * kPanel * (experts.interleaved ? 1 : shape.inner);
+}
+template <class T>
+bool in_columns(const ExpertWeights<T>& experts) { return experts.interleaved; }
+
+template <class Experts>
+using ElementOfExperts = std::remove_cvref_t<decltype(*up_start(std::declval<const Experts&>(), {}, 0, 0))>;
+
+template <class T, class A, class Experts>
 struct ForwardCall {
   ExpertShape shape;
   GatedActivation options;
-  const ExpertWeights<T>& experts;
+  const Experts& experts;
   const A* const* inputs;  // by sorted row, as all that follow
   A* const* actives;
   T* pre;
@@ -104,30 +139,20 @@ struct ForwardCall {
     }
   }
 
-  void up(int64_t e, int64_t row, int64_t rows, int64_t panel, int64_t panels, const T* after) const {
-    const int64_t inner = shape.inner;
-    const A* const* from = inputs + row;
+  void up(int64_t e, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+          const ElementOfExperts<Experts>* after) const {
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
       finish_up(e, row + r, n, (panel + p) * kHalf, c);
     };
-    if (experts.interleaved) {
-      const auto source = [&](int64_t p) {
-        return column_panel(experts.gate[e], 2 * inner, 2 * inner, (panel + p) * kPanel, true);
-      };
-      multiply(from, rows, shape.width, panels, source, finish, after);
-    } else {
-      const auto source = [&](int64_t p) {
-        const int64_t column = (panel + p) * kHalf, n = std::min(kHalf, inner - column), start = column * shape.width;
-        return RowPanel<T>{experts.gate[e] + start, experts.up[e] + start, shape.width, n, n};
-      };
-      multiply(from, rows, shape.width, panels, source, finish, after);
-    }
+    with_up_panels(experts, shape, e, panel, [&](auto&& source) {
+      multiply(inputs + row, rows, shape.width, panels, source, finish, after);
+    });
   }
 
   // sums += weight * (rows times the panels of `down`)
   void down(int64_t e, const A* const* from, int64_t rows, int64_t panel, int64_t panels, const int32_t* tokens,
-            const float* weights, const TokenSums& sums, const T* after) const {
-    const int64_t width = shape.width, inner = shape.inner;
+            const float* weights, const TokenSums& sums, const ElementOfExperts<Experts>* after) const {
+    const int64_t width = shape.width;
     const auto finish = [&](int64_t r, int64_t n, int64_t p, const float* c) {
       for (int64_t i = 0; i < n; ++i, c += kPanel) {
         float* to = sums.at(tokens[r + i], p);
@@ -142,13 +167,9 @@ struct ForwardCall {
         }
       }
     };
-    if (experts.interleaved) {
-      const auto source = [&](int64_t p) { return column_panel(experts.down[e], width, width, (panel + p) * kPanel); };
-      multiply(from, rows, inner, panels, source, finish, after);
-    } else {
-      const auto source = [&](int64_t p) { return row_panel(experts.down[e], inner, width, (panel + p) * kPanel); };
-      multiply(from, rows, inner, panels, source, finish, after);
-    }
+    with_down_panels(experts, shape, e, panel, [&](auto&& source) {
+      multiply(from, rows, shape.inner, panels, source, finish, after);
+    });
   }
 };
 
@@ -172,10 +193,12 @@ inline std::vector<UpTask> list_tasks(const int32_t* offsets, int64_t first, int
   return tasks;
 }
 
-template <class T, class A>
-void forward_with(const ExpertsArgs<T, A>& args, T* out, T* pre) {
+template <class T, class A, class Experts>
+void forward_with(const ExpertsArgs<T, A, Experts>& args, T* out, T* pre) {
+  using Element = ElementOfExperts<Experts>;
   const ExpertShape& shape = args.shape;
-  const ExpertWeights<T>& experts = args.experts;
+  const Experts& experts = args.experts;
+  const bool columns = in_columns(experts);
   const int32_t* const offsets = args.offsets;
   const int64_t used = offsets[shape.experts], width = shape.width, inner = shape.inner;
   const Turns turns(offsets, shape.experts, 4096);
@@ -195,31 +218,30 @@ void forward_with(const ExpertsArgs<T, A>& args, T* out, T* pre) {
   const bool in_place = std::is_same_v<T, float> || turns.count() == 1;
   const Scratch<float> between(in_place ? 0 : shape.tokens * width);
   float* const kept = kept_sums(out, between);
-  const ForwardCall<T, A> call{shape, args.activation, experts, inputs.get(), actives.get(), pre};
+  const ForwardCall<T, A, Experts> call{shape, args.activation, experts, inputs.get(), actives.get(), pre};
 
   for (int64_t turn = 0; turn < turns.count(); ++turn) {
     const int64_t first = turns.begin[turn], last = turns.begin[turn + 1];
     const std::vector<UpTask> tasks =
-        list_tasks(offsets, first, last, (inner + kHalf - 1) / kHalf, experts.interleaved);
+        list_tasks(offsets, first, last, (inner + kHalf - 1) / kHalf, columns);
     const int64_t count = tasks.size();
     run_small_tasks(count, [&](int64_t i, int64_t then) {
       const UpTask& t = tasks[i];
-      const T* after = nullptr;
-      if (then < count)
-        after = experts.gate[tasks[then].expert] + tasks[then].panel * (experts.interleaved ? kPanel : kHalf * width);
+      const Element* after = nullptr;
+      if (then < count) after = up_start(experts, shape, tasks[then].expert, tasks[then].panel);
       call.up(t.expert, t.row, t.rows, t.panel, t.panels, after);
     });
 
     const int64_t average = (offsets[last] - offsets[first]) / (last - first);
-    const Groups groups((width + kPanel - 1) / kPanel, group_panels(experts.interleaved, average));
+    const Groups groups((width + kPanel - 1) / kPanel, group_panels(columns, average));
     run_tasks(groups.count, [&](int64_t g) {
       const int64_t panel = groups.begin(g), panels = groups.begin(g + 1) - panel;
       const TokenSums sums(shape.tokens, width, panel, panels, first ? kept : nullptr);
       for (int64_t e = first, then; e < last; e = then) {
         for (then = e + 1; then < last && offsets[then] == offsets[then + 1];) ++then;
         const int64_t row = offsets[e], rows = offsets[e + 1] - row;
-        const T* after = nullptr;
-        if (then < last) after = experts.down[then] + panel * kPanel * (experts.interleaved ? 1 : inner);
+        const Element* after = nullptr;
+        if (then < last) after = down_start(experts, shape, then, panel);
         if (rows > 0)
           call.down(e, actives.get() + row, rows, panel, panels, tokens.get() + row, scales.get() + row, sums, after);
       }
@@ -243,8 +265,8 @@ inline bool use_units(ExpertShape shape) {
   return dot_bf16() && shape.width % (2 * kLanes) == 0 && shape.inner % (2 * kLanes) == 0;
 }
 
-template <class T>
-void forward(const ExpertsArgs<T>& args, T* out, T* pre) {
+template <class T, class Experts>
+void forward(const ExpertsArgs<T, T, Experts>& args, T* out, T* pre) {
   if constexpr (std::is_same_v<T, float>) {
     return forward_with(args, out, pre);
   } else {

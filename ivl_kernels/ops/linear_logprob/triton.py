@@ -250,7 +250,7 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, temperature: float,
     softcap: float, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    x, weight = _gathered(hidden, rows), _rows_last(weight)
+    x, weight, bias = _gathered(hidden, rows), _rows_last(weight), None if bias is None else bias.contiguous()
     count, vocabulary = x.shape[0], weight.shape[0]
     options = _options(x, softcap)
     runs = triton.cdiv(vocabulary, options["BN"] * RUN)
@@ -286,7 +286,7 @@ def linear_logprob_backward(
     lse: Tensor, entropy: Tensor, kept: Tensor, temperature: float, softcap: float, need_hidden: bool,
     need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, weight = _gathered(hidden, rows), _rows_last(weight)
+    x, weight, bias = _gathered(hidden, rows), _rows_last(weight), None if bias is None else bias.contiguous()
     count, vocabulary = x.shape[0], weight.shape[0]
     grads = x.new_zeros(4, count, dtype=torch.float32)
     for to, given in zip(grads, (grad_logp, grad_lse, grad_entropy, grad_mean)):

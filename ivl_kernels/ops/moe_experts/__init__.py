@@ -20,6 +20,8 @@ def moe_experts(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
     activation: str = "silu",
     alpha: float = 1.702,
     limit: float = 7.0,
@@ -42,6 +44,11 @@ def moe_experts(
         down: [E, H, I] ("concatenated") or [E, I, H] ("interleaved"); the dtype of `hidden`.
         gate_up_bias: [E, 2I] in the order of gate_up's rows or columns, or None.
         down_bias: [E, H] or None.
+        gate_up_scales, down_scales: of matrices in few bits, which are read as they are stored. Those are rows of
+            output in either layout, which then says the order of gate and up alone; H and I are multiples of 32. MXFP4:
+            gate_up [E, 2I, H / 32, 16] and down [E, H, I / 32, 16] uint8 with scales [E, rows, blocks] uint8. FP8
+            ("concatenated" only): gate_up [E, 2I, H] and down [E, H, I] float8_e4m3fn with float32 scales
+            [E, ceil(rows / 128), ceil(columns / 128)]. `formats` says what the bytes mean.
         activation: "silu" or "gpt_oss".
         alpha, limit: of the "gpt_oss" activation.
         layout: "concatenated" or "interleaved".
@@ -56,13 +63,15 @@ def moe_experts(
         ValueError, TypeError: a shape, dtype, device or option does not fit.
 
     Gradients flow to `hidden`, `weights`, `gate_up`, `down` and the biases; only those needed are computed. What the
-    forward keeps for them is one [S * k, 2I] tensor; without gradients it keeps nothing. Deterministic.
+    forward keeps for them is one [S * k, 2I] tensor; without gradients it keeps nothing. Matrices in few bits get none
+    and may not require any. Deterministic.
     The reference backend reads the expert counts from the device, the others do not.
     Source: transformers `Qwen3MoeExperts` and `GptOssExperts`.
     """
     return op.moe_experts(
-        hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout, backend
-    )
+        hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, activation, alpha,
+        limit, layout, backend,
+    )  # fmt: skip
 
 
 def moe_experts_list(

@@ -75,7 +75,7 @@ def dequantise(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
         table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=values.device)
         pairs = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)
         # The product with a power of two in float32 is exact; float64 keeps it where float32 would overflow.
-        wide = table.to(torch.promote_types(dtype, torch.float32))[pairs.long()]
+        wide = table.to(torch.promote_types(dtype, torch.float32))[pairs.int()]
         return torch.ldexp(wide, scales.int().unsqueeze(-1) - 127).to(dtype).flatten(-2)
     wide = values.to(torch.promote_types(dtype, torch.float32))
     return (wide * _spread(scales, wide)).to(dtype)
@@ -141,7 +141,7 @@ def _nearest(scaled: torch.Tensor) -> torch.Tensor:
 
 
 def _decode(codes: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)[codes.long()]
+    return torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)[codes.int()]
 
 
 def _to_fp8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,8 @@ def _wanted(tensor: Tensor, need: bool) -> Tensor | None:
 
 
 def _matrices(a: Experts) -> tuple[Tensor | None, ...]:
-    return tuple(_contiguous(t) for t in (a.gate_up, a.down, a.gate_up_bias, a.down_bias))
+    tensors = (a.gate_up, a.down, a.gate_up_bias, a.down_bias, a.gate_up_scales, a.down_scales)
+    return tuple(_contiguous(t) for t in tensors)
 
 
 def _lists(a: ExpertsList) -> tuple[list[Tensor], ...]:

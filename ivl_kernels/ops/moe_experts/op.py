@@ -8,10 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
+from ..._checks import (
+    FLOATS,
+    KERNEL_DTYPES,
+    autocast_dtype,
+    check_dtype,
+    check_same,
+    check_shape,
+    check_tensor,
+    describe,
+)
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
 from ..moe_routing.op import Sorting, moe_dispatch
+from . import formats
 
 ACTIVATIONS = ("silu", "gpt_oss")
 LAYOUTS = ("concatenated", "interleaved")
@@ -30,6 +40,8 @@ class Experts(NamedTuple):
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
+    gate_up_scales: Tensor | None  # of matrices in few bits
+    down_scales: Tensor | None
     activation: str
     alpha: float
     limit: float
@@ -38,12 +50,23 @@ class Experts(NamedTuple):
 
     @property
     def interleaved(self) -> bool:
+        """Gates and ups alternate; plain matrices are transposed too, those in few bits are not."""
         return self.layout == "interleaved"
+
+    @property
+    def format(self) -> str:
+        """That of the matrices (`formats`), "" where they are not quantised."""
+        return formats.format_of(self.gate_up)
+
+    @property
+    def in_rows(self) -> bool:
+        """The matrices are [E, 2I, H] and [E, H, I], not their transposes."""
+        return bool(self.format) or not self.interleaved
 
     @property
     def inner(self) -> int:
         """I, the width between the two matrices."""
-        return self.down.shape[1 if self.interleaved else 2]
+        return self.gate_up.shape[1 if self.in_rows else 2] // 2
 
 
 class ExpertsList(NamedTuple):
@@ -203,20 +226,38 @@ def _check_weights(
     down: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     layout: str,
 ) -> int:
     """The number of experts."""
     width = hidden.shape[1]
-    if layout == "interleaved":
-        check_shape("gate_up", gate_up, ("E", width, "2I"))
+    check_tensor("gate_up", gate_up)
+    check_tensor("down", down)
+    quantised = formats.format_of(gate_up)
+    if formats.format_of(down) != quantised:
+        raise TypeError(f"down: got {describe(down)}, expected the dtype of gate_up ({gate_up.dtype})")
+    rows = bool(quantised) or layout == "concatenated"
+    if quantised:
+        _check_scales("gate_up", gate_up, gate_up_scales, ("E", "2I", width))
+    elif gate_up_scales is not None or down_scales is not None:
+        raise TypeError(f"gate_up: got {describe(gate_up)} with scales, expected uint8 or float8_e4m3fn")
     else:
-        check_shape("gate_up", gate_up, ("E", "2I", width))
-    experts, double = gate_up.shape[0], gate_up.shape[2 if layout == "interleaved" else 1]
+        check_shape("gate_up", gate_up, ("E", "2I", width) if rows else ("E", width, "2I"))
+    experts, double = gate_up.shape[0], gate_up.shape[1 if rows else 2]
     if double % 2:
         raise ValueError(f"gate_up: got {list(gate_up.shape)}, expected an even number of gate and up rows")
     inner = double // 2
-    check_shape("down", down, (experts, inner, width) if layout == "interleaved" else (experts, width, inner))
     named = [("gate_up", gate_up), ("down", down)]
+    if quantised:
+        if quantised == "fp8" and layout == "interleaved":
+            raise ValueError("layout: got 'interleaved', but blocks of fp8 would hold gates and ups with one scale")
+        _check_scales("down", down, down_scales, (experts, width, inner))
+        for name, tensor in named:
+            check_same(name, tensor, "hidden", hidden, dtype=False)
+        named = []
+    else:
+        check_shape("down", down, (experts, width, inner) if rows else (experts, inner, width))
     if gate_up_bias is not None:
         check_shape("gate_up_bias", gate_up_bias, (experts, double))
         named.append(("gate_up_bias", gate_up_bias))
@@ -228,6 +269,14 @@ def _check_weights(
     return experts
 
 
+def _check_scales(name: str, values: Tensor, scales: Tensor | None, shape: tuple[int | str, int | str, int]) -> None:
+    formats.check(name, values, scales, shape)
+    assert scales is not None
+    for part, tensor in ((name, values), (f"{name}_scales", scales)):
+        if tensor.requires_grad:
+            raise ValueError(f"{part}: got a tensor that requires gradients, and quantised weights have none")
+
+
 def moe_experts(
     hidden: Tensor,
     ids: Tensor,
@@ -236,6 +285,8 @@ def moe_experts(
     down: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     activation: str,
     alpha: float,
     limit: float,
@@ -249,9 +300,11 @@ def moe_experts(
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     dtype = autocast_dtype(hidden)
     if dtype is not None and ids.numel() >= 2 * gate_up.shape[0]:  # fewer slots would not read what a cast does
-        hidden, gate_up, down = hidden.to(dtype), gate_up.to(dtype), down.to(dtype)
+        hidden = hidden.to(dtype)
+        if not formats.format_of(gate_up):
+            gate_up, down = gate_up.to(dtype), down.to(dtype)
         gate_up_bias, down_bias = (b if b is None else b.to(dtype) for b in (gate_up_bias, down_bias))
-    experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, layout)
+    experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, layout)
     tile = tile_rows(ids.numel(), experts)
     permutation, inverse, _, offsets, tiles = moe_dispatch(Sorting(ids, experts, tile), backend)
     a = Experts(
@@ -265,6 +318,8 @@ def moe_experts(
         down,
         gate_up_bias,
         down_bias,
+        gate_up_scales,
+        down_scales,
         activation,
         float(alpha),
         float(limit),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import formats
 from .op import (
     Experts,
     ExpertsBackward,
@@ -65,6 +66,10 @@ def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _matrices(a: Experts, expert: int) -> tuple[Tensor, Tensor]:
     """Gate and up [H, 2I], and down [I, H]."""
+    if a.gate_up_scales is not None and a.down_scales is not None:
+        dtype = torch.promote_types(a.hidden.dtype, torch.float32)
+        gate_up = formats.dequantise(a.gate_up[expert], a.gate_up_scales[expert], dtype)
+        return gate_up.T, formats.dequantise(a.down[expert], a.down_scales[expert], dtype).T
     both = _wide(a.gate_up[expert]), _wide(a.down[expert])
     return both if a.interleaved else (both[0].T, both[1].T)
 
@@ -149,7 +154,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
 def _stacked(a: ExpertsList) -> Experts:
     gate_up, down = torch.stack([torch.cat(pair) for pair in zip(a.gate, a.up)]), torch.stack(a.down)
     tiles = a.offsets.new_empty(0, 2)
-    return Experts(*a[:5], tiles, gate_up, down, None, None, "silu", 1.0, 1.0, "concatenated", a.keep)
+    return Experts(*a[:5], tiles, gate_up, down, None, None, None, None, "silu", 1.0, 1.0, "concatenated", a.keep)
 
 
 def moe_experts_list(a: ExpertsList) -> Output:

@@ -27,6 +27,7 @@ from ..._targets import limits
 from ..._triton import Kernel, cdiv, next_power_of_2
 from .._tf32 import rounded_to_tf32
 from .op import Experts, ExpertsBackward, Gradients, Output, empty_gradients, empty_output, tile_rows
+from .triton_formats import of_expert, stored_tile
 
 
 @triton.jit
@@ -86,10 +87,32 @@ def _mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.cons
 
 @triton.jit
 def _product(
+    a_rows, a_mask, w, scales, expert, column, w_mask, EVEN: tl.constexpr, STEP_N: tl.constexpr, STEP_K: tl.constexpr,
+    COLUMNS: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr,
+    TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BM, N] = a [BM, K] times some columns of an expert's w [K, COLUMNS], in float32.
+
+    a_rows: pointers to the first of each K. Element (k, n) of w is at k * STEP_K + n * STEP_N; of stored values the
+    step along their rows is 1. EVEN: w_mask is all true.
+    """
+    if FORMAT != "":
+        return _stored_product(
+            a_rows, a_mask, w, scales, expert, column, w_mask, STEP_K == 1, COLUMNS, K, BM, N, BK, FORMAT == "mxfp4",
+            TALL, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        w += expert.to(tl.int64) * (K * COLUMNS)
+        return _plain_product(
+            a_rows, a_mask, w + column * STEP_N, w_mask, EVEN, STEP_K, K, BM, N, BK, TALL, PRECISION, UPCAST
+        )
+
+
+@triton.jit
+def _plain_product(
     a_rows, a_mask, w_columns, w_mask, EVEN: tl.constexpr, STEP_K: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
     N: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BM, N] = a [BM, K] times w [K, N] in float32, from pointers to the first of each K; EVEN: w_mask is all true."""
     SWAP: tl.constexpr = TALL and BM < 64
     acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
     for start in range(0, K, BK):
@@ -102,6 +125,31 @@ def _product(
         else:
             left = tl.load(a, mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
             right = tl.load(w, mask=w_mask[None, :] & (k < K)[:, None], other=0.0)
+        acc = _mma(left, right, acc, SWAP, PRECISION, UPCAST)
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def _stored_product(
+    a_rows, a_mask, w, scales, expert, column, w_mask, ALONG_K: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, MXFP4: tl.constexpr, TALL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """As `_product`; ALONG_K: the columns of w are rows in memory, else the rows are and `column` are neighbours."""
+    SWAP: tl.constexpr = TALL and BM < 64
+    dtype: tl.constexpr = a_rows.dtype.element_ty
+    WIDTH: tl.constexpr = K if ALONG_K else COLUMNS
+    w, scales = of_expert(w, scales, expert, COLUMNS if ALONG_K else K, WIDTH, MXFP4)
+    acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        left = tl.load(a_rows[:, None] + k[None, :], mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
+        if ALONG_K:
+            right = tl.trans(stored_tile(w, scales, column, w_mask, start, WIDTH, BK, MXFP4, dtype))
+        else:
+            right = stored_tile(w, scales, k, k < K, tl.min(column, 0), WIDTH, N, MXFP4, dtype)
         acc = _mma(left, right, acc, SWAP, PRECISION, UPCAST)
     if SWAP:
         acc = tl.trans(acc)
@@ -153,23 +201,21 @@ def _gate_up_store(
 
 @triton.jit
 def _gate_up_tile(
-    x, w, bias, act, pre, permutation, expert, first, end, n,
+    x, w, scales, bias, act, pre, permutation, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     token = tl.load(permutation + row, mask=live, other=0) // TOP_K
     j = tl.arange(0, 2 * BN)
     both = n * (2 * BN) + j < 2 * I
-    weights = w + expert.to(tl.int64) * (2 * I * H)
     column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
-    STEP_J: tl.constexpr = H if CONCATENATED else 1
-    STEP_K: tl.constexpr = 1 if CONCATENATED else 2 * I
+    ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
     acc = _product(
-        x + token.to(tl.int64) * H, live, weights + column * STEP_J, both, I % BN == 0, STEP_K, H,
-        BM, 2 * BN, BK, TALL, PRECISION, UPCAST,
+        x + token.to(tl.int64) * H, live, w, scales, expert, column, both, I % BN == 0, H if ROWS else 1,
+        1 if ROWS else 2 * I, 2 * I, H, BM, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         bias += expert * (2 * I)
@@ -181,14 +227,15 @@ def _gate_up_tile(
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_gate_up_kernel(
     x,  # [S, H]
-    w,  # [E, 2I, H] or [E, H, 2I]
+    w,  # [E, 2I, H] or [E, H, 2I], or bytes of values
+    scales,  # None, or those of the values
     bias,  # [E, 2I] or None
     act,  # [rows, I], written
     pre,  # [rows, 2I], written, or None
     permutation, offsets, tiles, num_tiles,
     E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
     GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
@@ -196,31 +243,30 @@ def moe_gate_up_kernel(
         return
     if BM >= 32 and end - first <= BM // 2:
         _gate_up_tile(
-            x, w, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT,
-            BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+            x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA,
+            LIMIT, BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         end = tl.minimum(end, first + BM)
         _gate_up_tile(
-            x, w, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT,
-            BM, BN, BK, TALL, PRECISION, UPCAST,
+            x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA,
+            LIMIT, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
 def _rows_tile(
-    a, w, bias, out, expert, first, end, n,
+    a, w, scales, bias, out, expert, first, end, n,
     K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     column = n * BN + tl.arange(0, BN)
     inside = column < N
-    weights = w + expert.to(tl.int64) * (K * N)
     acc = _product(
-        a + row.to(tl.int64) * K, live, weights + column * STEP_N, inside, N % BN == 0, STEP_K, K,
-        BM, BN, BK, TALL, PRECISION, UPCAST,
+        a + row.to(tl.int64) * K, live, w, scales, expert, column, inside, N % BN == 0, STEP_N, STEP_K, N, K,
+        BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + expert * N + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -232,12 +278,13 @@ def _rows_tile(
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_rows_kernel(
     a,  # [rows, K]
-    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N
+    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N; one of the steps is 1
+    scales,  # None, or those of the values
     bias,  # [E, N] or None
     out,  # [rows, N], written
     offsets, tiles, num_tiles,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), GROUP)
@@ -245,14 +292,14 @@ def moe_rows_kernel(
         return
     if BM >= 32 and end - first <= BM // 2:
         _rows_tile(
-            a, w, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-            BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+            a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+            BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         end = tl.minimum(end, first + BM)
         _rows_tile(
-            a, w, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-            BM, BN, BK, TALL, PRECISION, UPCAST,
+            a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+            BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
@@ -342,10 +389,10 @@ def _down_backward_store(
 
 @triton.jit
 def _down_backward_tile(
-    grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+    grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
@@ -353,11 +400,10 @@ def _down_backward_tile(
     token = flat // TOP_K
     i = n * BN + tl.arange(0, BN)
     inside = i < I
-    STEP_I: tl.constexpr = 1 if CONCATENATED else H
-    STEP_H: tl.constexpr = I if CONCATENATED else 1
+    ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
     acc = _product(
-        grad + token.to(tl.int64) * H, live, w + expert.to(tl.int64) * (H * I) + i * STEP_I, inside,
-        I % BN == 0, STEP_H, H, BM, BN, BK, TALL, PRECISION, UPCAST,
+        grad + token.to(tl.int64) * H, live, w, scales, expert, i, inside, I % BN == 0, 1 if ROWS else H,
+        I if ROWS else 1, I, H, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
     weight = tl.load(weights + flat, mask=live, other=0.0).to(tl.float32)
     share = _down_backward_store(
@@ -377,7 +423,8 @@ def _down_backward_tile(
 @triton.jit(do_not_specialize=["rows", "num_tiles"])
 def moe_down_backward_kernel(
     grad,  # [S, H]
-    w,  # [E, H, I] or [E, I, H]
+    w,  # [E, H, I] or [E, I, H], or bytes of values
+    scales,  # None, or those of the values
     bias,  # [E, H] or None
     weights,  # [S, TOP_K]
     pre,  # [rows, 2I]
@@ -387,7 +434,7 @@ def moe_down_backward_kernel(
     permutation, offsets, tiles, rows, num_tiles,
     E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
     GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, TALL: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
@@ -395,14 +442,14 @@ def moe_down_backward_kernel(
         return
     if BM >= 32 and end - first <= BM // 2:
         _down_backward_tile(
-            grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
-            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 2, BN, BK, TALL, PRECISION, UPCAST,
+            grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         end = tl.minimum(end, first + BM)
         _down_backward_tile(
-            grad, w, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
-            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM, BN, BK, TALL, PRECISION, UPCAST,
+            grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
+            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
         )  # fmt: skip
 
 
@@ -510,7 +557,7 @@ def _pipeline(rows: int, columns: int, steps: int, depth: int, itemsize: int, ta
 
 def gemm_config(
     rows: int, tiles: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False,
-    epilogue: bool = False,
+    epilogue: bool = False, stored: bool = False,
 ) -> dict:  # fmt: skip
     """Tile sizes of a grouped GEMM.
 
@@ -522,6 +569,7 @@ def gemm_config(
         itemsize: bytes of an element.
         target: `capability`.
         epilogue: pairs are in the epilogue only; the product has one column for both.
+        stored: weights are in blocks of 32, whole ones of which are expanded.
     """
     wide = 2 if pairs else 1
     width = 256 if target and itemsize < 4 else 128
@@ -541,7 +589,9 @@ def gemm_config(
         large = rows * width >= 64 * 128 and target != 0
         depth = 128 // itemsize
     depth, stages = _pipeline(rows, width, inner, depth, itemsize, target)
-    return dict(BM=rows, BN=width // wide, BK=depth, GROUP=8, num_warps=8 if large else 4, num_stages=stages)
+    columns, least = width // wide, 32 if stored else 16
+    columns = max(columns, least) if epilogue else columns
+    return dict(BM=rows, BN=columns, BK=max(depth, least), GROUP=8, num_warps=8 if large else 4, num_stages=stages)
 
 
 def weight_grad_config(slots: int, experts: int, itemsize: int, target: int) -> dict:
@@ -576,7 +626,8 @@ def _plan(slots: int, experts: int) -> tuple[int, int, int]:
 
 
 def _contiguous(a: Experts) -> tuple[Any, ...]:
-    tensors = (a.hidden, a.weights, a.gate_up, a.down, a.gate_up_bias, a.down_bias)
+    matrices = (t.view(torch.uint8) if a.format else t for t in (a.gate_up, a.down))
+    tensors = (a.hidden, a.weights, *matrices, a.gate_up_scales, a.down_scales, a.gate_up_bias, a.down_bias)
     return tuple(t if t is None else t.contiguous() for t in tensors)
 
 
@@ -585,29 +636,29 @@ def _grid(num_tiles: int, columns: int, config: dict) -> tuple[int]:
 
 
 def moe_experts(a: Experts) -> Output:
-    concatenated = not a.interleaved
+    concatenated, in_rows = not a.interleaved, a.in_rows
     E, H, I = a.gate_up.shape[0], a.hidden.shape[1], a.inner
     S, K = a.weights.shape
     result = empty_output(a)
     if S * K == 0:
         result.out.zero_()
         return result
-    hidden, weights, gate_up, down, gate_up_bias, down_bias = _contiguous(a)
+    hidden, weights, gate_up, down, gate_up_scales, down_scales, gate_up_bias, down_bias = _contiguous(a)
     target, size = capability(hidden), hidden.element_size()
     rows, num_tiles, busy = _plan(S * K, E)
-    common = flags(size, target) | dict(E=E, TALL=target >= 90)
+    common = flags(size, target) | dict(E=E, FORMAT=a.format, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
-    config = gemm_config(rows, busy, I, H, size, target, pairs=True)
+    config = gemm_config(rows, busy, I, H, size, target, pairs=True, stored=bool(a.format))
     moe_gate_up_kernel[_grid(num_tiles, I, config)](
-        hidden, gate_up, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets, a.tiles,
-        num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss", ALPHA=a.alpha,
-        LIMIT=a.limit, **config, **common,
+        hidden, gate_up, gate_up_scales, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets,
+        a.tiles, num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss",
+        ALPHA=a.alpha, LIMIT=a.limit, **config, **common,
     )  # fmt: skip
     y = hidden.new_empty(S * K, H)
-    config = gemm_config(rows, busy, H, I, size, target)
+    config = gemm_config(rows, busy, H, I, size, target, stored=bool(a.format))
     moe_rows_kernel[_grid(num_tiles, H, config)](
-        act, down, down_bias, y, a.offsets, a.tiles, num_tiles, K=I, N=H, STEP_K=1 if concatenated else H,
-        STEP_N=I if concatenated else 1, **config, **common,
+        act, down, down_scales, down_bias, y, a.offsets, a.tiles, num_tiles, K=I, N=H, STEP_K=1 if in_rows else H,
+        STEP_N=I if in_rows else 1, **config, **common,
     )  # fmt: skip
     config = combine_config(S, H)
     moe_combine_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
@@ -618,7 +669,7 @@ def moe_experts(a: Experts) -> Output:
 
 def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     a, pre, needs = b.forward, b.pre, b.need
-    concatenated = not a.interleaved
+    concatenated, in_rows = not a.interleaved, a.in_rows
     E, H, I = a.gate_up.shape[0], a.hidden.shape[1], a.inner
     S, K = a.weights.shape
     result = empty_gradients(b)
@@ -626,18 +677,19 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
         for gradient in result:
             gradient.zero_()
         return result
-    grad, (hidden, weights, gate_up, down, _, down_bias) = b.grad.contiguous(), _contiguous(a)
+    grad = b.grad.contiguous()
+    hidden, weights, gate_up, down, gate_up_scales, down_scales, _, down_bias = _contiguous(a)
     target, size = capability(hidden), hidden.element_size()
     rows, num_tiles, busy = _plan(S * K, E)
     common = flags(size, target)
-    gemm = common | dict(E=E, TALL=target >= 90)
+    gemm = common | dict(E=E, FORMAT=a.format, TALL=target >= 90)
 
     def wanted(name: str) -> Tensor | None:
         return getattr(result, name) if getattr(needs, name) else None
 
     need_up, need_down = needs.gate_up or needs.gate_up_bias, needs.down or needs.down_bias
 
-    config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True)
+    config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True, stored=bool(a.format))
     if target == 120 and common["PRECISION"] == "tf32":
         config |= dict(num_warps=4, num_stages=2)  # with more of either ptxas takes so few registers that it spills
     column_tiles = cdiv(I, config["BN"])
@@ -646,9 +698,9 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     direct = column_tiles == 1 and needs.weights
     partial = result.weights if direct else weights.new_empty(column_tiles, S * K, dtype=torch.float32)
     moe_down_backward_kernel[_grid(num_tiles, I, config)](
-        grad, down, down_bias, weights, pre, weighted, grad_pre, partial, a.permutation, a.offsets, a.tiles, S * K,
-        num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss", ALPHA=a.alpha,
-        LIMIT=a.limit, **config, **gemm,
+        grad, down, down_scales, down_bias, weights, pre, weighted, grad_pre, partial, a.permutation, a.offsets,
+        a.tiles, S * K, num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss",
+        ALPHA=a.alpha, LIMIT=a.limit, **config, **gemm,
     )  # fmt: skip
     if need_up or need_down:
         config = weight_grad_config(S * K, E, size, target)
@@ -663,10 +715,10 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
         expanded = None
         if needs.hidden:
             expanded = hidden.new_empty(S * K, H)
-            config = gemm_config(rows, busy, H, 2 * I, size, target)
+            config = gemm_config(rows, busy, H, 2 * I, size, target, stored=bool(a.format))
             moe_rows_kernel[_grid(num_tiles, H, config)](
-                grad_pre, gate_up, None, expanded, a.offsets, a.tiles, num_tiles, K=2 * I, N=H,
-                STEP_K=H if concatenated else 1, STEP_N=1 if concatenated else 2 * I, **config, **gemm,
+                grad_pre, gate_up, gate_up_scales, None, expanded, a.offsets, a.tiles, num_tiles, K=2 * I, N=H,
+                STEP_K=H if in_rows else 1, STEP_N=1 if in_rows else 2 * I, **config, **gemm,
             )  # fmt: skip
         config = combine_config(S, H)
         moe_combine_backward_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](

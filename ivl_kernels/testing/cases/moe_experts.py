@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as functional
 
 from ... import ops
+from ...ops.moe_experts.formats import dequantise
 from . import Case, Cost, Numbers, Shape, Subject, scaled
 from ._case import Inputs
 
@@ -88,6 +90,63 @@ def case(tokens: int, width: int, inner: int, experts: int, top_k: int, gpt_oss:
     )
 
 
+MATRICES = ("gate_up", "down")
+
+
+def _stored_inputs(n: Numbers, tokens: int, width: int, inner: int, experts: int, top_k: int) -> Inputs:
+    """Matrices in MXFP4: any bytes are weights, and the scales make them as large as those of others."""
+
+    def whole(shape: tuple[int, ...], low: int, high: int) -> torch.Tensor:
+        if n.reserve:
+            return torch.empty(shape, dtype=torch.uint8, device=n.device)
+        return (n.uniform(*shape, dtype=torch.float32) * (high - low) + low).to(torch.uint8)
+
+    values: Inputs = {
+        "ids": n.choices(tokens, experts, top_k),
+        "hidden": n.normal(tokens, width),
+        "weights": n.uniform(tokens, top_k),
+        "gate_up_bias": n.normal(experts, 2 * inner, scale=0.1),
+        "down_bias": n.normal(experts, width, scale=0.1),
+    }
+    for name, rows, columns in (("gate_up", 2 * inner, width), ("down", width, inner)):
+        shape, size = (experts, rows, columns // 32), 126 - math.ceil(math.log2(columns) / 2)
+        values |= {name: whole((*shape, 16), 0, 256), f"{name}_scales": whole(shape, size - 1, size + 2)}
+    return values
+
+
+def _expanded(v: Inputs) -> Inputs:
+    rest = {name: value for name, value in v.items() if not name.endswith("_scales")}
+    dtype = v["hidden"].dtype
+    return rest | {n: dequantise(v[n], v[f"{n}_scales"], dtype).mT.contiguous() for n in MATRICES}
+
+
+def _stored_cost(v: Inputs) -> tuple[Cost, Cost]:
+    (tokens, width), slots, size = v["hidden"].shape, v["ids"].numel(), v["hidden"].itemsize
+    experts, inner, used = v["gate_up"].shape[0], v["gate_up"].shape[1] // 2, v["ids"].unique().numel()
+    read = used * sum(v[name].nbytes + v[f"{name}_scales"].nbytes for name in MATRICES) // experts
+    chosen, small = slots * (8 + size), slots * (8 + 4 * 4 + size)
+    planned = read + size * (2 * slots * (inner + width) + 2 * tokens * width) + small
+    planned_backward = read + size * (slots * (2 * inner * 4 + 2 * width) + 4 * tokens * width) + small
+    flops, elements = 6 * slots * inner * width, slots * width
+    return (
+        Cost(read + size * 2 * tokens * width + chosen, flops, elements, planned),
+        Cost(read + size * 3 * tokens * width + chosen + slots * size, flops, elements, planned_backward),
+    )
+
+
+def stored_case(tokens: int, width: int, inner: int, experts: int, top_k: int) -> Case:
+    return Case(
+        "moe_experts",
+        f"gpt_oss, MXFP4, {tokens} tokens, {top_k} of {experts}",
+        lambda n: _stored_inputs(n, tokens, width, inner, experts, top_k),
+        lambda v, backend: ops.moe_experts(**v, activation="gpt_oss", layout="interleaved", backend=backend),
+        ("hidden", "weights", *BIASES),
+        lambda v: plain(_expanded(v), "gpt_oss", "interleaved"),
+        _stored_cost,
+        graph=True,
+    )
+
+
 def _as_lists(v: Inputs) -> Inputs:
     gate, up = v.pop("gate_up").chunk(2, 1)
     return {**v, "gate": list(gate.contiguous()), "up": list(up.contiguous()), "down": list(v["down"])}
@@ -103,6 +162,7 @@ def cases(large: bool) -> Iterator[Case]:
     tokens, *_, experts, k = sizes
     for gpt_oss in (False, True):
         yield case(*sizes, gpt_oss)
+    yield stored_case(*((64, 2880, 2880, 8, 4) if large else (13, 64, 96, 6, 2)))
     yield Case(
         "moe_experts_list",
         f"one tensor a matrix, {tokens} tokens, {k} of {experts}",
