@@ -206,7 +206,8 @@ def _method(layer: Any) -> str:
 def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     paths = {id(module): path for path, module in model.named_modules()}
     for _, family in families_in(model):
-        yield paths[id(family.vision)], family.vision
+        if family.has_vision:
+            yield paths[id(family.vision)], family.vision
     yield from text_stacks(model)
 
 
