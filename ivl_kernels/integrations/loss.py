@@ -7,6 +7,7 @@ offloading) does so for this one and for its backward.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def _parse(value: Any) -> Any:
     return value
 
 
+@torch.compiler.disable  # on the host
 def plan_of(given: Mapping[str, Any], labels: torch.Tensor, reduction: str) -> RowPlan:
     """The plan of a call: its own, or one made from its labels.
 
@@ -130,9 +132,13 @@ def asked(
         loss, logits = value if with_logits else (value, None)
         return (loss, *(() if logits is None else (logits,)), *rest)
     loss, logits = output.logits if with_logits else (output.logits, None)
-    output.logits = logits
-    output.loss = loss
-    return output
+    return _changed(output, loss=loss, logits=logits)
+
+
+def _changed(output: Any, **values: Any) -> Any:
+    """An output with other fields. Made anew: one of transformers' keeps in its items what an attribute had before."""
+    kept = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return type(output)(**{**kept, **values})
 
 
 def _with_logprobs(plan: RowPlan, total: int, temperature: float, run: Callable[[], Any], backend: str) -> Any:
@@ -146,7 +152,7 @@ def _with_logprobs(plan: RowPlan, total: int, temperature: float, run: Callable[
     output = answered_by_head(total, answer, run)
     if isinstance(output, tuple):
         raise ValueError("return_dict: got False, expected True with return_logprobs")
-    found, output.logits = output.logits, None
+    found, output = output.logits, _changed(output, logits=None)
     output["log_probs"] = found
     return output
 

@@ -4,6 +4,8 @@ import importlib.abc
 import importlib.metadata
 import sys
 
+_KEPT = []
+
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -12,14 +14,10 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
             import torch
 
             if torch.version.cuda is None and "+cpu" not in importlib.metadata.version("torchvision"):
-                self.library = torch.library.Library("torchvision", "DEF")
-                self.library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                sizes = "SymInt pooled_height, SymInt pooled_width"
-                for kind, more in (("align", ", int sampling_ratio, bool aligned"), ("pool", "")):
-                    result = "Tensor" if kind == "align" else "(Tensor, Tensor)"
-                    self.library.define(
-                        f"roi_{kind}(Tensor input, Tensor rois, float spatial_scale, {sizes}{more}) -> {result}"
-                    )
+                library = torch.library.Library("torchvision", "FRAGMENT")
+                _KEPT.append(library)  # its definitions live as long as it does
+                for operator in ("nms", "qnms"):
+                    library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return None
 
 
