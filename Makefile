@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(call install,--upgrade pip setuptools wheel ninja pybind11)
 	$(call install,torch)
-	$(call install,--no-build-isolation -e '.[hf]')
+	$(call install,--no-build-isolation -e '.[hf,bench]')
 	touch $@
 
 # torch's CUDA build brings the one Triton that it takes; beside a CPU build it is the tested one.

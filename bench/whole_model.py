@@ -1,31 +1,39 @@
-"""What a user waits for: InternVL3.5-1B from pixels to the first token, and a token after that, plain and patched.
+"""What a user waits for: InternVL3.5-1B from pixels to the first token, a token after that, a training step.
 
-    python -m bench.whole_model --tiles 1 5 13 --dtype float32 --rounds 3
+    python -m bench.whole_model prefill --tiles 1 5 13 --dtype float32 --rounds 3
+    python -m bench.whole_model decode --past 1344 3392 --compile
+    python -m bench.whole_model training --tiles 2 --frozen
 
-Random weights at the released sizes. Plain and patched run in turns in one process; a row is printed only if the
-patched model gave the same first token and its logits are close. Prints a Markdown table of medians with their range.
+Random weights at the released sizes. Plain and patched (with --compile, also the plain model under `torch.compile`) run
+in turns in one process; a row is printed only if the answers are close. Prints Markdown tables: medians, and ratios
+over the patched model with their range. `--memory` measures growth of the resident set instead of time.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
-import platform
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
 
 import ivl_kernels
-from ivl_kernels.integrations._stages import DECODE, stage_times
+from bench.runner import environment
+from ivl_kernels.integrations import _stages
+from ivl_kernels.integrations._stages import stage_times
 from ivl_kernels.testing import MODELS, tiny
 
 SHAPE = MODELS["InternVL3.5-1B"]
 VOCABULARY = 151_936
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # root mean square, relative
-FEATURES = {"linear": True, "attention": True, "flash": False}
-NEW = 8
+FEATURES = {"flash": False}
+CPU = torch.device("cpu")
+
+Seconds = dict[str, list[float]]
 
 
 def build(dtype: torch.dtype) -> Any:
@@ -44,14 +52,6 @@ def build(dtype: torch.dtype) -> Any:
     return tiny.randomize(model).to(dtype).eval().requires_grad_(False)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            return name + (", avx512_bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "")
-    return platform.processor()
-
-
 def prompt(tiles: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     batch = tiny.inputs(((tiles,),), tokens=256, pixels=448, dtype=dtype)
     text = torch.randint(1, 280, (1, 50), generator=torch.Generator().manual_seed(1))
@@ -60,66 +60,179 @@ def prompt(tiles: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return batch
 
 
-def close(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """What differs between the plain and the patched model, or ""."""
-    plain = model(**batch, logits_to_keep=1).logits.float()
-    with ivl_kernels.patched(model, **FEATURES):
-        ours = model(**batch, logits_to_keep=1).logits.float()
-    error = float((ours - plain).norm() / plain.norm())
+def differs(ours: torch.Tensor, plain: torch.Tensor) -> str:
+    """What differs between logits [..., V] of the plain and the patched model, or ""."""
+    error = float((ours.float() - plain.float()).norm() / plain.float().norm())
     same = bool((ours.argmax(-1) == plain.argmax(-1)).all())
-    return "" if error <= TOLERANCE[dtype] and (same or dtype != torch.float32) else f"error {error:.1e}, same {same}"
+    limit = TOLERANCE[plain.dtype]
+    return "" if error <= limit and (same or plain.dtype != torch.float32) else f"error {error:.1e}, same {same}"
+
+
+def in_turns(model: Any, rounds: int, names: tuple[str, ...], run: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """(name, what `run` gives) of every variant, every round in another order; `patched` with the model patched."""
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            gc.collect()
+            handle = ivl_kernels.patch(model, **FEATURES) if name == "patched" else None
+            yield name, run(name)
+            if handle is not None:
+                handle.undo()
+
+
+def peak(run: Callable[[], None]) -> float:
+    """Bytes by which the resident set grew at most."""
+    before = _stages._reset_peak(False)
+    run()
+    return _stages._peak(False) - before
+
+
+def compiled(model: Any) -> Any:
+    """A copy of the plain model whose vision and language model are compiled."""
+    twin = copy.deepcopy(model)
+    for name in ("vision_tower", "language_model"):
+        setattr(twin.model, name, torch.compile(getattr(twin.model, name)))
+    return twin
 
 
 @torch.no_grad()
-def run(model: Any, tiles: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    batch, device = prompt(tiles, dtype), torch.device("cpu")
-    wrong = close(model, batch, dtype)
+def prefill(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace) -> str:
+    """Pixels and prompt to the logits of the first token."""
+    batch = prompt(tiles, dtype)
+    names = ("plain", "patched", "compiled") if args.compile else ("plain", "patched")
+    twin = compiled(model) if args.compile else None
+    if twin is not None:
+        twin(**batch, logits_to_keep=1, use_cache=False)
+    logits = {}
+
+    def run(name: str) -> float:
+        subject = twin if name == "compiled" else model
+
+        def forward() -> None:
+            logits[name] = subject(**batch, logits_to_keep=1, use_cache=True).logits
+
+        if args.memory:
+            return peak(forward)
+        stages = stage_times(subject, forward, CPU)
+        print(f"<!-- {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in stages.items()) + " -->", flush=True)
+        return sum(stages.values())
+
+    found: Seconds = {name: [] for name in names}
+    for name, value in in_turns(model, args.rounds, names, run):
+        found[name].append(value)
+    label = f"{tiles} tiles, {batch['input_ids'].shape[1]} tokens"
+    wrong = differs(logits["patched"], logits["plain"])
     if wrong:
-        return {"tiles": tiles, "failed": wrong}
-
-    def generate() -> None:
-        model.generate(**batch, max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, do_sample=False)
-
-    seconds: dict[str, list[tuple[float, float]]] = {"plain": [], "patched": []}
-    for i in range(rounds):
-        for name in ("plain", "patched") if i % 2 else ("patched", "plain"):
-            gc.collect()
-            handle = ivl_kernels.patch(model, **FEATURES) if name == "patched" else None
-            times = stage_times(model, generate, device)
-            decode = times.pop(DECODE)
-            seconds[name].append((sum(times.values()), decode / NEW))
-            if handle is not None:
-                handle.undo()
-    return {"tiles": tiles, "tokens": batch["input_ids"].shape[1], "seconds": seconds}
+        return f"| {label} | answers differ: {wrong} |"
+    if args.memory:
+        return row(f"peak memory, {label}", found, " MB", 2**-20)
+    return row(f"first token, {label}", found, " s", 1.0)
 
 
-def row(found: dict[str, Any], dtype: str) -> str:
-    if "failed" in found:
-        return f"| {dtype} | {found['tiles']} | answers differ: {found['failed']} |"
-    cells = [dtype, str(found["tiles"]), str(found["tokens"])]
-    for part in range(2):
-        plain, ours = ([value[part] for value in found["seconds"][name]] for name in ("plain", "patched"))
-        ratios = sorted(a / b for a, b in zip(plain, ours))
-        unit, scale = (" s", 1) if part == 0 else (" ms", 1e3)
-        cells += [f"{scale * median(plain):.3g}{unit}", f"{scale * median(ours):.3g}{unit}"]
-        cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+@torch.no_grad()
+def decode(model: Any, past: int, dtype: torch.dtype, args: argparse.Namespace) -> str:
+    """A token after `past` others, whose keys and values are random."""
+    from transformers import DynamicCache
+
+    steps = 16
+    names = ("plain", "patched", "compiled") if args.compile else ("plain", "patched")
+    ids = torch.randint(1, 280, (steps, 1, 1))
+    twin = compiled(model) if args.compile else None
+
+    def run(name: str) -> tuple[float, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        cache = DynamicCache(config=model.config.text_config)
+        for layer in range(SHAPE.layers):
+            kv = torch.randn(2, 1, SHAPE.kv_heads, past, SHAPE.head_dim, generator=generator).to(dtype)
+            cache.update(kv[0], kv[1], layer)
+        language = (twin if name == "compiled" else model).model.language_model
+        seconds = []
+        for token in ids:
+            start = time.perf_counter()
+            hidden = language(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
+            logits = model.lm_head(hidden)
+            seconds.append(time.perf_counter() - start)
+        return sum(seconds[1:]) / (steps - 1), logits  # the first also makes room in the cache
+
+    logits: dict[str, torch.Tensor] = {}
+    found: Seconds = {name: [] for name in names}
+    for name, (seconds, last) in in_turns(model, args.rounds, names, run):
+        found[name].append(seconds)
+        logits[name] = last
+    wrong = differs(logits["patched"], logits["plain"])
+    if wrong:
+        return f"| next token after {past} | answers differ: {wrong} |"
+    return row(f"next token after {past}", found, " ms", 1e3)
+
+
+def training(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace) -> str:
+    """Forward and backward of the loss, dropout off."""
+    batch = prompt(tiles, dtype)
+    batch["labels"] = batch["input_ids"].clone()
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(not args.frozen)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(**batch, use_cache=False).loss.backward()
+
+    gradients = {}
+
+    def run(name: str) -> float:
+        start = time.perf_counter()
+        value = peak(step) if args.memory else step() or time.perf_counter() - start
+        layer = model.model.language_model.layers[0]
+        gradients[name] = torch.cat(
+            [layer.mlp.up_proj.weight.grad.flatten(), layer.self_attn.q_proj.weight.grad.flatten()]
+        )
+        return value
+
+    found: Seconds = {name: [] for name in ("plain", "patched")}
+    for name, value in in_turns(model, args.rounds, ("plain", "patched"), run):
+        found[name].append(value)
+    error = float((gradients["patched"] - gradients["plain"]).norm() / gradients["plain"].norm())
+    label = f"training step, {tiles} tiles" + (", vision frozen" if args.frozen else "")
+    if error > 10 * TOLERANCE[dtype]:
+        return f"| {label} | gradients differ: {error:.1e} |"
+    return row(f"{label}, memory", found, " MB", 2**-20) if args.memory else row(label, found, " s", 1.0)
+
+
+def row(label: str, found: Seconds, unit: str, scale: float) -> str:
+    cells = [label]
+    for name, values in found.items():
+        cells.append(f"{scale * median(values):.3g}{unit}")
+        if name == "patched":
+            for other in found:
+                if other != name:
+                    ratios = sorted(a / b for a, b in zip(found[other], values))
+                    cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
     return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 5, 13])
+    parser.add_argument("part", choices=["prefill", "decode", "training"])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1])
+    parser.add_argument("--past", type=int, nargs="+", default=[320, 1344, 3392])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also the plain model under torch.compile")
+    parser.add_argument("--memory", action="store_true", help="peak memory over the loaded model")
+    parser.add_argument("--frozen", action="store_true", help="training: the vision transformer is frozen")
     args = parser.parse_args()
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {FEATURES}\n")
-    print("| dtype | tiles | prompt | first token, plain | patched | ratio | next token, plain | patched | ratio |")
-    print("| --- " * 9 + "|")
+    found = environment()
+    print(
+        ", ".join(f"{key} {found[key]}" for key in ("device", "threads", "torch", "transformers", "allocator")) + "\n"
+    )
+    others = " | compiled/patched |" if args.compile else " |"
+    print(f"| {args.part} | plain | patched | plain/patched{others}{' compiled |' if args.compile else ''}")
+    print("| --- " * (6 if args.compile else 4) + "|")
     for name in args.dtype:
         dtype = getattr(torch, name)
         model = build(dtype)
-        for tiles in args.tiles:
-            print(row(run(model, tiles, dtype, args.rounds), name), flush=True)
+        for size in args.past if args.part == "decode" else args.tiles:
+            print(
+                f"{ {'prefill': prefill, 'decode': decode, 'training': training}[args.part](model, size, dtype, args) }"
+            )
 
 
 if __name__ == "__main__":

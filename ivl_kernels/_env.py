@@ -31,7 +31,7 @@ CPU_ISA = Variable(
 CPU_LINEAR = Variable(
     "IVL_CPU_LINEAR",
     "auto",
-    "Whose product serves `patch(model, linear=True)` on a CPU: `own`, `blas`, or `auto`: by a measurement, once a "
+    "Whose product serves a patched model's linear layers on a CPU: `own`, `blas`, or `auto`: by a measurement, once a "
     "process.",
 )
 ONEDNN_MAX_CPU_ISA = Variable(

@@ -65,8 +65,27 @@ def test_native_checkpoint(tmp_path, native_folder, capsys):
     ):
         assert expected in text
     assert "random" not in text.split("Q:")[1].split("A,")[0]
-    assert Image.open(tmp_path / "out" / "tiles.png").size[0] > 400
+    for picture in ("tiles", "stages"):
+        assert Image.open(tmp_path / "out" / f"{picture}.png").size[0] > 400
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize("folder", ["native_folder", "chat_folder"])
+def test_against_torch_compile(tmp_path, folder, request, capsys, monkeypatch):
+    real, names = torch.compile, []
+
+    def compiled(module):
+        names.append(type(module).__name__)
+        return real(module, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    folder = request.getfixturevalue(folder)
+    assert run(tmp_path, "--model", folder, "--tiles", 1, "--compare", "compile", "--trust-remote-code") == 0
+    text = capsys.readouterr().out
+    assert len(names) == 2 and "Vision" in names[0] and names[1] == "Qwen3Model"
+    assert "under torch.compile" in text.splitlines()[-1]
+    found = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert found["compiled"]["all"] > found["compiled"]["vision transformer"] > 0
 
 
 def test_remote_code_flash_checkpoint(tmp_path, chat_folder, capsys):

@@ -19,15 +19,13 @@ from .subject import Subject, checked_device, guarded, opened_image, quiet, subj
 if TYPE_CHECKING:
     from ..integrations import VerifyReport
 
-# Off by default in `patch`, since they add numbers up in another order; here the difference is shown.
-FASTER = {"linear": True, "attention": True}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects.add_arguments(parser)
     add = parser.add_argument
     add("--flash", action="store_true", help="route the tiles as InternVL3.5-Flash does, and draw the routing")
-    add("--out", default="out", metavar="DIR", help="where the picture of the tiles and the report go (default out)")
+    add("--compare", choices=["compile"], help="also time the plain model under torch.compile, which takes minutes")
+    add("--out", default="out", metavar="DIR", help="where the pictures and the report go (default out)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +38,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from .. import imaging, verify
     from ..integrations._patch import PatchWarning
+    from . import _compiled, _stage_chart
 
     warnings.filterwarnings("ignore", message=".*(ps_version|deprecated).*")
     warnings.simplefilter("ignore", PatchWarning)  # the report says what is not there
@@ -52,7 +51,8 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"--out {args.out}: {error.strerror}") from None
 
-    bar = tqdm(total=9 + 2 * args.rounds, bar_format="{desc:<28} {bar} {n_fmt}/{total_fmt} {elapsed}", leave=False)
+    steps = 9 + bool(args.compare) + 2 * args.rounds
+    bar = tqdm(total=steps, bar_format="{desc:<28} {bar} {n_fmt}/{total_fmt} {elapsed}", leave=False)
 
     def step(text: str) -> None:
         bar.set_description_str(text)
@@ -75,8 +75,12 @@ def _run(args: argparse.Namespace) -> int:
                 rounds=args.rounds,
                 progress=step,
                 **subject.same_results(),
-                **(FASTER if device == "cpu" else {}),
             )
+        compiled: dict[str, float] = {}
+        if args.compare and report.stages:
+            step("torch.compile of the plain model")
+            with quiet():
+                compiled = _compiled.stages(subject.model, inputs, args.tokens, args.rounds, device)
         routed = None
         if args.flash or (own and subject.flash):
             step("routing the tiles")
@@ -94,27 +98,32 @@ def _run(args: argparse.Namespace) -> int:
     if not args.model:
         print("(The weights are random, so the words mean nothing. Pass --model for a trained model.)")
     print(f"\n{report}\n")
+    if compiled:
+        print(_compiled.table(report, compiled) + "\n")
     drawing: dict[str, Any] = {}
     if routed is not None:
         drawing = {"compressed": routed["compressed"], "scores": routed["scores"]}
         print(_flash_text(routed))
-    picture = out / "tiles.png"
-    imaging.draw_tiles(tiling, **drawing).save(picture)
-    (out / "demo.json").write_text(json.dumps({**report.to_dict(), "flash": routed}, indent=1))
-    print(f"wrote {picture} and {out / 'demo.json'}")
+    written = [out / "tiles.png", out / "demo.json"]
+    imaging.draw_tiles(tiling, **drawing).save(written[0])
+    written[1].write_text(json.dumps({**report.to_dict(), "compiled": compiled or None, "flash": routed}, indent=1))
+    if report.stages and _stage_chart.drawn(report.stages, compiled, subject.name, out / "stages.png"):
+        written.append(out / "stages.png")
+    print(f"wrote {', '.join(map(str, written))}")
     if report.stages:
-        print(_summary(subject.name, report))
+        print(_summary(subject.name, report, compiled))
     return 0 if report.passed else 1
 
 
-def _summary(name: str, report: VerifyReport) -> str:
+def _summary(name: str, report: VerifyReport, compiled: dict[str, float]) -> str:
     import torch
 
     whole = report.stages[-1]
     plain, ours = (median(times) for times in (whole.plain, whole.patched))
+    third = f" (plain under torch.compile {compiled[whole.name]:.2f} s)" if compiled else ""
     return (
         f"\nIn all, {name} on this machine, {torch.get_num_threads()} threads: plain {plain:.2f} s, "
-        f"patched {ours:.2f} s, {whole.ratio:.2f}x"
+        f"patched {ours:.2f} s, {whole.ratio:.2f}x{third}"
     )
 
 

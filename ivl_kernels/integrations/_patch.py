@@ -17,7 +17,9 @@ from ._report import PatchReport, Row, failure
 
 # The adapters, in the order in which they are applied: a later one wraps an earlier one. Each name is a module of
 # this package with an `ADAPTER`.
-ADAPTERS: tuple[str, ...] = ("vision", "loss", "flash", "experts", "rope", "v2pe", "attention", "linear", "packed")
+ADAPTERS: tuple[str, ...] = (
+    "vision", "loss", "flash", "experts", "rope", "v2pe", "attention", "cache", "norms", "mlp", "linear", "packed",
+)  # fmt: skip
 
 
 class PatchError(RuntimeError):
@@ -55,6 +57,7 @@ class Site:
         module: the module.
         what: what will be replaced, in a few words.
         reason: why this place is refused; empty when it can be patched.
+        upstream: the reason is no refusal: upstream's own code is what is wanted here.
     """
 
     feature: str
@@ -62,6 +65,7 @@ class Site:
     module: nn.Module
     what: str
     reason: str = ""
+    upstream: bool = False
 
 
 class Adapter:
@@ -245,7 +249,11 @@ def patch(model: nn.Module, *, strict: bool = False, backend: str = "", **featur
             rows += [Row("", name, wanted[name].meaning, "refused", failure(error)) for name in failed]
             continue
         found += [(adapter, site) for site in sites if not site.reason]
-        rows += [Row(site.path, site.feature, site.what, "refused", site.reason) for site in sites if site.reason]
+        rows += [
+            Row(site.path, site.feature, site.what, "upstream" if site.upstream else "refused", site.reason)
+            for site in sites
+            if site.reason
+        ]
     seen = {site.feature for _, site in found} | {row.feature for row in rows}
     nothing = f"nothing in this {type(model).__name__} is recognised"
     rows += [

@@ -15,7 +15,11 @@ from .._checks import FLOATS
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a report. `state`: patched, already patched, refused, not found, removed, undone or left."""
+    """One line of a report.
+
+    `state`: patched, already patched, refused, upstream (its own code is what is wanted here), not found, removed,
+    undone or left.
+    """
 
     module: str
     feature: str

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ def verify(
         report.first_difference = _first_difference(
             plain_tokens[:, -max_new_tokens:], patched_tokens[:, -max_new_tokens:]
         )
-    report.stages = _stages(plain_times, patched_times, plain_memory, patched_memory)
+    report.stages = stages_of(plain_times, patched_times, plain_memory, patched_memory)
     return report
 
 
@@ -339,17 +340,19 @@ def _first_difference(plain: torch.Tensor, patched: torch.Tensor) -> int | None:
     return int(different[0]) if len(different) else None
 
 
-def _stages(
-    plain: list[dict[str, float]],
-    ours: list[dict[str, float]],
-    plain_memory: dict[str, float],
-    our_memory: dict[str, float],
+def stages_of(
+    plain: Sequence[dict[str, float]],
+    ours: Sequence[dict[str, float]] = (),
+    plain_memory: Mapping[str, float] = MappingProxyType({}),
+    our_memory: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Stage]:
+    """What was measured in each stage, and in some of them together."""
+
     def stage(label: str, names: Sequence[str]) -> Stage:
         def total(values: dict[str, float]) -> float:
             return sum(values.get(name, 0.0) for name in names)
 
-        def largest(values: dict[str, float]) -> float | None:
+        def largest(values: Mapping[str, float]) -> float | None:
             return max((values[name] for name in names if name in values), default=None)
 
         return Stage(

@@ -15,7 +15,7 @@ from torch import nn
 from .. import _native
 from .._checks import KERNEL_DTYPES
 from .._library import transformed
-from ..models.families import families_in, text_stacks
+from ..models.families import Family, families_in, text_stacks
 from ..models.upstream import forward_name, replaced_before
 from ..ops import linear
 from ..ops.linear import choice
@@ -56,14 +56,24 @@ def _layers(root: nn.Module) -> list[Any]:
     return [m for m in root.modules() if type(m) is nn.Linear and not replaced_before(m, forward_name(m))]
 
 
-def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _parts(family: Family) -> Iterator[nn.Module]:
+    """Vision transformer, language model and head, as far as a model has them."""
+    if family.has_vision:
+        yield family.vision
+    if family.language is not None:
+        yield family.language
+        if family.head is not None:
+            yield family.head
+
+
+def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the vision transformers, language models and heads; of a language model alone, the whole."""
     names = {id(module): path for path, module in model.named_modules()}
     families = list(families_in(model))
     for _, family in families:
         seen: set[int] = set()
-        for part in (family.vision, family.language, family.head):
-            if part is not None and id(part) not in seen:
+        for part in _parts(family):
+            if id(part) not in seen:
                 seen |= {id(module) for module in part.modules()}
                 yield names[id(part)], part
     if not families and any(True for _ in text_stacks(model)):
@@ -72,16 +82,16 @@ def _roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 class Linear(Adapter):
     features = {
-        "linear": Feature(False, "linear layers on the package's own matrix product where it is faster (CPU)"),
+        "linear": Feature(True, "linear layers on the package's own matrix product where it is faster (CPU)"),
     }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
-        for path, root in _roots(model):
+        for path, root in roots(model):
             layers = _layers(root)
             reason = _native.problem() or ("" if layers else "no plain linear layer")
             if layers and all(layer.weight.device.type not in ("cpu", "meta") for layer in layers):
                 reason = f"on {layers[0].weight.device.type} the BLAS serves"
-            yield Site("linear", path, root, f"{len(layers)} linear layers", reason or "")
+            yield Site("linear", path, root, f"{len(layers)} linear layers", reason or "", upstream=True)
 
     def apply(self, site: Site, edit: Editor, options: Mapping[str, Any]) -> None:
         for layer in _layers(site.module):

@@ -104,12 +104,36 @@ def is_exact_gelu(layer: nn.Module) -> bool:
         return layer.approximate == "none"
     if torch.compiler.is_compiling():  # computes nothing while it traces
         return type(layer).__name__ == "GELUActivation" and layer.__dict__.get("act") is nn.functional.gelu
-    if replaced_before(layer, forward_name(layer)) or any(True for _ in (*layer.parameters(), *layer.buffers())):
+    return _computes(layer, nn.functional.gelu)
+
+
+def is_silu(layer: nn.Module) -> bool:
+    """Judged by what it computes."""
+    return type(layer) is nn.SiLU or _computes(layer, nn.functional.silu)
+
+
+def _computes(layer: nn.Module, function: Any) -> bool:
+    if replaced_before(layer, forward_name(layer)) or layer._modules or layer._parameters or layer._buffers:
         return False
+    # All that its forward can depend on; the attributes of nn.Module itself begin with an underscore.
+    own = tuple((name, value) for name, value in vars(layer).items() if name[0] != "_" and name != "training")
+    key: Any = (type(layer).forward, function, own)
+    try:
+        if key not in _COMPUTED:
+            _COMPUTED[key] = _agrees(layer, function)
+        return _COMPUTED[key]
+    except TypeError:  # an attribute that cannot be hashed
+        return _agrees(layer, function)
+
+
+_COMPUTED: dict[Any, bool] = {}
+
+
+def _agrees(layer: nn.Module, function: Any) -> bool:
     try:
         with torch.device("cpu"), torch.no_grad():
             x = torch.linspace(-4, 4, 17, dtype=torch.float64)
-            return bool(torch.allclose(type(layer).forward(layer, x), nn.functional.gelu(x), rtol=0, atol=1e-9))
+            return bool(torch.allclose(type(layer).forward(layer, x), function(x), rtol=0, atol=1e-9))
     except Exception:
         return False
 
@@ -123,8 +147,12 @@ class _Step:
     def __call__(self, x: Any) -> Any:
         return _Step(self.name, x)
 
+    def __mul__(self, other: Any) -> Any:
+        return _Step("*", (self, other))
+
 
 _ORDERS: dict[tuple[Any, ...], tuple[str, ...]] = {}
+_GATED: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
 
 def _order(container: nn.Module) -> tuple[str, ...]:
@@ -147,6 +175,80 @@ def _order(container: nn.Module) -> tuple[str, ...]:
             order = []
         _ORDERS[key] = tuple(order) if len(set(order)) == len(order) else ()
     return _ORDERS[key]
+
+
+def _gated_order(container: nn.Module) -> tuple[str, ...]:
+    """Names of (gate, activation, up, down) where the forward is down(activation(gate(x)) * up(x)), or ()."""
+    names = tuple(container._modules)
+    kind = class_of(container)
+    key = (kind, *names)
+    if key not in _GATED:
+        start = _Step("")
+        found: tuple[str, ...] = ()
+        try:
+            down = kind.forward(types.SimpleNamespace(**{name: _Step(name) for name in names}), start)
+            for one, other in (down.before.before, down.before.before[::-1]):
+                if down.before.name == "*" and one.before.before is start and other.before is start:
+                    found = (one.before.name, one.name, other.name, down.name)
+        except Exception:
+            found = ()
+        _GATED[key] = found if len(set(found)) == 4 and set(found) <= set(names) else ()
+    return _GATED[key]
+
+
+class Mlp(NamedTuple):
+    """The linear layers of a transformer layer's MLP; with a gate it is SwiGLU, without the exact GELU is between."""
+
+    gate: nn.Linear | None
+    up: nn.Linear
+    down: nn.Linear
+
+
+def _mlp_names(container: nn.Module) -> tuple[str, ...]:
+    """Names of an MLP's activation and, in the order of `Mlp`, of its layers; () for what is none."""
+    children = [isinstance(child, nn.Linear) for child in container.children()]
+    if sorted(children) not in ([False, True, True], [False, True, True, True]):
+        return ()
+    if container._parameters:
+        return ()
+    if len(children) == 3:
+        order = _order(container)
+        return (order[1], order[0], order[2]) if len(order) == 3 else ()
+    gated = _gated_order(container)
+    return (gated[1], gated[0], *gated[2:]) if gated else ()
+
+
+def is_mlp(container: nn.Module) -> bool:
+    """Whether this module computes an MLP from its layers, whatever they are now."""
+    return bool(_mlp_names(container))
+
+
+def mlp(container: nn.Module) -> Mlp | str:
+    """The layers of an MLP whose parameters may be read instead of calling it, or why it must be called."""
+    modules: dict[str, Any] = container._modules
+    names = _mlp_names(container)
+    if not names:
+        return f"{type(container).__name__} is neither linear, GELU, linear nor a gated MLP"
+    act, *linears = names
+    gated = len(linears) == 3
+    why = intercepted(container, "the MLP") or intercepted(modules[act], act)
+    why = why or next(filter(None, (not_plain(modules[name], nn.Linear, name) for name in linears)), "")
+    if why:
+        return why
+    if not (is_silu if gated else is_exact_gelu)(modules[act]):
+        return f"{act} is {modules[act]}, not the {'SiLU' if gated else 'exact GELU'}"
+    layers = [modules[name] for name in linears]
+    if gated and any(layer.bias is not None for layer in layers):
+        return "its linear layers have biases"
+    parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
+    if len({(p.dtype, p.device) for p in parameters}) > 1:
+        return "its parameters are of several dtypes or on several devices"
+    up, down = layers[-2:]
+    if any(layer.bias is not None and layer.bias.shape != layer.weight.shape[:1] for layer in layers):
+        return "a bias does not have its layer's width"
+    if up.out_features != down.in_features or gated and layers[0].weight.shape != up.weight.shape:
+        return "its widths do not fit each other"
+    return Mlp(layers[0] if gated else None, up, down)
 
 
 def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: bool = False) -> LinearStack | str:

@@ -26,6 +26,9 @@ class StandIn:
     """
 
     def __init__(self, module: Any, **replaced: Any) -> None:
+        if type(module) is StandIn:  # what is found through one is not looked for through two
+            replaced = {**vars(module), **replaced}
+            module = replaced["_ivl_module"]
         self.__dict__.update(replaced, _ivl_module=module)
 
     def __getattr__(self, name: str) -> Any:

@@ -3,6 +3,7 @@
 from .attention import attention
 from .linear import linear
 from .linear_logprob import LogProb, RowPlan, linear_candidates, linear_ce, linear_kl, linear_logprob, row_plan
+from .mlp import gated_mlp, mlp
 from .moe_experts import moe_experts, moe_experts_list
 from .moe_routing import Dispatch, moe_dispatch, moe_routing
 from .norm import layer_norm, rms_norm
@@ -20,12 +21,14 @@ __all__ = [
     "attention",
     "choose_grid",
     "embed_text",
+    "gated_mlp",
     "layer_norm",
     "linear",
     "linear_candidates",
     "linear_ce",
     "linear_kl",
     "linear_logprob",
+    "mlp",
     "moe_dispatch",
     "moe_experts",
     "moe_experts_list",

@@ -91,7 +91,8 @@ def planned(folder):
         return
     handle = patch(model, **MOE)
     for row in handle.report().rows:
-        assert row.state == "patched" or "DTensor" in row.detail or "tensor_parallel" in row.detail, row
+        fine = row.state in ("patched", "upstream", "not found")
+        assert fine or "DTensor" in row.detail or "tensor_parallel" in row.detail, row
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain, rtol=2e-4, atol=2e-5)
 

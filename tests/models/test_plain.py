@@ -1,10 +1,12 @@
 """When the layers of a projector may be read: by what they compute, under any names."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from ivl_kernels.models.plain import LinearStack, linear_stack, rms_norm
+from ivl_kernels.models.plain import LinearStack, Mlp, linear_stack, mlp, rms_norm
 from tests.models import chat_model, native_model
 
 
@@ -126,3 +128,75 @@ def test_parameters_on_several_devices(monkeypatch):
     where = property(lambda p: torch.device("cuda:1") if p is elsewhere else device.__get__(p))
     monkeypatch.setattr(nn.Parameter, "device", where, raising=False)
     assert linear_stack(named) == "its parameters are on several devices"
+
+
+class Gated(nn.Module):
+    def __init__(self, activation=None):
+        super().__init__()
+        self.d, self.b, self.a = nn.Linear(6, 4, bias=False), nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False)
+        self.act = activation or nn.SiLU()
+
+    def forward(self, x):
+        return self.d(self.b(x) * self.act(self.a(x)))
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return self.d(self.b(x) * self.act(self.a(x)) * x)
+
+
+class Twice(Gated):
+    def forward(self, x):
+        return self.d(self.b(x) * self.act(self.b(x)))
+
+
+def test_mlps():
+    model = native_model("qwen3").model
+    vision = model.vision_tower.encoder.layer[0].mlp
+    assert mlp(vision) == Mlp(None, vision.fc1, vision.fc2)
+    text = model.language_model.layers[0].mlp
+    assert mlp(text) == Mlp(text.gate_proj, text.up_proj, text.down_proj)
+    remote = chat_model("hub").vision_model.encoder.layers[0].mlp
+    assert mlp(remote) == Mlp(None, remote.fc1, remote.fc2)
+    gated = Gated()
+    assert mlp(gated) == Mlp(gated.a, gated.b, gated.d)
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: Gated(nn.GELU()), "act is GELU.*not the SiLU"),
+        (lambda: Residual(), "neither linear"),
+        (lambda: Twice(), "neither linear"),
+        (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU("tanh"), nn.Linear(6, 4)), "not the exact GELU"),
+        (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU()), "neither linear"),
+        (lambda: nn.Sequential(nn.GELU(), nn.Linear(8, 6), nn.Linear(6, 4)), "0 is a"),
+    ],
+)
+def test_no_mlps(make, reason):
+    assert re.search(reason, mlp(make()))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: wrap(m), "the MLP has hooks"),
+        (lambda m: wrap(m.act), "act has hooks"),
+        (lambda m: wrap(m.b), "b has hooks"),
+        (lambda m: m.a.double(), "several dtypes"),
+        (lambda m: setattr(m, "d", nn.Linear(6, 4)), "have biases"),
+        (lambda m: setattr(m, "b", nn.Linear(7, 6, bias=False)), "widths do not fit"),
+        (lambda m: setattr(m.d, "forward", lambda x: x), "d.forward was replaced"),
+    ],
+)
+def test_mlps_that_must_be_called(change, reason):
+    gated = Gated()
+    change(gated)
+    assert reason in mlp(gated)
+
+
+def test_a_bias_that_is_broadcast():
+    pair = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 4))
+    assert mlp(pair) == Mlp(None, pair[0], pair[2])
+    pair[0].bias = nn.Parameter(torch.ones(1))
+    assert "a bias does not have" in mlp(pair)

@@ -127,6 +127,16 @@ def test_only_what_is_needed():
     assert_accurate(found, grad.double() @ weight.double(), grad @ weight)
 
 
+def test_rows_are_kept_for_the_weight_alone():
+    x, weight, bias, _ = operands(9, 16, 8, torch.float32)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+        linear(x.requires_grad_(), weight, bias)
+        assert seen == [weight.shape]
+        linear(x, weight.requires_grad_(), bias)
+    assert x.shape in seen
+
+
 def test_gradcheck():
     x, weight, bias, _ = (v.requires_grad_() for v in operands(5, 6, 4, torch.float64))
     torch.autograd.gradcheck(linear, (x, weight, bias))

@@ -26,6 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ValueError, TypeError: a shape, dtype or device does not fit.
 
     Gradients flow to `x`, `weight` and `bias`, once (no double backward); only those needed are computed.
+    x is kept for the gradient of `weight` alone.
     Deterministic; on a CPU the result does not depend on the number of threads, but a row's last digits may
     on the number of rows.
 

@@ -68,15 +68,19 @@ _linear_backward = Op(
 )
 
 
-def _gradients(saved: tuple[Tensor, Tensor], needs: Any, backend: str, grad: Tensor) -> dict[str, Tensor]:
-    b = LinearBackward(grad, *saved, needs.x, needs.weight, bool(needs.bias))
-    return _linear_backward(b, backend)._asdict()
+def _gradients(saved: tuple[Tensor | None, Tensor], needs: Any, backend: str, grad: Tensor) -> dict[str, Tensor]:
+    x, weight = saved
+    if x is None:  # only its shape counts then
+        x = weight.new_empty(1, 1).expand(grad.shape[0], weight.shape[1])
+    return _linear_backward(LinearBackward(grad, x, weight, needs.x, needs.weight, bool(needs.bias)), backend)._asdict()
 
 
-_differentiable = differentiable(_linear, lambda a, out: (a.x, a.weight), _gradients)
+_differentiable = differentiable(
+    _linear, lambda a, out: (a.x if a.weight.requires_grad else None, a.weight), _gradients
+)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_dtype("x", x, FLOATS)
     check_tensor("weight", weight)
     if x.dim() == 0:
@@ -86,6 +90,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tens
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
         check_same("bias", bias, "x", x)
+
+
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """The usual case, asked at once: a call for one token is mostly checks."""
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
+    fits = tensors and x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    return fits and x.dtype == weight.dtype and x.dtype in FLOATS and x.device == weight.device
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    if bias is not None or not _plain(x, weight):
+        _check(x, weight, bias)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
