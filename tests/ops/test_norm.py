@@ -288,6 +288,21 @@ def test_compiles_to_one_graph(kind):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_compiles_without_a_residual(backend):
+    """Then the sum is no result, of which a compiled graph has a gradient all the same."""
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((5, 64), (64,)))
+
+    def run(x, weight):
+        return rms_norm(x * 2, weight, backend=backend)
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        out = function(x, weight)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [

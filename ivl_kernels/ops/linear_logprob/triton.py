@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
-from .._tf32 import rounded_to_tf32
+from ..common.matmul import operands
 
 LOWEST = tl.constexpr(-3.402823466e38)
 
@@ -51,10 +51,7 @@ def _logits(x, w, bias, row, column, M, V, x_row, w_row, softcap, scale, H: tl.c
             a = tl.load(x_rows + lanes[None, :], mask=inside[None, :], other=0.0)
             b = tl.load(w_rows + lanes[:, None], mask=inside[:, None], other=0.0)
         b = b.to(a.dtype)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        if PRECISION == "tf32":
-            a, b = rounded_to_tf32(a), rounded_to_tf32(b)
+        a, b = operands(a, b, PRECISION, UPCAST)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if bias is not None:
         acc += tl.load(bias + column_in).to(tl.float32)[None, :]

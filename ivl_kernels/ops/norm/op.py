@@ -95,6 +95,8 @@ def _save(a: Norm, normed: Normed) -> tuple[Any, ...]:
 def _gradients(
     saved: tuple[Any, ...], needs: Any, backend: str, grad: Tensor | None, grad_total: Tensor | None
 ) -> dict[str, Tensor | None]:
+    if needs.residual is None:  # the sum is then no result; compiled graphs have a gradient of it all the same
+        grad_total = None
     b = NormBackward(torch.zeros_like(saved[0]) if grad is None else grad, grad_total, *saved)
     found = _norm_backward(b, backend)
     x = found.total if b.layer_scale is None else found.x
