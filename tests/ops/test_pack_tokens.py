@@ -281,7 +281,7 @@ def test_what_the_host_read_on_a_gpu_is_kept(capacity, monkeypatch):
     options = dict(tokens_per_tile=8, compressed_tokens=2, capacity=capacity, backend="cuda")
     with simulated_gpu():
         got = pack_tokens(ids, torch.ones(3, dtype=torch.bool), TOKEN, **options)
-    assert got._report.tolist() == ([[-1] * 5] * 2 if capacity else got._inputs[0].tolist())
+    assert got._report.tolist() == ([[-1] * 5] * 2 if capacity else got._status.tolist())
 
 
 @pytest.mark.parametrize(

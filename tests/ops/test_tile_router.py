@@ -39,7 +39,7 @@ def pool_inputs(tiles, rows, width, heads, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(tiles, rows, width, generator=generator).to(dtype)
     u = torch.randn(tiles, heads, width, generator=generator) * 2 / width**0.5
-    return z, u.to(reference.sum_dtype(dtype))
+    return z, u.to(op.sum_dtype(dtype))
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
@@ -135,7 +135,7 @@ def test_pool_native(isa, dtype, tiles, rows, width, heads, seed, shared):
 )  # fmt: skip
 def test_few_rows_native(isa, dtype, rows, groups, each, width, seed, bias):
     generator = torch.Generator().manual_seed(seed)
-    sums = reference.sum_dtype(dtype)
+    sums = op.sum_dtype(dtype)
     w = torch.randn(groups * each, width + 2, generator=generator).to(dtype)[:, 1:-1]
     b = torch.randn(groups * each, generator=generator).to(dtype) if bias else None
     x = torch.randn(rows, groups, width, generator=generator, dtype=sums)
