@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl_kernels import _native
-from ivl_kernels.ops.tile_router import op, reference, select_tiles, tile_router
+from ivl_kernels.ops.tile_router import Attention, Block, Gate, op, reference, select_tiles, tile_router
 from ivl_kernels.ops.tile_router.op import FewRows, FewRowsTransposed, Pool, PoolBackward
 from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
@@ -312,7 +312,7 @@ def flat_parameters(router):
         (query,), attentions = take(1), [take(6), take(6)]
         blocks, gate = [take(6) for _ in p["blocks"]], take(4)
         return tile_router(
-            z, query, [op.Attention(*a) for a in attentions], [op.Block(*b) for b in blocks], op.Gate(*gate),
+            z, query, [Attention(*a) for a in attentions], [Block(*b) for b in blocks], Gate(*gate),
             heads=p["heads"], eps=p["eps"], **kwargs,
         )  # fmt: skip
 
