@@ -15,7 +15,7 @@ import importlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -148,11 +148,14 @@ class Op(Generic[A, R]):
         OPS[name] = self
 
     def __call__(self, arguments: A, backend: str = "") -> R:
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            _check_no_tangent(self.name, arguments)
         values = _flat(arguments) if self._nested else arguments
+        if torch.compiler.is_compiling():
+            found = self._overload(*values, backend)
+            return self.results(*found) if self._several else found
+        if forward_ad._current_level >= 0:
+            _check_no_tangent(self.name, arguments)
         found = self._overload(*values, backend)
-        return self.results(*found) if self._several else found
+        return tuple.__new__(cast(Any, self.results), found) if self._several else found
 
     def _made(self, values: tuple[Any, ...]) -> A:
         if self._nested:
@@ -201,33 +204,35 @@ class Op(Generic[A, R]):
         return _dispatch.choose(self.name, self.implementations, torch.device(device), dtype, warn=False)
 
 
-def _each(value: Any, function: Callable[[Any], Any]) -> Any:
-    """`function` of everything in a record, or in a part of one."""
+def _like(value: Any, made: list[Any]) -> Any:
     if isinstance(value, list):
-        return [_each(v, function) for v in value]
-    if isinstance(value, tuple):
-        made = [_each(v, function) for v in value]
-        return type(value)(*made) if _is_record(value) else tuple(made)
-    return function(value)
+        return made
+    return type(value)(*made) if _is_record(value) else tuple(made)
 
 
-def _split(record: Any) -> tuple[Any, list[Tensor]]:
-    """The record with `...` for each tensor, and the tensors."""
-    tensors: list[Tensor] = []
+def _split(value: Any, tensors: list[Tensor]) -> Any:
+    """A record or a part of one with `...` for each tensor, which is appended to `tensors`."""
+    made: list[Any] = []
+    for item in value:
+        if isinstance(item, Tensor):
+            tensors.append(item)
+            item = ...
+        elif isinstance(item, (list, tuple)):
+            item = _split(item, tensors)
+        made.append(item)
+    return _like(value, made)
 
-    def taken(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        tensors.append(value)
-        return ...
 
-    return _each(record, taken), tensors
-
-
-def _join(record: Any, found: Iterable[Any]) -> Any:
+def _join(value: Any, found: Iterator[Any]) -> Any:
     """The reverse of `_split`."""
-    left = iter(found)
-    return _each(record, lambda value: next(left) if value is ... else value)
+    made: list[Any] = []
+    for item in value:
+        if item is ...:
+            item = next(found)
+        elif isinstance(item, (list, tuple)):
+            item = _join(item, found)
+        made.append(item)
+    return _like(value, made)
 
 
 def _in_order(record: Any, found: Mapping[str, Any]) -> list[Tensor | None]:
@@ -276,9 +281,10 @@ def differentiable(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, rest: A, backend: str, *tensors: Tensor) -> Any:
-            arguments = _join(rest, tensors)
+            arguments = _join(rest, iter(tensors))
             result = op(arguments, backend)
-            ctx.saved, kept = _split(save(arguments, result))
+            kept: list[Tensor] = []
+            ctx.saved = _split(save(arguments, result), kept)
             ctx.save_for_backward(*kept)
             ctx.rest, ctx.backend = rest, backend
             ctx.set_materialize_grads(zeros)
@@ -294,15 +300,16 @@ def differentiable(
             wanted = ctx.needs_input_grad[2:]
             found: Mapping[str, Any] = {}
             if any(grad is not None for grad in grads):
-                saved = _join(ctx.saved, ctx.saved_tensors)
-                found = gradients(saved, _join(ctx.rest, wanted), ctx.backend, *grads)
+                saved = _join(ctx.saved, iter(ctx.saved_tensors))
+                found = gradients(saved, _join(ctx.rest, iter(wanted)), ctx.backend, *grads)
             each = _in_order(ctx.rest, found)
             return None, None, *(grad if want else None for grad, want in zip(each, wanted))
 
     def call(arguments: A, backend: str) -> R:
         if not (torch.is_grad_enabled() and _requires_grad(arguments)):
             return op(arguments, backend)
-        rest, tensors = _split(arguments if prepare is None else prepare(arguments))
+        tensors: list[Tensor] = []
+        rest = _split(arguments if prepare is None else prepare(arguments), tensors)
         found: Any = Function.apply(rest, backend, *tensors)
         if op.written:
             found = found[len(op.written) :]

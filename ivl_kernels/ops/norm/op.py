@@ -68,7 +68,8 @@ _BACKENDS = (
 def empty_normed(a: Norm) -> Normed:
     """The results of the forward, to be written."""
     y = torch.empty_like(a.x, memory_format=torch.contiguous_format)
-    return Normed(y, y.new_empty(0) if a.residual is None else torch.empty_like(y))
+    total = torch.empty(0, dtype=y.dtype, device=y.device) if a.residual is None else torch.empty_like(y)
+    return Normed(y, total)
 
 
 def empty_gradients(b: NormBackward) -> Gradients:
