@@ -48,11 +48,14 @@ class _Room:
         return self.view
 
 
-def _append(cache: Any, keys: Any, values: Any, index: Any, *args: Any, **kwargs: Any) -> Any:
+def _append(cache: Any, *args: Any, **kwargs: Any) -> Any:
     """`cache.update`."""
+    if len(args) < 3:
+        return cache.update(*args, **kwargs)
+    keys, values, index, *_ = args
     layer = cache.layers[index] if type(index) is int and index < len(cache.layers) else None
     if layer is None or not _grows(cache, layer, keys, values):
-        return cache.update(keys, values, index, *args, **kwargs)
+        return cache.update(*args, **kwargs)
     rooms = layer.__dict__.get(_ROOMS) or (None, None)
     rooms = tuple(
         room if room is not None and room.takes(old, new.shape[2]) else _Room(old, new.shape[2])

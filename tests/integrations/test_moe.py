@@ -22,7 +22,8 @@ FAMILIES = ("qwen3_moe", "gpt_oss")
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 only_5 = pytest.mark.skipif(not V5, reason="stacked experts with an interface are of transformers 5")
 only_lists = pytest.mark.skipif(V5, reason="4.57 keeps a list of experts")
-MOE = dict(projector=False, packing=False, flash=False, rope=False, moe=True)
+ELSE = ("projector", "packing", "flash", "rope", "linear", "attention", "norms", "mlp", "cache")
+MOE = {name: False for name in ELSE} | {"moe": True}
 
 
 @pytest.fixture

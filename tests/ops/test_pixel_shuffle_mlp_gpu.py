@@ -34,6 +34,7 @@ def implicit(request, monkeypatch):
 def test_accuracy(dtype, implicit):
     with simulated_gpu() as log:
         check(make(dtype=dtype), "triton", grid=(4, 6), skip=1)
+        check(make(dtype=dtype), "triton", grid=(4, 6), skip=1, order="v1")
         options = dict(skip=1, order="v1", tile_indices=torch.tensor([1, 0, 1]))
         check(make(2, (8, 8), 24, (72, 40), 2, 1, dtype), "triton", **options)
     assert all(report.shared_races == 0 for report in log)
