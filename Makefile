@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := -c constraints.txt
 UPGRADE :=
+# What the demo needs. A variable, since a comma would end an argument of `call`.
+DEMO := .[hf,bench]
 
 # Where the tested versions do not fit (a Python or a platform without some of their wheels): the newest, and it says so.
 define install
@@ -17,7 +19,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(call install,--upgrade pip setuptools wheel ninja pybind11)
 	$(call install,torch)
-	$(call install,--no-build-isolation -e '.[hf,bench]')
+	$(call install,--no-build-isolation -e '$(DEMO)')
 	touch $@
 
 # torch's CUDA build brings the one Triton that it takes; beside a CPU build it is the tested one.
