@@ -27,23 +27,20 @@ def built() -> list[str]:
 
 def problem(device: int | None = None) -> str | None:
     """Why the CUDA C++ kernels cannot be launched on a device (None: the current one), or None when they can."""
-    if launcher is not None:
-        return None
+    return None if launcher is not None else _problem(device)
+
+
+@functools.cache
+def _problem(device: int | None) -> str | None:
     if not built():
         return "the CUDA C++ kernels are not built (install with nvcc present)"
     import torch
 
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    return _problem(torch.cuda.current_device() if device is None else device)
-
-
-@functools.cache
-def _problem(device: int) -> str | None:
+    device = torch.cuda.current_device() if device is None else device
     why = too_old(device)
     if why is None:
-        import torch
-
         try:
             with torch.cuda.device(device):
                 for source in built():

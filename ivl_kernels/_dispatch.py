@@ -73,11 +73,6 @@ class Implementation:
         return "gpu" if self.backend == "torch" else self.backend
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 _preferred = ""
 
 
@@ -100,8 +95,9 @@ def preference() -> str:
     return _preferred
 
 
+@functools.cache
 def _triton_problem(device: int | None) -> str | None:
-    if not _has_triton():
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import torch
 

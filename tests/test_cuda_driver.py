@@ -221,7 +221,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(_cuda, "_loaded", lambda source, device: None)
-    probes = (_cuda.too_old, _cuda._problem)
+    probes = (_cuda.too_old, _cuda._problem, _dispatch._triton_problem)
     for probe in probes:
         probe.cache_clear()
     yield capabilities
@@ -238,6 +238,17 @@ def test_an_old_gpu_is_left_to_the_reference_and_no_other(two_gpus, backend):
         assert served or "GPU 1 has compute capability 7.5, less than 8.0" in str(choice)
 
 
+def test_what_a_device_can_do_is_asked_once(two_gpus, monkeypatch):
+    """An op whose backend depends on its arguments chooses at every call."""
+    asked = []
+    monkeypatch.setattr(_cuda, "built", lambda: asked.append("built") or ["moe_routing"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("available") or True)
+    for _ in range(3):
+        assert _library.OPS["moe_dispatch"].explain("cuda:0", "float32").backend == "cuda"
+        assert _library.OPS["moe_experts"].explain("cuda:0", "float32").backend == "triton"
+    assert sorted(asked) == ["available", "available", "built", "built"]
+
+
 def test_kernels_that_the_driver_does_not_load_are_passed_over(two_gpus, monkeypatch):
     def refuse(source, device):
         raise RuntimeError(f"loading {source}.fatbin: CUDA error 209")
@@ -251,6 +262,7 @@ def test_modules_are_loaded_on_their_device(driver, monkeypatch):
     """The probe enters the device's context, and what it loads is what launches use."""
     monkeypatch.setattr(_cuda, "too_old", lambda device: None)
     monkeypatch.setattr(_cuda, "built", lambda: ["token_packing"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with ThreadPoolExecutor(1) as pool:  # a thread without a context
         assert pool.submit(PROBLEM.__wrapped__, 0).result() is None
     assert count_sevens() == 2 and ctypes.c_int.in_dll(driver, "loads").value == 1
@@ -262,7 +274,7 @@ def test_modules_are_loaded_on_their_device(driver, monkeypatch):
 def test_why_kernels_cannot_be_launched(monkeypatch, built, available, why):
     monkeypatch.setattr(_cuda, "built", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert why in _cuda.problem()
+    assert why in PROBLEM.__wrapped__(None)
 
 
 def test_the_reference_on_a_gpu_is_said_once(recwarn):
