@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from .op import (
+    CrossEntropy,
+    Diverged,
+    Divergence,
+    DivergenceBackward,
+    DivergenceGradients,
+    Gradients,
+    Logprob,
+    LogprobBackward,
+    LogprobResult,
+    Loss,
+)
 
 # Logits that a pass with gradients in the forward holds at a time, in bytes.
 CHUNK = 160 << 20
@@ -41,43 +53,17 @@ def _forward(
     return found
 
 
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    temperature: float,
-    softcap: float,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    kept = torch.empty((targets.shape[0], weight.shape[0]) if keep else (0, 0))
-    x = _gathered(hidden, rows)
-    return *_forward(x, *_head(weight, bias), targets.contiguous(), temperature, softcap, kept), kept
+def linear_logprob(a: Logprob) -> LogprobResult:
+    kept = torch.empty((a.targets.shape[0], a.weight.shape[0]) if a.keep else (0, 0))
+    x = _gathered(a.hidden, a.rows)
+    found = _forward(x, *_head(a.weight, a.bias), a.targets.contiguous(), a.temperature, a.softcap, kept)
+    return LogprobResult._make((*found, kept))
 
 
-def linear_logprob_backward(
-    grad_logp: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_mean: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    logp: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    kept: Tensor,
-    temperature: float,
-    softcap: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprob_backward(a: LogprobBackward) -> Gradients:
+    targets, rows, logp, lse, entropy, kept = a.targets, a.rows, a.logp, a.lse, a.entropy, a.kept
     grads = torch.zeros(4, targets.shape[0])
-    for to, given in zip(grads, (grad_logp, grad_lse, grad_entropy, grad_mean)):
+    for to, given in zip(grads, (a.grad_logp, a.grad_lse, a.grad_entropy, a.grad_mean)):
         if given is not None:
             to.copy_(given)
     live = (grads != 0).any(0)
@@ -87,90 +73,68 @@ def linear_logprob_backward(
         grads, targets = grads[:, chosen], targets[chosen]
         logp, lse, entropy = logp[chosen], lse[chosen], entropy[chosen]
         kept = kept[chosen] if kept.numel() else kept
-    x = _gathered(hidden, rows)
-    dx = x.new_empty(x.shape if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
-    dbias = torch.empty(weight.shape[0] if need_bias else 0)
+    x = _gathered(a.hidden, rows)
+    dx = x.new_empty(x.shape if a.need_hidden else 0)
+    dweight = a.weight.new_empty(a.weight.shape if a.need_weight else 0)
+    dbias = torch.empty(a.weight.shape[0] if a.need_bias else 0)
     if targets.shape[0] == 0:
         dweight.zero_()
         dbias.zero_()
     _kernel("linear_logprob_backward")(
-        grads.contiguous(), x, *_head(weight, bias), targets.contiguous(), logp, lse, entropy, kept, temperature,
-        softcap, dx, dweight, dbias, False,
+        grads.contiguous(), x, *_head(a.weight, a.bias), targets.contiguous(), logp, lse, entropy, kept, a.temperature,
+        a.softcap, dx, dweight, dbias, False,
     )  # fmt: skip
-    if bias is not None:
-        dbias = dbias.to(bias.dtype)
-    return _scattered(dx, hidden, rows) if need_hidden else dx, dweight, dbias
+    if a.bias is not None:
+        dbias = dbias.to(a.bias.dtype)
+    return Gradients(_scattered(dx, a.hidden, rows) if a.need_hidden else dx, dweight, dbias)
 
 
-def linear_ce(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    row_weight: Tensor | None,
-    softcap: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_ce(a: CrossEntropy) -> Loss:
     """Some rows at a time: their logits, which become gradients, which are added to the weight's."""
-    count, targets = targets.shape[0], targets.contiguous()
-    head = _head(weight, bias)
-    coefficient = torch.ones(count) if row_weight is None else row_weight.float()
-    x = _gathered(hidden, rows)
-    dx = x.new_empty(x.shape if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
-    dbias = torch.empty(weight.shape[0] if need_bias else 0)
+    count, targets = a.targets.shape[0], a.targets.contiguous()
+    head = _head(a.weight, a.bias)
+    coefficient = torch.ones(count) if a.row_weight is None else a.row_weight.float()
+    x = _gathered(a.hidden, a.rows)
+    dx = x.new_empty(x.shape if a.need_hidden else 0)
+    dweight = a.weight.new_empty(a.weight.shape if a.need_weight else 0)
+    dbias = torch.empty(a.weight.shape[0] if a.need_bias else 0)
     if count == 0:
         dweight.zero_()
         dbias.zero_()
     logp = torch.empty(count)
-    most = max(32, CHUNK // (4 * weight.shape[0]))
+    most = max(32, CHUNK // (4 * a.weight.shape[0]))
     chunks = -(-count // most)
-    kept = torch.empty(-(-count // max(1, chunks)), weight.shape[0])
+    kept = torch.empty(-(-count // max(1, chunks)), a.weight.shape[0])
     for chunk in range(chunks):
         part = slice(count * chunk // chunks, count * (chunk + 1) // chunks)
         logits = kept[: part.stop - part.start]
-        logp[part], lse, entropy, _ = _forward(x[part], *head, targets[part], 1.0, softcap, logits)
+        logp[part], lse, entropy, _ = _forward(x[part], *head, targets[part], 1.0, a.softcap, logits)
         grads = torch.zeros(4, part.stop - part.start)
         grads[0] = -coefficient[part]
         _kernel("linear_logprob_backward")(
-            grads, x[part], *head, targets[part], logp[part], lse, entropy, logits, 1.0, softcap,
-            dx[part] if need_hidden else dx, dweight, dbias, chunk > 0,
+            grads, x[part], *head, targets[part], logp[part], lse, entropy, logits, 1.0, a.softcap,
+            dx[part] if a.need_hidden else dx, dweight, dbias, chunk > 0,
         )  # fmt: skip
     loss = -(logp.double() * coefficient).sum().float()
-    if bias is not None:
-        dbias = dbias.to(bias.dtype)
-    return loss, _scattered(dx, hidden, rows) if need_hidden else dx, dweight, dbias
+    if a.bias is not None:
+        dbias = dbias.to(a.bias.dtype)
+    return Loss(loss, _scattered(dx, a.hidden, a.rows) if a.need_hidden else dx, dweight, dbias)
 
 
-def linear_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    row_weight: Tensor | None,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, ...]:
+def linear_kl(a: Divergence) -> Diverged:
     """With gradients: some rows at a time, from the logits of both heads."""
-    x, teacher_x = _gathered(hidden, rows), _gathered(teacher_hidden, teacher_rows)
-    (weight, _), (teacher_weight, _) = _head(weight, None), _head(teacher_weight, None)
+    x, teacher_x = _gathered(a.hidden, a.rows), _gathered(a.teacher_hidden, a.teacher_rows)
+    (weight, _), (teacher_weight, _) = _head(a.weight, None), _head(a.teacher_weight, None)
     count = x.shape[0]
     kl, lse, teacher_lse = (torch.empty(count) for _ in range(3))
-    dx = x.new_empty(x.shape if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
-    if not need_hidden and not need_weight:
-        _kernel("linear_kl")(x, weight, teacher_x, teacher_weight, temperature, kl, lse, teacher_lse)
-        return kl, lse, teacher_lse, dx, dweight
+    dx = x.new_empty(x.shape if a.need_hidden else 0)
+    dweight = weight.new_empty(weight.shape if a.need_weight else 0)
+    if not a.need_hidden and not a.need_weight:
+        _kernel("linear_kl")(x, weight, teacher_x, teacher_weight, a.temperature, kl, lse, teacher_lse)
+        return Diverged(kl, lse, teacher_lse, dx, dweight)
     if count == 0:
         dweight.zero_()
-    grad = torch.ones(count) if row_weight is None else row_weight.float().contiguous()
+    grad = torch.ones(count) if a.row_weight is None else a.row_weight.float().contiguous()
     targets = torch.zeros(count, dtype=torch.int64)
     most = max(32, 2 * CHUNK // (8 * weight.shape[0]))
     chunks = -(-count // most)
@@ -178,45 +142,33 @@ def linear_kl(
     for chunk in range(chunks):
         part = slice(count * chunk // chunks, count * (chunk + 1) // chunks)
         logits, teacher_logits = kept[:, : part.stop - part.start]
-        _, lse[part], *_ = _forward(x[part], weight, None, targets[part], temperature, 0.0, logits)
+        _, lse[part], *_ = _forward(x[part], weight, None, targets[part], a.temperature, 0.0, logits)
         _, teacher_lse[part], *_ = _forward(
-            teacher_x[part], teacher_weight, None, targets[part], temperature, 0.0, teacher_logits
+            teacher_x[part], teacher_weight, None, targets[part], a.temperature, 0.0, teacher_logits
         )
         _kernel("linear_kl_backward")(
             grad[part], x[part], weight, teacher_x[part], teacher_weight, lse[part], teacher_lse[part], logits,
-            teacher_logits, temperature, kl[part], dx[part] if need_hidden else dx, dweight, chunk > 0,
+            teacher_logits, a.temperature, kl[part], dx[part] if a.need_hidden else dx, dweight, chunk > 0,
         )  # fmt: skip
-    return kl, lse, teacher_lse, _scattered(dx, hidden, rows) if need_hidden else dx, dweight
+    return Diverged(kl, lse, teacher_lse, _scattered(dx, a.hidden, a.rows) if a.need_hidden else dx, dweight)
 
 
-def linear_kl_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    lse: Tensor,
-    teacher_lse: Tensor,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+def linear_kl_backward(a: DivergenceBackward) -> DivergenceGradients:
+    grad, rows, teacher_rows, lse, teacher_lse = a.grad, a.rows, a.teacher_rows, a.lse, a.teacher_lse
     live = (grad != 0).nonzero().squeeze(1)
     if len(live) < grad.shape[0]:
         grad, lse, teacher_lse = grad[live], lse[live], teacher_lse[live]
         rows = live if rows is None else rows[live]
         teacher_rows = live if teacher_rows is None else teacher_rows[live]
-    x, teacher_x = _gathered(hidden, rows), _gathered(teacher_hidden, teacher_rows)
-    (weight, _), (teacher_weight, _) = _head(weight, None), _head(teacher_weight, None)
-    dx = x.new_empty(x.shape if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
+    x, teacher_x = _gathered(a.hidden, rows), _gathered(a.teacher_hidden, teacher_rows)
+    (weight, _), (teacher_weight, _) = _head(a.weight, None), _head(a.teacher_weight, None)
+    dx = x.new_empty(x.shape if a.need_hidden else 0)
+    dweight = weight.new_empty(weight.shape if a.need_weight else 0)
     if len(live) == 0:
         dweight.zero_()
     none = torch.empty(0)
     _kernel("linear_kl_backward")(
-        grad.float().contiguous(), x, weight, teacher_x, teacher_weight, lse, teacher_lse, none, none, temperature,
+        grad.float().contiguous(), x, weight, teacher_x, teacher_weight, lse, teacher_lse, none, none, a.temperature,
         none, dx, dweight, False,
     )  # fmt: skip
-    return _scattered(dx, hidden, rows) if need_hidden else dx, dweight
+    return DivergenceGradients(_scattered(dx, a.hidden, rows) if a.need_hidden else dx, dweight)

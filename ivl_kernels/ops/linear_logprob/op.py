@@ -1,9 +1,8 @@
-"""Schemas, fakes, backends, gradients and argument checks of the head's log-probabilities."""
+"""Records, fakes, backends, gradients and argument checks of the head's log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from ..._checks import (
     check_tensor,
     describe,
 )
-from ..._positional import Implementation, Op
+from ..._dispatch import Implementation
+from ..._library import Op, differentiable
 
 SAVES = ("auto", "nothing", "logits")
 
@@ -28,124 +28,214 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _implementations(*backends: str, unless: Callable[..., str | None] | None = None) -> tuple[Any, ...]:
-    """From "native:function" and "triton:function"."""
-    devices = {"native": ("cpu",), "triton": ("cuda", "hip")}
-    found = []
-    for function in backends:
-        name = function.split(":")[0]
-        found.append(Implementation(name, function, devices[name], KERNEL_DTYPES, unless))
-    return *found, Implementation("reference", f"reference:{function.split(':')[1]}")
+class Logprob(NamedTuple):
+    hidden: Tensor  # [T, H]
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: Tensor | None
+    temperature: float
+    softcap: float
+    keep: bool
 
 
-def _unlike(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *_: Any) -> str | None:
+class LogprobResult(NamedTuple):
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    mean_logit: Tensor
+    kept: Tensor  # the logits [N, V], empty unless they are kept
+
+
+class LogprobBackward(NamedTuple):
+    grad_logp: Tensor | None
+    grad_lse: Tensor | None
+    grad_entropy: Tensor | None
+    grad_mean: Tensor | None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: Tensor | None
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    kept: Tensor
+    temperature: float
+    softcap: float
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+class Gradients(NamedTuple):
+    """Empty where not needed."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class CrossEntropy(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: Tensor | None
+    row_weight: Tensor | None
+    softcap: float
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+class Loss(NamedTuple):
+    """The loss, and gradients that are empty where not needed."""
+
+    loss: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Divergence(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    rows: Tensor | None
+    teacher_rows: Tensor | None
+    row_weight: Tensor | None
+    temperature: float
+    need_hidden: bool
+    need_weight: bool
+
+
+class Diverged(NamedTuple):
+    """Gradients are of the sum weighted by `row_weight`, and empty where not needed."""
+
+    kl: Tensor
+    lse: Tensor
+    teacher_lse: Tensor
+    hidden: Tensor
+    weight: Tensor
+
+
+class DivergenceBackward(NamedTuple):
+    grad: Tensor
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    rows: Tensor | None
+    teacher_rows: Tensor | None
+    lse: Tensor
+    teacher_lse: Tensor
+    temperature: float
+    need_hidden: bool
+    need_weight: bool
+
+
+class DivergenceGradients(NamedTuple):
+    """Empty where not needed."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+def _unlike(a: Divergence | DivergenceBackward) -> str | None:
     """The kernels of two heads want both of one dtype."""
-    if (hidden.dtype, weight.dtype) == (teacher_hidden.dtype, teacher_weight.dtype):
+    if (a.hidden.dtype, a.weight.dtype) == (a.teacher_hidden.dtype, a.teacher_weight.dtype):
         return None
-    return f"the heads' dtypes differ: {describe(teacher_hidden)} beside {describe(hidden)}"
+    return f"the heads' dtypes differ: {describe(a.teacher_hidden)} beside {describe(a.hidden)}"
 
 
-def _grads_like(tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    some = tensors[0]
-    assert some is not None
-    return tuple(
-        some.new_empty(0) if t is None else t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs)
-    )
+def _fake_logprob(a: Logprob) -> LogprobResult:
+    count, dtype = a.targets.shape[0], _wide(a.hidden)
+    kept = a.hidden.new_empty((count, a.weight.shape[0]) if a.keep else (0, 0), dtype=dtype)
+    return LogprobResult._make((*(a.hidden.new_empty(count, dtype=dtype) for _ in range(4)), kept))
 
 
-def _fake_logprob(
-    hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, rows: Any, temperature: float, softcap: float,
-    keep: bool, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    count, dtype = targets.shape[0], _wide(hidden)
-    kept = hidden.new_empty((count, weight.shape[0]) if keep else (0, 0), dtype=dtype)
-    return *(hidden.new_empty(count, dtype=dtype) for _ in range(4)), kept
+def _fake_gradient(tensor: Tensor, need: bool) -> Tensor:
+    return tensor.new_empty(tensor.shape if need else (0,))
 
+
+def _fake_gradients(a: LogprobBackward | CrossEntropy) -> Gradients:
+    bias = a.hidden.new_empty(0) if a.bias is None else _fake_gradient(a.bias, a.need_bias)
+    return Gradients(_fake_gradient(a.hidden, a.need_hidden), _fake_gradient(a.weight, a.need_weight), bias)
+
+
+def _fake_divergence_gradients(a: Divergence | DivergenceBackward) -> DivergenceGradients:
+    return DivergenceGradients(_fake_gradient(a.hidden, a.need_hidden), _fake_gradient(a.weight, a.need_weight))
+
+
+def _fake_divergence(a: Divergence) -> Diverged:
+    count = a.hidden.shape[0] if a.rows is None else a.rows.shape[0]
+    per_row = (a.hidden.new_empty(count, dtype=_wide(a.hidden)) for _ in range(3))
+    return Diverged._make((*per_row, *_fake_divergence_gradients(a)))
+
+
+_BACKENDS = (
+    Implementation("native", KERNEL_DTYPES),
+    Implementation("triton", KERNEL_DTYPES),
+    Implementation("reference"),
+)
+_TWO_HEADS = (Implementation("native", KERNEL_DTYPES, _unlike), Implementation("reference"))
 
 _linear_logprob = Op(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, float temperature, "
-    "float softcap, bool keep, str backend) "
-    "-> (Tensor logp, Tensor lse, Tensor entropy, Tensor mean_logit, Tensor kept)",
-    package=__package__,
-    key="hidden",
-    implementations=_implementations("native:linear_logprob", "triton:linear_logprob"),
-    fake=_fake_logprob,
+    "linear_logprob", Logprob, LogprobResult, key="hidden", implementations=_BACKENDS, fake=_fake_logprob
 )
 
 _linear_logprob_backward = Op(
-    "linear_logprob_backward(Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, "
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor logp, Tensor lse, "
-    "Tensor entropy, Tensor kept, float temperature, float softcap, bool need_hidden, bool need_weight, "
-    "bool need_bias, str backend) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    package=__package__,
+    "linear_logprob_backward",
+    LogprobBackward,
+    Gradients,
     key="hidden",
-    implementations=_implementations("native:linear_logprob_backward", "triton:linear_logprob_backward"),
-    fake=lambda *args: _grads_like(args[4:7], args[15:18]),
+    implementations=_BACKENDS,
+    fake=_fake_gradients,
 )
 
 _linear_ce = Op(
-    "linear_ce(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor? row_weight, "
-    "float softcap, bool need_hidden, bool need_weight, bool need_bias, str backend) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    package=__package__,
+    "linear_ce",
+    CrossEntropy,
+    Loss,
     key="hidden",
-    implementations=_implementations("native:linear_ce"),
-    fake=lambda *args: (args[0].new_empty((), dtype=_wide(args[0])), *_grads_like(args[:3], args[7:10])),
+    implementations=(Implementation("native", KERNEL_DTYPES), Implementation("reference")),
+    fake=lambda a: Loss(a.hidden.new_empty((), dtype=_wide(a.hidden)), *_fake_gradients(a)),
 )
 
-
-def _fake_kl(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows, needs = args[2], args[6:8]
-    count = hidden.shape[0] if rows is None else rows.shape[0]
-    per_row = (hidden.new_empty(count, dtype=_wide(hidden)) for _ in range(3))
-    return *per_row, *_grads_like((hidden, weight), needs)
-
-
-_linear_kl = Op(
-    "linear_kl(Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor? rows, "
-    "Tensor? teacher_rows, Tensor? row_weight, float temperature, bool need_hidden, bool need_weight, str backend) "
-    "-> (Tensor kl, Tensor lse, Tensor teacher_lse, Tensor grad_hidden, Tensor grad_weight)",
-    package=__package__,
-    key="hidden",
-    implementations=_implementations("native:linear_kl", unless=_unlike),
-    fake=_fake_kl,
-)
+_linear_kl = Op("linear_kl", Divergence, Diverged, key="hidden", implementations=_TWO_HEADS, fake=_fake_divergence)
 
 _linear_kl_backward = Op(
-    "linear_kl_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, "
-    "Tensor? rows, Tensor? teacher_rows, Tensor lse, Tensor teacher_lse, float temperature, bool need_hidden, "
-    "bool need_weight, str backend) -> (Tensor grad_hidden, Tensor grad_weight)",
-    package=__package__,
+    "linear_kl_backward",
+    DivergenceBackward,
+    DivergenceGradients,
     key="hidden",
-    implementations=_implementations("native:linear_kl_backward", unless=lambda grad, *args: _unlike(*args)),
-    fake=lambda *args: _grads_like(args[1:3], args[10:12]),
+    implementations=_TWO_HEADS,
+    fake=_fake_divergence_gradients,
 )
 
 
-def _some(values: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(value if need else None for value, need in zip(values, needs))
+def _logprob_gradients(saved: Any, needs: Any, backend: str, *grads: Tensor | None) -> dict[str, Tensor]:
+    a, *found = saved
+    options = a.temperature, a.softcap, needs.hidden, needs.weight, bool(needs.bias)
+    heads = a.hidden, a.weight, a.bias, a.targets, a.rows
+    return _linear_logprob_backward(LogprobBackward._make((*grads[:4], *heads, *found, *options)), backend)._asdict()
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        temperature, softcap, keep, backend = options
-        *found, kept = _linear_logprob(hidden, weight, bias, targets, rows, temperature, softcap, keep, backend)
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, *found[:3], kept)
-        ctx.options = temperature, softcap, backend
-        ctx.set_materialize_grads(False)
-        return tuple(found)
+_differentiable_logprob = differentiable(
+    _linear_logprob, lambda a, found: (a, found.logp, found.lse, found.entropy, found.kept), _logprob_gradients
+)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:3]
-        temperature, softcap, backend = ctx.options
-        found = _linear_logprob_backward(*grads, *ctx.saved_tensors, temperature, softcap, *needs, backend)
-        return *_some(found, needs), None, None, None
+
+def _kl_gradients(saved: Any, needs: Any, backend: str, grad: Tensor, *_: Any) -> dict[str, Tensor]:
+    a, lse, teacher_lse = saved
+    heads = a.hidden, a.weight, a.teacher_hidden, a.teacher_weight, a.rows, a.teacher_rows
+    made = DivergenceBackward(grad, *heads, lse, teacher_lse, a.temperature, needs.hidden, needs.weight)
+    return _linear_kl_backward(made, backend)._asdict()
+
+
+_differentiable_kl = differentiable(_linear_kl, lambda a, found: (a, found.lse, found.teacher_lse), _kl_gradients)
 
 
 class _LinearCE(torch.autograd.Function):
@@ -156,8 +246,10 @@ class _LinearCE(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None,
         row_weight: Tensor | None, options: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
+        softcap, backend = options
         needs = ctx.needs_input_grad[:3]
-        loss, *grads = _linear_ce(hidden, weight, bias, targets, rows, row_weight, options[0], *needs, options[1])
+        made = CrossEntropy(hidden, weight, bias, targets, rows, row_weight, softcap, *needs)
+        loss, *grads = _linear_ce(made, backend)
         ctx.save_for_backward(*grads)
         return loss
 
@@ -170,30 +262,8 @@ class _LinearCE(torch.autograd.Function):
 def _scaled(values: tuple[Tensor, ...], by: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients made in the forward, times the upstream scalar: 1 in most training steps, and then not copied."""
     if not torch.compiler.is_compiling() and by.device.type == "cpu" and float(by) == 1:
-        return _some(values, needs)
+        return tuple(value if need else None for value, need in zip(values, needs))
     return tuple(value * by.to(value.dtype) if need else None for value, need in zip(values, needs))
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, rows: Tensor | None,
-        teacher_rows: Tensor | None, options: tuple[Any, ...],
-    ) -> Tensor:  # fmt: skip
-        temperature, backend = options
-        heads = hidden, weight, teacher_hidden, teacher_weight, rows, teacher_rows
-        kl, lse, teacher_lse, *_ = _linear_kl(*heads, None, temperature, False, False, backend)
-        ctx.save_for_backward(*heads, lse, teacher_lse)
-        ctx.options = options
-        return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:2]
-        temperature, backend = ctx.options
-        found = _linear_kl_backward(grads[0], *ctx.saved_tensors, temperature, *needs, backend)
-        return *_some(found, needs), None, None, None, None, None
 
 
 class _LinearKLSum(torch.autograd.Function):
@@ -207,7 +277,7 @@ class _LinearKLSum(torch.autograd.Function):
         temperature, backend = options
         heads = hidden, weight, teacher_hidden, teacher_weight, rows, teacher_rows
         needs = ctx.needs_input_grad[:2]
-        kl, _, _, *grads = _linear_kl(*heads, row_weight, temperature, *needs, backend)
+        kl, _, _, *grads = _linear_kl(Divergence(*heads, row_weight, temperature, *needs), backend)
         ctx.save_for_backward(*grads)
         return (kl * row_weight.to(kl.dtype)).sum()
 
@@ -311,11 +381,10 @@ def linear_logprob(
     if save not in SAVES:
         raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
     hidden, weight = _cast(hidden, weight)
-    if not _needs_grad(hidden, weight, bias):
-        return _linear_logprob(hidden, weight, bias, targets, rows, temperature, softcap, False, backend)[:4]
     fits = targets.shape[0] * _wide(hidden).itemsize <= hidden.shape[1] * weight.element_size()
-    keep = save == "logits" or save == "auto" and fits
-    return _LinearLogprob.apply(hidden, weight, bias, targets, rows, (temperature, softcap, keep, backend))
+    keep = _needs_grad(hidden, weight, bias) and (save == "logits" or save == "auto" and fits)
+    made = Logprob(hidden, weight, bias, targets, rows, temperature, softcap, keep)
+    return _differentiable_logprob(made, backend)[:4]
 
 
 def _one_pass(hidden: Tensor, weight: Tensor) -> bool:
@@ -368,7 +437,7 @@ def linear_kl(
     heads = hidden, weight, teacher_hidden, teacher_weight, rows, teacher_rows
     if row_weight is not None and _one_pass(hidden, weight):
         return _LinearKLSum.apply(*heads, row_weight, (temperature, backend))
-    kl = _LinearKL.apply(*heads, (temperature, backend))
+    kl = _differentiable_kl(Divergence(*heads, None, temperature, False, False), backend).kl
     return kl if row_weight is None else (kl * row_weight.to(kl.dtype)).sum()
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..._gpu import capability, float32_precision, interpreting
 from ..._targets import limits
+from ..._triton import Kernel, cdiv
 from ..common.matmul import operands
+from .op import Gradients, Logprob, LogprobBackward, LogprobResult
 
 LOWEST = tl.constexpr(-3.402823466e38)
 
@@ -60,6 +62,7 @@ def _logits(x, w, bias, row, column, M, V, x_row, w_row, softcap, scale, H: tl.c
     return acc * scale
 
 
+@Kernel
 @triton.jit
 def logprob_kernel(
     x, w, bias, targets,  # [M, H] by rows, [V, H] by rows, [V], [M]
@@ -112,6 +115,7 @@ def logprob_kernel(
     tl.store(own + row, found, mask=stored & here)
 
 
+@Kernel
 @triton.jit
 def merge_kernel(
     partials, own,  # as above
@@ -160,6 +164,7 @@ def _expm1(x):
     return tl.where(x > -0.25, series, tl.exp(x) - 1.0)
 
 
+@Kernel
 @triton.jit
 def gradient_kernel(
     x, w, bias, targets, logp, lse, entropy,  # as above
@@ -243,28 +248,26 @@ def _rows_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, temperature: float,
-    softcap: float, keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    x, weight, bias = _gathered(hidden, rows), _rows_last(weight), None if bias is None else bias.contiguous()
+def linear_logprob(a: Logprob) -> LogprobResult:
+    x, weight = _gathered(a.hidden, a.rows), _rows_last(a.weight)
+    bias = None if a.bias is None else a.bias.contiguous()
     count, vocabulary = x.shape[0], weight.shape[0]
-    options = _options(x, softcap)
-    runs = triton.cdiv(vocabulary, options["BN"] * RUN)
+    options = _options(x, a.softcap)
+    runs = cdiv(vocabulary, options["BN"] * RUN)
     partials = x.new_empty(runs, 4, count, dtype=torch.float32)
     # Where no run has the target, as for one outside the vocabulary, NaN stays.
     own = torch.full((count,), float("nan"), device=x.device)
     found = tuple(x.new_empty(count, dtype=torch.float32) for _ in range(4))
-    kept = x.new_empty((count, vocabulary) if keep else (0, 0), dtype=torch.float32)
+    kept = x.new_empty((count, vocabulary) if a.keep else (0, 0), dtype=torch.float32)
     if count:
-        logprob_kernel[(triton.cdiv(count, options["BM"]) * runs,)](
-            x, weight, bias, targets.contiguous(), partials, own, kept if keep else None, count, vocabulary,
-            x.stride(0), weight.stride(0), softcap, 1 / temperature, RUN=RUN, **options,
+        logprob_kernel[(cdiv(count, options["BM"]) * runs,)](
+            x, weight, bias, a.targets.contiguous(), partials, own, kept if a.keep else None, count, vocabulary,
+            x.stride(0), weight.stride(0), a.softcap, 1 / a.temperature, RUN=RUN, **options,
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(count, 128),)](
+        merge_kernel[(cdiv(count, 128),)](
             partials, own, *found, count, vocabulary, runs, R=128, num_warps=4, enable_fp_fusion=False
         )
-    return *found, kept
+    return LogprobResult._make((*found, kept))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -277,22 +280,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.float(), b.float(), out=total)
 
 
-def linear_logprob_backward(
-    grad_logp: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None, grad_mean: Tensor | None,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, logp: Tensor,
-    lse: Tensor, entropy: Tensor, kept: Tensor, temperature: float, softcap: float, need_hidden: bool,
-    need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, weight, bias = _gathered(hidden, rows), _rows_last(weight), None if bias is None else bias.contiguous()
+def linear_logprob_backward(a: LogprobBackward) -> Gradients:
+    x, weight = _gathered(a.hidden, a.rows), _rows_last(a.weight)
+    bias = None if a.bias is None else a.bias.contiguous()
     count, vocabulary = x.shape[0], weight.shape[0]
     grads = x.new_zeros(4, count, dtype=torch.float32)
-    for to, given in zip(grads, (grad_logp, grad_lse, grad_entropy, grad_mean)):
+    for to, given in zip(grads, (a.grad_logp, a.grad_lse, a.grad_entropy, a.grad_mean)):
         if given is not None:
             to.copy_(given)
-    options = _options(x, softcap)
-    dx = x.new_zeros(count if need_hidden else 0, x.shape[1], dtype=torch.float32)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
-    dbias = x.new_empty(vocabulary if need_bias else 0, dtype=torch.float32)
+    options = _options(x, a.softcap)
+    dx = x.new_zeros(count if a.need_hidden else 0, x.shape[1], dtype=torch.float32)
+    dweight = weight.new_empty(weight.shape if a.need_weight else 0)
+    dbias = x.new_empty(vocabulary if a.need_bias else 0, dtype=torch.float32)
     if count == 0:
         dweight.zero_()
         dbias.zero_()
@@ -300,24 +299,25 @@ def linear_logprob_backward(
     for first in range(0, vocabulary if count else 0, WORDS):
         last = min(first + WORDS, vocabulary)
         dz = tile[: count * (last - first)].view(count, last - first)
-        gradient_kernel[(triton.cdiv(count, options["BM"]) * triton.cdiv(last - first, options["BN"]),)](
-            x, weight, bias, targets.contiguous(), logp, lse, entropy, grads, kept if kept.numel() else None, dz, count,
-            vocabulary, first, last - first, x.stride(0), weight.stride(0), softcap, 1 / temperature, **options,
+        gradient_kernel[(cdiv(count, options["BM"]) * cdiv(last - first, options["BN"]),)](
+            x, weight, bias, a.targets.contiguous(), a.logp, a.lse, a.entropy, grads,
+            a.kept if a.kept.numel() else None, dz, count, vocabulary, first, last - first, x.stride(0),
+            weight.stride(0), a.softcap, 1 / a.temperature, **options,
         )  # fmt: skip
         words = weight[first:last]
-        if need_weight:
+        if a.need_weight:
             if weight.dtype == x.dtype:
                 torch.mm(dz.t(), x, out=dweight[first:last])
             else:  # a float32 weight beside 16-bit rows
                 dweight[first:last].zero_()
                 _add_product(dweight[first:last], dz.t(), x)
-        if need_hidden:
+        if a.need_hidden:
             _add_product(dx, dz, words.to(x.dtype))
-        if need_bias:
+        if a.need_bias:
             dbias[first:last] = dz.sum(0, dtype=torch.float32)
-    dhidden = hidden.new_empty(0)
-    if need_hidden:
-        dhidden = dx.to(hidden.dtype)
-        if rows is not None:
-            dhidden = hidden.new_zeros(hidden.shape).index_add_(0, rows, dhidden)
-    return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+    dhidden = a.hidden.new_empty(0)
+    if a.need_hidden:
+        dhidden = dx.to(a.hidden.dtype)
+        if a.rows is not None:
+            dhidden = a.hidden.new_zeros(a.hidden.shape).index_add_(0, a.rows, dhidden)
+    return Gradients(dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype))
