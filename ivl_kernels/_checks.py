@@ -10,6 +10,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = ("float32", "bfloat16", "float16", "float64")
 # What kernels serve that compute in float32: all but float64.
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+KERNEL_FLOATS = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

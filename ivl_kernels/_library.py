@@ -93,6 +93,16 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def recorded() -> bool:
+    """Whether a call is compiled, traced or transformed: it is upstream's code that is wanted then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+
+
+def counted() -> bool:
+    """Whether somebody counts or changes what torch is asked for, as profilers of operations do."""
+    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _check_no_tangent(name: str, args: Sequence[Any]) -> None:
     """An op that torch knows no forward derivative of would give zeros without a word."""
     for value in args:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from .. import _native, ops
-from .._checks import KERNEL_DTYPES
-from .._library import transformed
+from .._checks import KERNEL_FLOATS
+from .._library import recorded
 from ..models.families import families_in, text_stacks
 from ..models.plain import watched
 from ..models.upstream import StandIn, class_of, code_of, forward_name, replaced_before, signature, uses
@@ -110,13 +110,13 @@ def _attend(stock: Callable[..., Any], backend: str, eager: bool, has_sinks: boo
 
 
 def _reads(q: Any, k: Any, v: Any) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch.is_autocast_enabled("cpu"):
+    if recorded() or torch.is_autocast_enabled("cpu"):
         return False
     if any(
         type(x) is not torch.Tensor or x.device.type != "cpu" or x.dim() != 4 or x.dtype != q.dtype for x in (q, k, v)
     ):
         return False
-    if q.shape[-1] % 8 or not 0 < q.shape[-1] <= 256 or str(q.dtype).removeprefix("torch.") not in KERNEL_DTYPES:
+    if q.shape[-1] % 8 or not 0 < q.shape[-1] <= 256 or q.dtype not in KERNEL_FLOATS:
         return False
     same = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[-1] == q.shape[-1]
     return same and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0

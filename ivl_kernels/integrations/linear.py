@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .. import _native
-from .._checks import KERNEL_DTYPES
-from .._library import transformed
+from .._checks import KERNEL_FLOATS
+from .._library import counted, recorded
 from ..models.families import Family, families_in, text_stacks
 from ..models.upstream import forward_name, replaced_before
 from ..ops import linear
@@ -40,12 +40,12 @@ def _serves(x: Any, weight: Any, bias: Any) -> bool:
     plain = type(x) is torch.Tensor and type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
     if not plain or x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype != weight.dtype:
         return False
-    if bias is not None and bias.dtype != x.dtype or str(x.dtype).removeprefix("torch.") not in KERNEL_DTYPES:
+    if bias is not None and bias.dtype != x.dtype or x.dtype not in KERNEL_FLOATS:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch.is_autocast_enabled("cpu"):
+    if recorded() or torch.is_autocast_enabled("cpu"):
         return False
     # A class or a call that somebody else has changed or counts.
-    if nn.Linear.forward is not _STOCK or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+    if nn.Linear.forward is not _STOCK or counted():
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False

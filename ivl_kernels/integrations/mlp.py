@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .. import _native
-from .._checks import KERNEL_DTYPES
-from .._library import transformed
+from .._checks import KERNEL_FLOATS
+from .._library import counted, recorded
 from ..models.plain import is_mlp
 from ..models.plain import mlp as layers_of
 from ..models.upstream import forward_name, replaced_before
@@ -40,15 +40,11 @@ def _forward(backend: str) -> Any:
 
 
 def _serves(x: Any) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch.is_autocast_enabled("cpu"):
+    if recorded() or counted() or torch.is_autocast_enabled("cpu"):
         return False
     if type(x) is not torch.Tensor or x.device.type != "cpu" or x.dim() == 0:
         return False
-    # Somebody who counts or changes what torch is asked for.
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        return False
-    known = str(x.dtype).removeprefix("torch.") in KERNEL_DTYPES
-    return known and choice.own(x.dtype, x.numel() // max(x.shape[-1], 1))
+    return x.dtype in KERNEL_FLOATS and choice.own(x.dtype, x.numel() // max(x.shape[-1], 1))
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -81,7 +77,7 @@ class Mlp(Adapter):
             return "upstream's own code: its layers are others now"
         dtype = next(found[0].parameters()).dtype
         name = str(dtype).removeprefix("torch.")
-        return f"{name}: {choice.explained(dtype)}" if name in KERNEL_DTYPES else f"upstream's own code for {name}"
+        return f"{name}: {choice.explained(dtype)}" if dtype in KERNEL_FLOATS else f"upstream's own code for {name}"
 
 
 ADAPTER = Mlp()

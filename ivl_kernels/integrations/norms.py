@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import KERNEL_DTYPES
-from .._library import transformed
+from .._checks import KERNEL_FLOATS
+from .._library import recorded
 from ..models.plain import not_plain, rms_norm
 from ..models.upstream import class_of, forward_name, replaced_before
 from ..ops import rms_norm as fused
@@ -42,12 +42,12 @@ def _forward(kind: Any, eps: str, backend: str) -> Callable[..., Any]:
 
 
 def _serves(x: Any) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+    if recorded():
         return False
     if type(x) is not torch.Tensor or x.dim() == 0 or x.device.type not in ("cpu", "cuda"):
         return False
     enough = x.is_cuda or x.numel() > _FEW * x.shape[-1]
-    return x.shape[-1] > 0 and enough and str(x.dtype).removeprefix("torch.") in KERNEL_DTYPES
+    return x.shape[-1] > 0 and enough and x.dtype in KERNEL_FLOATS
 
 
 def _is_norm(module: Any) -> bool:
