@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+from ivl_kernels import _native
 from tests.simulator import gpu
 from tests.simulator.gpu import simulated_gpu
 
@@ -38,6 +39,19 @@ def newer_gpu(request, monkeypatch):
     """The simulated GPU has the products of Hopper or of Blackwell, and gets their configurations."""
     monkeypatch.setattr(gpu, "TARGET", request.param)
     return request.param
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def isa(request):
+    """The instruction set that the C++ kernels use during the test; skipped where the processor lacks it."""
+    module = _native.module()
+    before = module.cpu_features()["isa"]
+    try:
+        module.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.set_isa(before)
 
 
 @pytest.fixture

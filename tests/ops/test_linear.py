@@ -6,24 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
 from ivl_kernels.ops import linear
 from ivl_kernels.testing import assert_accurate, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    module = _native.module()
-    before = module.cpu_features()["isa"]
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_isa(before)
 
 
 def operands(rows, inputs, outputs, dtype, seed=0):

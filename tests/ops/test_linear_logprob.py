@@ -8,25 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
 from ivl_kernels.ops import linear_candidates, linear_ce, linear_logprob
 from ivl_kernels.testing import assert_accurate, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = ["native", "reference"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    module = _native.module()
-    before = module.cpu_features()["isa"]
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_isa(before)
 
 
 def whole(hidden, weight, targets, rows=None, *, bias=None, temperature=1.0, softcap=0.0):

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
 from ivl_kernels.ops import moe_experts, moe_experts_list
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends
@@ -147,18 +146,6 @@ def test_gradients(backend, gpt_oss, tokens, width, inner, experts, top_k, bias,
     plain = gradients(case, lambda c: eager(c) + 0 * c.hidden, grad)
     for name, value in got.items():  # of few numbers, luck decides which is nearer
         assert_accurate(value, truth[name], plain[name], name, 2 if value.numel() > 100 else 4)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def isa(request):
-    module = _native.module()
-    before = module.cpu_features()["isa"]
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_isa(before)
 
 
 # Every form of the products: dot, stream and packed, with whole and broken panels, one and several chunks of rows; the

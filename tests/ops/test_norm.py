@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from ivl_kernels import _native
 from ivl_kernels.ops import layer_norm, rms_norm
 from ivl_kernels.ops.norm.op import Norm, NormBackward
 from ivl_kernels.testing import MODELS, assert_accurate, poisoned
@@ -116,36 +115,27 @@ def test_weights_of_gpt_oss_stay_float32(backend):
     assert_accurate(z, plain("layer", *wide([x, None, None, weight, weight])), z)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_instruction_set(isa, dtype, kind):
-    module = _native.module()
-    best = module.cpu_features()["best_isa"]
-    try:
-        module.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for width in (1, 14, 64, 200, 1030):
-            values = make((70, width), dtype)
-            leaves = [v.requires_grad_() for v in values if v is not None]
-            got, eager = ours(kind, *values, backend="native"), plain(kind, *values)
-            exact = [v.detach().double().requires_grad_() for v in values]
-            true = plain(kind, *exact)
-            assert torch.equal(got[1], eager[1])
-            assert_accurate(got[0].detach(), true[0].detach(), eager[0].detach())
-            into = [torch.randn(70, width).to(dtype) for _ in range(2)]
-            leaves, deep = (v if kind == "layer" else v[:4] for v in (leaves, exact))
-            grads = [torch.autograd.grad(o, leaves, into) for o in (got, eager)]
-            for g, e, t in zip(*grads, torch.autograd.grad(true, deep, [i.double() for i in into])):
-                assert_accurate(g, t, e, factor=4 if width == 1 else 2)
-        x = torch.randn(2, 64).to(dtype)
-        x[0, 3] = float("nan")
-        y = ours(kind, x, None, None, *make((1, 64), dtype)[3:], backend="native")
-        assert y[0].isnan().all() and y[1].isfinite().all()
-    finally:
-        module.set_isa(best)
+    for width in (1, 14, 64, 200, 1030):
+        values = make((70, width), dtype)
+        leaves = [v.requires_grad_() for v in values if v is not None]
+        got, eager = ours(kind, *values, backend="native"), plain(kind, *values)
+        exact = [v.detach().double().requires_grad_() for v in values]
+        true = plain(kind, *exact)
+        assert torch.equal(got[1], eager[1])
+        assert_accurate(got[0].detach(), true[0].detach(), eager[0].detach())
+        into = [torch.randn(70, width).to(dtype) for _ in range(2)]
+        leaves, deep = (v if kind == "layer" else v[:4] for v in (leaves, exact))
+        grads = [torch.autograd.grad(o, leaves, into) for o in (got, eager)]
+        for g, e, t in zip(*grads, torch.autograd.grad(true, deep, [i.double() for i in into])):
+            assert_accurate(g, t, e, factor=4 if width == 1 else 2)
+    x = torch.randn(2, 64).to(dtype)
+    x[0, 3] = float("nan")
+    y = ours(kind, x, None, None, *make((1, 64), dtype)[3:], backend="native")
+    assert y[0].isnan().all() and y[1].isfinite().all()
 
 
 @BACKENDS

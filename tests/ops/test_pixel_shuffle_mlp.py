@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
 from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import native
 from ivl_kernels.testing import assert_accurate as assert_rule
@@ -66,17 +65,6 @@ def wide(value):
 
 def flat(args):
     return [*args[:3], *args[3], *args[4]]
-
-
-@pytest.fixture
-def isa(request):
-    before = _native.module().cpu_features()["isa"]
-    try:
-        _native.module().set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor cannot run {request.param}")
-    yield request.param
-    _native.module().set_isa(before)
 
 
 @pytest.fixture(params=[False, True], ids=["own", "library"])

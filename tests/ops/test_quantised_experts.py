@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
 from ivl_kernels.ops import moe_experts
 from ivl_kernels.ops.moe_experts import formats
 from ivl_kernels.testing import assert_accurate, poisoned
@@ -99,18 +98,6 @@ def test_accurate(backend, kind, gpt_oss, tokens, width, inner, experts, top_k, 
         bias=bias, skew=skew, outside=outside, seed=seed,
     )  # fmt: skip
     check(case, backend, dtype, slopes=tokens < 30)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def isa(request):
-    module = _native.module()
-    before = module.cpu_features()["isa"]
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_isa(before)
 
 
 # One row, whole and broken tiles of rows, several blocks of k, packed panels, several turns.

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ivl_kernels import _native
 from ivl_kernels.ops import choose_grid, tile_image, tile_images
 from ivl_kernels.ops.tile_image import MEAN, STD
 from ivl_kernels.testing import assert_accurate, poisoned
@@ -109,21 +108,12 @@ def test_accuracy_of_the_normalisation(backend):
     torch.testing.assert_close(levels(wide)[0], pixels.permute(2, 0, 1).double(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 def test_every_instruction_set(isa):
-    module = _native.module()
-    best = module.cpu_features()["best_isa"]
-    try:
-        module.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for height, width, tile in ((33, 57, 16), (100, 41, 30), (5, 3, 7), (200, 300, 64)):
-            pixels = photo(height, width)
-            for dtype in DTYPES:
-                assert_same_pixels(tile_image(pixels, tile=tile, dtype=dtype), released(pixels, dtype, tile))
-    finally:
-        module.set_isa(best)
+    for height, width, tile in ((33, 57, 16), (100, 41, 30), (5, 3, 7), (200, 300, 64)):
+        pixels = photo(height, width)
+        for dtype in DTYPES:
+            assert_same_pixels(tile_image(pixels, tile=tile, dtype=dtype), released(pixels, dtype, tile))
 
 
 @BACKENDS

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
 from ivl_kernels.ops.tile_router import Attention, Block, Gate, op, reference, select_tiles, tile_router
 from ivl_kernels.ops.tile_router.op import FewRows, FewRowsTransposed, Pool, PoolBackward
 from ivl_kernels.testing import assert_accurate, poisoned
@@ -40,18 +39,6 @@ def pool_inputs(tiles, rows, width, heads, dtype, seed=0):
     z = torch.randn(tiles, rows, width, generator=generator).to(dtype)
     u = torch.randn(tiles, heads, width, generator=generator) * 2 / width**0.5
     return z, u.to(op.sum_dtype(dtype))
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    module = _native.module()
-    before = module.cpu_features()["isa"]
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_isa(before)
 
 
 @CPU
@@ -97,6 +84,7 @@ def test_unfolded_is_the_shipped_arithmetic(dtype):
     torch.testing.assert_close(got, router(z).detach(), **tolerance)
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     tiles=st.integers(1, 4), rows=st.integers(1, 80), width=st.integers(1, 70), heads=st.integers(1, 20),
@@ -128,6 +116,7 @@ def test_pool_native(isa, dtype, tiles, rows, width, heads, seed, shared):
     assert none.numel() == 0 and torch.equal(same, grad_u)
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     rows=st.integers(0, 15), groups=st.integers(1, 4), each=st.integers(1, 11), width=st.integers(1, 70),

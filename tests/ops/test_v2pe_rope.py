@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from ivl_kernels import _native
 from ivl_kernels.ops import rope_frequencies, v2pe_rope, v2pe_rope_
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends, simulated_gpu
@@ -180,31 +179,22 @@ def test_accurate(
             assert_accurate(turn(g), t, e, name)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_every_instruction_set(isa, dtype):
-    module = _native.module()
-    best = module.cpu_features()["best_isa"]
-    try:
-        module.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for width in (64, 80, 128, 200, 14):
-            q, k, positions, inv_freq = make(tokens=21, width=width, dtype=dtype)
-            q[0, 0, 0, 0], q[0, 0, 1, 1] = float("inf"), float("nan")
-            cos, sin = stock_cos_sin(positions, inv_freq, dtype)
-            for got, expected in zip(v2pe_rope(q, k, cos=cos, sin=sin, backend="native"), plain(q, k, cos, sin)):
-                assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
-            w = torch.rand(width).to(dtype)
-            for rounding in ("transformers", "float32"):
-                options = dict(q_weight=w, k_weight=w, rounding=rounding)
-                got = v2pe_rope(k, k, positions, inv_freq, **options, backend="native")
-                same = v2pe_rope(k, k, positions, inv_freq, **options, backend="reference")
-                scale = torch.finfo(dtype).eps * same[0].abs().max()
-                assert (got[0] - same[0]).abs().max() <= 2 * scale
-    finally:
-        module.set_isa(best)
+    for width in (64, 80, 128, 200, 14):
+        q, k, positions, inv_freq = make(tokens=21, width=width, dtype=dtype)
+        q[0, 0, 0, 0], q[0, 0, 1, 1] = float("inf"), float("nan")
+        cos, sin = stock_cos_sin(positions, inv_freq, dtype)
+        for got, expected in zip(v2pe_rope(q, k, cos=cos, sin=sin, backend="native"), plain(q, k, cos, sin)):
+            assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+        w = torch.rand(width).to(dtype)
+        for rounding in ("transformers", "float32"):
+            options = dict(q_weight=w, k_weight=w, rounding=rounding)
+            got = v2pe_rope(k, k, positions, inv_freq, **options, backend="native")
+            same = v2pe_rope(k, k, positions, inv_freq, **options, backend="reference")
+            scale = torch.finfo(dtype).eps * same[0].abs().max()
+            assert (got[0] - same[0]).abs().max() <= 2 * scale
 
 
 @backends("native", "triton")
