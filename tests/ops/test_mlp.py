@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ivl_kernels.ops import gated_mlp, mlp
 from ivl_kernels.testing import assert_accurate, poisoned
-from tests.ops.test_linear import DTYPES, isa  # noqa: F401
+from tests.ops.test_linear import DTYPES
 from tests.simulator.gpu import backends, simulated_gpu
 
 NAMES = {"gelu": ("x", "up", "down", "up_bias", "down_bias"), "gated": ("x", "gate", "up", "down")}
