@@ -302,10 +302,11 @@ def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: boo
 
 
 @functools.cache
-def rms_norm(kind: type[nn.Module]) -> tuple[str, str]:
+def rms_norm(kind: type[nn.Module], rounding: str = "before_weight") -> tuple[str, str]:
     """(name of the attribute that holds eps, "") of a class of RMSNorm, or ("", why it is none as we know it).
 
-    Judged by what it computes: normalised in float32, rounded to the input's dtype, times the weight in that dtype.
+    Judged by what it computes: normalised in float32, rounded to the input's dtype, times the weight in that dtype; or
+    with rounding="after_weight" (GPT-OSS) times the weight in float32, and rounded then.
     """
     eps = 0.375
     try:
@@ -319,7 +320,8 @@ def rms_norm(kind: type[nn.Module]) -> tuple[str, str]:
                 given = x.to(dtype)
                 wide = given.float()
                 normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-                if not torch.equal(norm.to(dtype)(given), weight.to(dtype) * normal.to(dtype)):
+                scaled = weight.to(dtype) * (normal.to(dtype) if rounding == "before_weight" else normal)
+                if not torch.equal(norm.to(dtype)(given), scaled.to(dtype)):
                     return "", f"{kind.__name__} computes something else"
     except Exception as error:
         return "", f"{kind.__name__} is not an RMSNorm as we know it ({error})"
