@@ -103,6 +103,32 @@ def counted() -> bool:
     return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _watched() -> bool:
+    """Whether anybody but autograd sees the calls of operators: modes, transforms, traces, profilers."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+_VALUES = frozenset((types.NoneType, int, float, bool, str))
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    """Whether the tensors are in memory, of no class of their own and without a gradient to be followed."""
+    graded = torch.is_grad_enabled()
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if graded and value.requires_grad or value.is_meta:
+                return False
+        elif kind not in _VALUES:
+            return False
+    return True
+
+
 def _check_no_tangent(name: str, args: Sequence[Any]) -> None:
     """An op that torch knows no forward derivative of would give zeros without a word."""
     for value in args:
@@ -164,7 +190,10 @@ class Op(Generic[A, R]):
             return self.results(*found) if self._several else found
         if forward_ad._current_level >= 0:
             _check_no_tangent(self.name, arguments)
-        found = self._overload(*values, backend)
+        if self.written or _watched() or not _plain(values):
+            found = self._overload(*values, backend)
+        else:  # the dispatcher would only come to the same, some microseconds later
+            found = self._serve(arguments, values[self._key], backend)
         return tuple.__new__(cast(Any, self.results), found) if self._several else found
 
     def _made(self, values: tuple[Any, ...]) -> A:
@@ -173,13 +202,14 @@ class Op(Generic[A, R]):
         return tuple.__new__(self.arguments, values)
 
     def _run(self, *values: Any) -> Any:
-        tensor, forced = values[self._key], values[-1]
+        return self._serve(self._made(values[:-1]), values[self._key], values[-1])
+
+    def _serve(self, arguments: A, tensor: Tensor, forced: str) -> Any:
         device = tensor.device
         cpu = device.type == "cpu"
         free = not (forced or _env.BACKEND.get() or _dispatch.preference())
         usual = (tensor.dtype, device, _gpu.standing()) if free else None
         function = self._usual.get(usual)
-        arguments = self._made(values[:-1])
         if function is None:
             function = self._chosen(tensor, forced, arguments, usual)
         elsewhere = not cpu and tensor.is_cuda and device.index != torch.cuda.current_device()
@@ -215,7 +245,7 @@ class Op(Generic[A, R]):
 
 
 def _like(value: Any, made: list[Any]) -> Any:
-    if isinstance(value, list):
+    if type(value) is list:
         return made
     return type(value)(*made) if _is_record(value) else tuple(made)
 
@@ -224,11 +254,12 @@ def _split(value: Any, tensors: list[Tensor]) -> Any:
     """A record or a part of one with `...` for each tensor, which is appended to `tensors`."""
     made: list[Any] = []
     for item in value:
-        if isinstance(item, Tensor):
-            tensors.append(item)
-            item = ...
-        elif isinstance(item, (list, tuple)):
-            item = _split(item, tensors)
+        if type(item) not in _VALUES:
+            if isinstance(item, Tensor):
+                tensors.append(item)
+                item = ...
+            elif isinstance(item, (list, tuple)):
+                item = _split(item, tensors)
         made.append(item)
     return _like(value, made)
 
@@ -239,7 +270,7 @@ def _join(value: Any, found: Iterator[Any]) -> Any:
     for item in value:
         if item is ...:
             item = next(found)
-        elif isinstance(item, (list, tuple)):
+        elif type(item) not in _VALUES and isinstance(item, (list, tuple)):
             item = _join(item, found)
         made.append(item)
     return _like(value, made)
