@@ -33,6 +33,7 @@ HEADLINES = (
     "v2pe_rope: q/k norm . rotary, backward, 1344 tokens, float32",
     "v2pe_rope: positions",
     "moe_experts: InternVL3.5-30B-A3B tokens=(1|64|320|3400) even",
+    "moe_experts_quantised: .* tokens=(1|16|320) mxfp4",
 )
 COLUMNS = ("eager", "compile")
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import _dispatch, _env, _gpu
 from ._dispatch import Implementation
@@ -100,7 +102,11 @@ def recorded() -> bool:
 
 def counted() -> bool:
     """Whether somebody counts or changes what torch is asked for, as profilers of operations do."""
-    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    # A default device is of no concern to who makes tensors like those he was given.
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() > 0 else ()
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _check_no_tangent(name: str, args: Sequence[Any]) -> None:

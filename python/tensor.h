@@ -22,13 +22,28 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
+// A kernel that reads or writes another type than the tensor's would leave its memory. Bytes are anything's.
+template <class T>
+void check_type(const Tensor& t) {
+  ScalarType expected = t.scalar_type();
+  if constexpr (std::is_same_v<T, float>) expected = ScalarType::Float;
+  if constexpr (std::is_same_v<T, double>) expected = ScalarType::Double;
+  if constexpr (std::is_same_v<T, bfloat16>) expected = ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, float16>) expected = ScalarType::Half;
+  if constexpr (std::is_same_v<T, int32_t>) expected = ScalarType::Int;
+  if constexpr (std::is_same_v<T, int64_t>) expected = ScalarType::Long;
+  STD_TORCH_CHECK(t.scalar_type() == expected || t.numel() == 0, "got a tensor of another dtype than the kernel's");
+}
+
 template <class T>
 const T* in(const Tensor& t) {
+  check_type<T>(t);
   return static_cast<const T*>(t.const_data_ptr());
 }
 
 template <class T>
 T* out(const Tensor& t) {
+  check_type<T>(t);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 

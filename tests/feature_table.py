@@ -1,7 +1,8 @@
 """Which feature is right on the transformers that runs `python -m tests.feature_table`: prints one JSON object.
 
 Each feature is patched by itself and all defaults together, on every model that this version can build, and compared
-with the plain model: logits, tokens of two turns with a cache, positions of new tokens under V2PE, Flash's second turn.
+with the plain model: logits, tokens of two turns with a cache, positions of new tokens under V2PE, Flash's second turn,
+the loss, samples end to end in a row against each alone.
 A cell is "right", "refused: why", "absent" (nothing of that kind in the model), "raises: what" or "WRONG: how".
 """
 
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["IVL_CPU_LINEAR"] = "own"  # the package's products, also where the BLAS is faster
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
@@ -20,10 +22,11 @@ import transformers  # noqa: E402
 import ivl_kernels  # noqa: E402
 from ivl_kernels.integrations._patch import features  # noqa: E402
 from ivl_kernels.nn import FlashVision  # noqa: E402
+from ivl_kernels.packing import Sample, collate  # noqa: E402
 from tests import against_plain as plain  # noqa: E402
 from tests.models import chat_inputs, chat_model, inputs, native_model, randomize  # noqa: E402
 
-FEATURES = ("projector", "packing", "rope", "v2pe", "flash", "moe")
+FEATURES = [name for name, feature in features().items() if not feature.option]
 MODELS = {
     "Qwen2": ("native", "qwen2"),
     "Qwen3": ("native", "qwen3"),
@@ -81,8 +84,44 @@ def patched(model, feature):
     return f"refused: {'; '.join(refused)}" if refused and feature else ""
 
 
+def compare_loss(kind, family):
+    stock, batch = build(kind, family, flash=False)
+    model, _ = build(kind, family, flash=False)
+    if kind != "native":
+        batch = chat_inputs(stock, ((2,), (1, 1)), flags=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[labels == plain.TOKEN] = -100
+    expected = stock(**batch, labels=labels).loss
+    why = patched(model, "loss")
+    if not why:
+        same("loss", model(**batch, labels=labels).loss, expected)
+    return why
+
+
+def compare_packed(kind, family):
+    stock, _ = build(kind, family, flash=False)
+    model, _ = build(kind, family, flash=False)
+    make = inputs if kind == "native" else lambda tiles, **seed: chat_inputs(model, tiles, **seed)
+    alone = [make(((2,),), seed=1), make(((1,),), seed=2)]
+    row = collate([Sample(b["input_ids"][0], b["input_ids"][0], b["pixel_values"]) for b in alone])
+    given = {name: row[name] for name in ("input_ids", "position_ids", "pixel_values")}
+    if kind != "native":
+        flag = {"image_flags": torch.ones(len(given["pixel_values"]), 1, dtype=torch.int64)}
+        alone = [b | {"image_flags": flag["image_flags"][: len(b["pixel_values"])]} for b in alone]
+        given |= flag
+    expected = torch.cat([stock(**b).logits for b in alone], 1)
+    if (stock(**given).logits - expected).abs().max() < 0.01:
+        raise Wrong("the check does not see neighbours")
+    why = patched(model, "packed")
+    if not why:
+        same("logits", model(**given).logits, expected)
+    return why
+
+
 def compare(kind, family, feature):
     """Raises `Wrong` where the patched model differs from the plain one; returns why it is not patched, or ""."""
+    if feature in ("loss", "packed"):
+        return (compare_loss if feature == "loss" else compare_packed)(kind, family)
     flash, v2pe = feature == "flash", feature == "v2pe"
     stock, batch = build(kind, family, flash)
     model, _ = build(kind, family, flash)

@@ -29,7 +29,7 @@ VERSIONS = {
     "torch": ("2.10", "2.11", "2.12", "2.13", "2.14"),
     "triton": ("3.6", "3.7", "3.8", "3.9"),
 }
-NOT_GPU = "not gpu and not aot and not triton and not cuda and not far_apart and not spill"
+NOT_GPU = "not gpu and not aot and not triton and not cuda and not far_apart and not spill and not liger"
 TESTS = {
     "transformers": ("tests/integrations", "tests/models"),
     "torch": ("tests/ops", "tests/nn", "-k", NOT_GPU),

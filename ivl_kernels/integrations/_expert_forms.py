@@ -62,14 +62,14 @@ def _numbers(*size: int, seed: int) -> torch.Tensor:
 
 
 def _probing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Once a class, on the CPU, without gradients and autocast."""
+    """Once a class and its forward, on the CPU, without gradients and autocast."""
 
     @functools.cache
-    def probe(*args: Any) -> Any:
+    def once(kinds: tuple[Any, ...], forwards: tuple[Any, ...]) -> Any:
         with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return function(*args)
+            return function(*kinds)
 
-    return probe
+    return lambda *kinds: once(kinds, tuple(kind.forward for kind in kinds))
 
 
 @_probing

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import _native, ops
 from .._checks import KERNEL_FLOATS
-from .._library import recorded
+from .._library import counted, recorded
 from ..models.families import families_in, text_stacks
 from ..models.plain import watched
 from ..models.upstream import StandIn, class_of, code_of, forward_name, replaced_before, signature, uses
@@ -39,8 +39,9 @@ _KNOWN = {"module", "query", "key", "value", "attention_mask", "dropout", "scali
 
 @functools.cache
 def _names(function: Any) -> dict[str, Any]:
-    """The names of the module that holds the forward of an attention layer."""
-    return inspect.unwrap(function).__globals__
+    """The names of the module that holds the forward of an attention layer; none where that does not use the table."""
+    inside = inspect.unwrap(function)
+    return inside.__globals__ if _TABLE in inside.__code__.co_names else {}
 
 
 def _stock(module: Any) -> tuple[str, Any]:
@@ -55,16 +56,18 @@ def _stock(module: Any) -> tuple[str, Any]:
     return "", None
 
 
-def _meaning(mask: Any, queries: int, keys: int, causal: bool, window: int) -> tuple[bool, int] | None:
+def _meaning(mask: Any, queries: int, keys: int, causal: bool, window: int, eager: bool) -> tuple[bool, int] | None:
     """(causal, window) of what a call means by its mask [B, 1, queries, keys]; None where that is not known."""
     if mask is None:  # as transformers reads it: causal from the first key on
         return causal and queries > 1, 0
     if type(mask) is not torch.Tensor or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys):
         return None
     seen = mask
-    if mask.dtype != torch.bool:
+    if mask.dtype != torch.bool or eager:  # which adds a mask of whatever kind to its scores
+        if not mask.is_floating_point() or mask.requires_grad:
+            return None
         seen = mask == 0
-        if bool((~seen & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+        if not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
             return None
     if bool(seen.all()):
         return False, 0
@@ -89,7 +92,7 @@ def _attend(stock: Callable[..., Any], backend: str, eager: bool, has_sinks: boo
             return theirs()
         causal = getattr(module, "is_causal", True) if causal is None else causal
         queries, keys = query.shape[2], key.shape[2]
-        found = _meaning(attention_mask, queries, keys, causal and not eager, options.get("sliding_window") or 0)
+        found = _meaning(attention_mask, queries, keys, causal and not eager, options.get("sliding_window") or 0, eager)
         if found is None or found[0] and queries > keys:
             return theirs()
         causal, window = found
@@ -110,7 +113,7 @@ def _attend(stock: Callable[..., Any], backend: str, eager: bool, has_sinks: boo
 
 
 def _reads(q: Any, k: Any, v: Any) -> bool:
-    if recorded() or torch.is_autocast_enabled("cpu"):
+    if recorded() or counted() or torch.is_autocast_enabled("cpu"):
         return False
     if any(
         type(x) is not torch.Tensor or x.device.type != "cpu" or x.dim() != 4 or x.dtype != q.dtype for x in (q, k, v)

@@ -39,7 +39,9 @@ class _Room:
     def takes(self, rows: torch.Tensor, more: int) -> bool:
         """Whether `more` rows fit behind these, which the cache holds now."""
         usable = torch.is_inference_mode_enabled() or not self.memory.is_inference()
-        return rows is self.view and usable and rows.shape[2] + more <= self.memory.shape[2]
+        # The same tensor may have been given other memory, as its `data`.
+        here = rows is self.view and rows.data_ptr() == self.memory.data_ptr() and rows.stride() == self.memory.stride()
+        return here and usable and rows.shape[2] + more <= self.memory.shape[2]
 
     def append(self, rows: torch.Tensor) -> torch.Tensor:
         start = self.view.shape[2]
@@ -93,10 +95,17 @@ def _grown(value: Any) -> Any:
     return StandIn(value, update=functools.partial(_append, value)) if type(value) is DynamicCache else value
 
 
+def _given(value: Any) -> Any:
+    """The cache behind what `_grown` made of it; any other value as it is."""
+    return value._ivl_module if type(value) is StandIn and is_cache(value) else value
+
+
 def _forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return inner(self, *args, **kwargs)
-    return inner(self, *map(_grown, args), **{name: _grown(value) for name, value in kwargs.items()})
+    out = inner(self, *map(_grown, args), **{name: _grown(value) for name, value in kwargs.items()})
+    # Bodies of old return the cache that they were given.
+    return tuple(map(_given, out)) if type(out) is tuple else out
 
 
 class Cache(Adapter):

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import _native
 from .._checks import FLOATS
-from ..models.plain import gathered_in_call, gathered_later, not_plain, watched
+from ..models.plain import class_changed, gathered_in_call, gathered_later, not_plain, watched
 from ..models.upstream import class_of, forward_name, named_instances, replaced_before
 from ..nn.quantised_experts import QuantisedExperts
 from ..ops.moe_experts import moe_experts, moe_experts_list
@@ -84,6 +84,8 @@ def _weights(experts: Any, form: Form) -> tuple[dict[str, torch.Tensor], str]:
         act = experts.act_fn
         if "forward" in act.__dict__ or watched(act):
             return {}, not_plain(act, type(act), f"the activation {type(act).__name__}")
+        if not torch.compiler.is_compiling() and not computes_silu(type(act)):
+            return {}, f"the activation is {type(act).__name__}, not SiLU"
     return tensors, ""  # type: ignore[return-value]
 
 
@@ -139,9 +141,12 @@ def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _stacked_forward(form: Form, replaced: Any, backend: str) -> Callable[..., Any]:
+    kind: Any = form.kind
+    stock = kind.forward
+
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         given = _given(form.names, args, kwargs)
-        known = class_of(self) is form.kind and not _choice_problem(self, replaced)
+        known = class_of(self) is kind and kind.forward is stock and not _choice_problem(self, replaced)
         if given is None or not known:
             return inner(self, *args, **kwargs)
         tensors, why = _weights(self, form)
@@ -199,7 +204,7 @@ def _matrices(block: Any) -> tuple[list[list[nn.Parameter]], str]:
             elif type(weight) is not nn.Parameter or weight.dtype != first.dtype or weight.device != first.device:
                 return lists, not_plain(layer, nn.Linear, path) or _tensor_problem(path, weight, first)
             matrices.append(weight)
-    why = watched(block.experts) or _tensor_problem("experts.0.gate_proj.weight", first)
+    why = watched(block.experts) or class_changed(nn.Linear) or _tensor_problem("experts.0.gate_proj.weight", first)
     return lists, f"experts: {why}" if why else ""
 
 
@@ -217,11 +222,14 @@ def _list_call_problem(block: Any, lists: list[list[nn.Parameter]]) -> str:
     return "" if all(len(shape) == 1 for shape in shapes) else "the experts have several sizes"
 
 
-def _block_forward(kind: type, expert_kind: type, act_kind: type, backend: str) -> Callable[..., Any]:
+def _block_forward(kinds: tuple[Any, ...], backend: str) -> Callable[..., Any]:
+    """kinds: classes of the block, an expert and its activation."""
+    stock = [kind.forward for kind in kinds]
+
     def forward(inner: Any, self: Any, hidden_states: torch.Tensor) -> Any:
         one = self.experts[0]
-        act = one.act_fn
-        if class_of(self) is not kind or type(one) is not expert_kind or type(act) is not act_kind:
+        now = class_of(self), type(one), type(one.act_fn)
+        if now != kinds or [kind.forward for kind in kinds] != stock:
             return inner(self, hidden_states)
         lists, why = _matrices(self)
         why = why or _list_call_problem(self, lists) or _call_problem(hidden_states, lists[0][0])
@@ -358,7 +366,7 @@ class Experts(Adapter):
             return
         if _is_list_block(module):
             one = module.experts[0]
-            forward = _block_forward(class_of(module), type(one), type(one.act_fn), options["backend"])
+            forward = _block_forward((class_of(module), type(one), type(one.act_fn)), options["backend"])
         else:
             _register()
             form = form_of(class_of(module))

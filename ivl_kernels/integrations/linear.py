@@ -16,13 +16,12 @@ from .. import _native
 from .._checks import KERNEL_FLOATS
 from .._library import counted, recorded
 from ..models.families import Family, families_in, text_stacks
+from ..models.plain import class_changed
 from ..models.upstream import forward_name, replaced_before
 from ..ops import linear
 from ..ops.linear import choice
 from ._edit import Editor
 from ._patch import Adapter, Feature, Site
-
-_STOCK = nn.Linear.forward
 
 
 def _forward(backend: str) -> Any:
@@ -45,7 +44,7 @@ def _serves(x: Any, weight: Any, bias: Any) -> bool:
     if recorded() or torch.is_autocast_enabled("cpu"):
         return False
     # A class or a call that somebody else has changed or counts.
-    if nn.Linear.forward is not _STOCK or counted():
+    if class_changed(nn.Linear) or counted():
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False

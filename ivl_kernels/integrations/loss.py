@@ -152,7 +152,7 @@ def _with_logprobs(plan: RowPlan, total: int, temperature: float, run: Callable[
     output = answered_by_head(total, answer, run)
     if isinstance(output, tuple):
         raise ValueError("return_dict: got False, expected True with return_logprobs")
-    found, output = output.logits, _changed(output, logits=None)
+    found, output = LogProb(*output.logits), _changed(output, logits=None)  # backward hooks make it a plain tuple
     output["log_probs"] = found
     return output
 
@@ -203,13 +203,20 @@ def _head_forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def let_head_answer(head: Any, edit: Editor) -> None:
     """Let this head answer `answered_by_head`."""
+    head = _unit(head)
     edit.method(head, forward_name(head), _head_forward)
+
+
+def _unit(head: Any) -> Any:
+    """What a unit of FSDP1 holds: called through the unit, it finds its weight gathered."""
+    return getattr(head, "_fsdp_wrapped_module", head)
 
 
 def head_problem(head: Any) -> str:
     """Why this head's logits are not weight times hidden state (plus bias), or ""."""
     if head is None:
         return "there is no head"
+    head = _unit(head)
     kind = class_of(head)
     if kind is not nn.Linear:
         return f"the head is a {kind.__module__}.{kind.__name__}, not a plain Linear"
@@ -244,7 +251,7 @@ class Loss(Adapter):
     def serving(self, site: Site) -> str:
         family: Any = family_of(site.module)
         problem = head_problem(family.head)
-        return f"cannot run: {problem}" if problem else serving("linear_ce", family.head)
+        return f"cannot run: {problem}" if problem else serving("linear_ce", _unit(family.head))
 
 
 ADAPTER = Loss()

@@ -1,4 +1,4 @@
-"""RMSNorms of the vision and language models in one pass over their rows: Qwen's, Llama's, InternViT-6B's.
+"""RMSNorms of the vision and language models in one pass over their rows: Qwen's, Llama's, InternViT-6B's, GPT-OSS's.
 
 Which classes those are is judged by what they compute; a layer whose parameters may not be read is called as it is.
 torch's own LayerNorm is one pass already. The q/k norms of language models are the rotary embedding's (`rope`).
@@ -26,8 +26,9 @@ from .linear import roots
 _FEW = 16
 
 
-def _forward(kind: Any, eps: str, backend: str) -> Callable[..., Any]:
-    stock = kind.forward
+def _forward(kind: Any, backend: str) -> Callable[..., Any]:
+    stock, rounding = kind.forward, _rounding(kind)
+    eps = rms_norm(kind, rounding)[0]
 
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         x: Any = args[0] if args else None
@@ -36,7 +37,7 @@ def _forward(kind: Any, eps: str, backend: str) -> Callable[..., Any]:
         weight = self.weight
         if weight.dtype != x.dtype or weight.device != x.device or weight.shape != x.shape[-1:]:
             return inner(self, *args, **kwargs)
-        return fused(x, weight, getattr(self, eps), backend=backend)
+        return fused(x, weight, getattr(self, eps), rounding=rounding, backend=backend)
 
     return forward
 
@@ -50,9 +51,14 @@ def _serves(x: Any) -> bool:
     return x.shape[-1] > 0 and enough and x.dtype in KERNEL_FLOATS
 
 
+def _rounding(kind: Any) -> str:
+    """Where a class of RMSNorm rounds, "" for what is none."""
+    return next((where for where in ("before_weight", "after_weight") if not rms_norm(kind, where)[1]), "")
+
+
 def _is_norm(module: Any) -> bool:
     lone = list(module._parameters) == ["weight"] and not module._modules
-    return lone and "Norm" in class_of(module).__name__ and not rms_norm(class_of(module))[1]
+    return lone and "Norm" in class_of(module).__name__ and _rounding(class_of(module)) != ""
 
 
 def _norms(root: Any, liger: bool = False) -> list[Any]:
@@ -76,7 +82,7 @@ class Norms(Adapter):
         for norm in _norms(site.module):
             kind: Any = class_of(norm)
             if kind not in made:
-                made[kind] = _forward(kind, rms_norm(kind)[0], options["backend"])
+                made[kind] = _forward(kind, options["backend"])
             edit.method(norm, forward_name(norm), made[kind])
 
     def serving(self, site: Site) -> str:

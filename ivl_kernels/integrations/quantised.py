@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..models.upstream import class_of, forward_name, named_instances, replaced_before
-from ..nn.quantised_experts import QuantisedExperts, stored
+from ..nn.quantised_experts import QuantisedExperts
 from ..ops.moe_experts import formats
 from ._edit import attachment
 from ._expert_forms import WEIGHTS, Form, form_of
@@ -77,7 +77,7 @@ def _empty(experts: Any, form: Form, quantisation: str, backend: str, device: An
         count, width, gate_up.shape[2 if transposed else 1] // 2, quantisation=quantisation,
         activation=form.activation, interleaved=transposed, bias=bias,
         alpha=experts.alpha if form.gpt_oss else 1.702, limit=experts.limit if form.gpt_oss else 7.0,
-        backend=backend, device=device or gate_up.device, dtype=gate_up.dtype,
+        backend=backend, device=device or gate_up.device, dtype=gate_up.dtype, prefix="" if form.gpt_oss else "stored_",
     )  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def _check_files(folder: Path, skeleton: nn.Module) -> None:
         if not isinstance(module, QuantisedExperts):
             continue
         for matrix in WEIGHTS:
-            for part in stored(matrix, (0, 0, 0), module.quantisation):
+            for part in module.parts(matrix):
                 expected = getattr(module, part)
                 name = by_tail.get(_tail(f"{path}.{part}"), "")
                 if not name:

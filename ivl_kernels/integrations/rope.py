@@ -133,10 +133,11 @@ def _fusable(q: Any, k: Any, norm: type[nn.Module], eps: str) -> bool:
     return plain and getattr(q, eps) == getattr(k, eps)
 
 
-def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]:
+def _attention(kind: Any, norm: Any, backend: str) -> Callable[..., Any]:
     stock = kind.forward
     rotary = _rotation(kind)[0]
     eps = rms_norm(norm)[0] if norm else ""
+    stock_norm = norm.forward if norm else None
     body = renamed(stock, **{_ROTARY: _rotate(rotary, eps, backend)})
 
     def forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +145,7 @@ def _attention(kind: Any, norm: type | None, backend: str) -> Callable[..., Any]
         if not ours or torch.jit.is_tracing():
             return inner(self, *args, **kwargs)
         me = self
-        if eps and norm and _fusable(self.q_norm, self.k_norm, norm, eps):
+        if eps and norm and norm.forward is stock_norm and _fusable(self.q_norm, self.k_norm, norm, eps):
             norms = {
                 name: functools.partial(DeferredNorm, module)
                 for name, module in (("q_norm", self.q_norm), ("k_norm", self.k_norm))

@@ -21,6 +21,16 @@ _GLOBAL_HOOKS = (
 )
 
 
+# What these layers compute unless somebody changes their class.
+_STOCK = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.Sequential)}
+
+
+def class_changed(kind: Any) -> str:
+    """Who replaced the forward of one of torch's own layers for the whole process; "" for nobody."""
+    same = kind not in _STOCK or kind.forward is _STOCK[kind]
+    return "" if same else f"{kind.__name__}.forward was replaced by {describe(kind.forward)}"
+
+
 def watched(module: nn.Module) -> str:
     """Who would see what goes into or comes out of this module: its hooks, those of all modules; "" for nobody."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -71,7 +81,7 @@ def not_plain(module: nn.Module, kind: type[nn.Module], name: str, *, later: boo
         return f"{name} is under a torch.func transform"
     if type(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    why = intercepted(module, name)
+    why = intercepted(module, name) or class_changed(kind)
     if why:
         return why
     for parameter_name, parameter in module._parameters.items():
@@ -100,7 +110,7 @@ class LinearStack(NamedTuple):
 
 def is_exact_gelu(layer: nn.Module) -> bool:
     """Judged by what it computes: transformers has several classes for it."""
-    if type(layer) is nn.GELU:
+    if type(layer) is nn.GELU and not class_changed(nn.GELU):
         return layer.approximate == "none"
     if torch.compiler.is_compiling():  # computes nothing while it traces
         return type(layer).__name__ == "GELUActivation" and layer.__dict__.get("act") is nn.functional.gelu
@@ -109,7 +119,7 @@ def is_exact_gelu(layer: nn.Module) -> bool:
 
 def is_silu(layer: nn.Module) -> bool:
     """Judged by what it computes."""
-    return type(layer) is nn.SiLU or _computes(layer, nn.functional.silu)
+    return _computes(layer, nn.functional.silu)
 
 
 def _computes(layer: nn.Module, function: Any) -> bool:
@@ -159,9 +169,9 @@ def _order(container: nn.Module) -> tuple[str, ...]:
     """Names of the layers that the container's forward calls one after the other, or () when it does anything else."""
     names = tuple(container._modules)
     kind = class_of(container)
-    if kind is nn.Sequential:
+    if kind is nn.Sequential and not class_changed(kind):
         return names
-    key = (kind, *names)
+    key = (kind.forward, *names)  # a class may get another one
     if key not in _ORDERS:
         start = _Step("")
         try:
@@ -181,7 +191,7 @@ def _gated_order(container: nn.Module) -> tuple[str, ...]:
     """Names of (gate, activation, up, down) where the forward is down(activation(gate(x)) * up(x)), or ()."""
     names = tuple(container._modules)
     kind = class_of(container)
-    key = (kind, *names)
+    key = (kind.forward, *names)
     if key not in _GATED:
         start = _Step("")
         found: tuple[str, ...] = ()
@@ -301,12 +311,18 @@ def linear_stack(container: nn.Module, *, live_dropout: bool = False, later: boo
     return LinearStack(norm, tuple(linears))
 
 
-@functools.cache
-def rms_norm(kind: type[nn.Module]) -> tuple[str, str]:
+def rms_norm(kind: type[nn.Module], rounding: str = "before_weight") -> tuple[str, str]:
     """(name of the attribute that holds eps, "") of a class of RMSNorm, or ("", why it is none as we know it).
 
-    Judged by what it computes: normalised in float32, rounded to the input's dtype, times the weight in that dtype.
+    Judged by what it computes: normalised in float32, rounded to the input's dtype, times the weight in that dtype; or
+    with rounding="after_weight" (GPT-OSS) times the weight in float32, and rounded then.
     """
+    known: Any = kind
+    return _rms_norm(known, known.forward, rounding)
+
+
+@functools.cache
+def _rms_norm(kind: Any, forward: Any, rounding: str) -> tuple[str, str]:
     eps = 0.375
     try:
         with torch.device("cpu"), torch.no_grad():
@@ -319,7 +335,8 @@ def rms_norm(kind: type[nn.Module]) -> tuple[str, str]:
                 given = x.to(dtype)
                 wide = given.float()
                 normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-                if not torch.equal(norm.to(dtype)(given), weight.to(dtype) * normal.to(dtype)):
+                scaled = weight.to(dtype) * (normal.to(dtype) if rounding == "before_weight" else normal)
+                if not torch.equal(norm.to(dtype)(given), scaled.to(dtype)):
                     return "", f"{kind.__name__} computes something else"
     except Exception as error:
         return "", f"{kind.__name__} is not an RMSNorm as we know it ({error})"

@@ -34,6 +34,8 @@ class QuantisedExperts(nn.Module):
         backend: as of `moe_experts`.
         device: of the parameters.
         dtype: of the biases.
+        prefix: before the names of the stored tensors. transformers before 5.16 takes apart whatever begins with
+            "gate_up_proj" or "down_proj" when it saves a Qwen3-MoE.
 
     Raises:
         ValueError: a width that is no multiple of 32; an option that is not known.
@@ -54,6 +56,7 @@ class QuantisedExperts(nn.Module):
         backend: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        prefix: str = "",
     ) -> None:
         super().__init__()
         if quantisation not in formats.FORMATS:
@@ -65,20 +68,24 @@ class QuantisedExperts(nn.Module):
             raise ValueError("interleaved: got True, but blocks of fp8 would hold gates and ups with one scale")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.quantisation, self.activation, self.interleaved = quantisation, activation, interleaved
-        self.alpha, self.limit, self.backend = alpha, limit, backend
+        self.alpha, self.limit, self.backend, self.prefix = alpha, limit, backend, prefix
         for name, shape in (
             ("gate_up_proj", (num_experts, 2 * intermediate_size, hidden_size)),
             ("down_proj", (num_experts, hidden_size, intermediate_size)),
         ):
-            for parameter, (stored_shape, kind) in stored(name, shape, quantisation).items():
+            for parameter, (stored_shape, kind) in stored(prefix + name, shape, quantisation).items():
                 value = torch.empty(stored_shape, dtype=kind, device=device)
                 self.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
             value = torch.zeros(shape[:2], dtype=dtype, device=device) if bias else None
             self.register_parameter(f"{name}_bias", None if value is None else nn.Parameter(value))
 
+    def parts(self, name: str) -> list[str]:
+        """Names of the parameters that hold values and scales of "gate_up_proj" or "down_proj"."""
+        return list(stored(self.prefix + name, (0, 0, 0), self.quantisation))
+
     def tensors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and scales of "gate_up_proj" or "down_proj"."""
-        values, scales = (self._parameters[part] for part in stored(name, (0, 0, 0), self.quantisation))
+        values, scales = (self._parameters[part] for part in self.parts(name))
         assert values is not None and scales is not None
         return values, scales
 
@@ -131,5 +138,4 @@ def stored(name: str, shape: tuple[int, int, int], quantisation: str) -> dict[st
         size = (*blocks, formats.MXFP4_BLOCK // 2)
         return {f"{name}_blocks": (size, formats.MXFP4_DTYPE), f"{name}_scales": (blocks, torch.uint8)}
     blocks = experts, -(-rows // formats.FP8_BLOCK), -(-columns // formats.FP8_BLOCK)
-    # Under the name of the matrix itself transformers would take the values apart when it saves them.
     return {f"{name}_values": (shape, formats.FP8_DTYPE), f"{name}_scale_inv": (blocks, torch.float32)}

@@ -76,7 +76,7 @@ def cut(sample: Sample, limits: Limits, token_id: int, tokens_a_tile: int) -> It
     if sample.tokens <= limits.tokens and sample.tiles <= limits.tiles:
         yield sample
         return
-    edge = torch.zeros(1, dtype=torch.bool)
+    edge = visual.new_zeros(1)
     wide = visual | torch.cat([visual[1:], edge]) | torch.cat([edge, visual[:-1]])
     inside = wide[1:] & wide[:-1] & (visual[1:] | visual[:-1])  # no cut between these two tokens
     cuts = [0, *(torch.nonzero(~inside).squeeze(1) + 1).tolist(), sample.tokens]
@@ -163,14 +163,14 @@ def collate(
             raise ValueError(f"pad_to: got {pad_to}, expected at least the {sum(lengths)} tokens of the samples")
         if left:
             lengths.append(left)
-            parts.append(torch.full((left,), pad_id))
-            labels.append(torch.full((left,), -100))
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            parts.append(parts[0].new_full((left,), pad_id))
+            labels.append(labels[0].new_full((left,), -100))
+    starts = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
     targets = torch.cat(labels)[None]
     plan = row_plan(targets, starts, reduction=reduction, counting=counting, boundary=boundary, vocab_size=vocab_size)
     row: dict[str, Any] = {
         "input_ids": torch.cat(parts)[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "position_ids": torch.cat([torch.arange(length, device="cpu") for length in lengths])[None],
         "labels": targets,
         "use_cache": False,
         "row_plan": plan._asdict(),
@@ -180,5 +180,5 @@ def collate(
     if pixels:
         row["pixel_values"] = torch.cat(pixels)
         if image_flags:
-            row["image_flags"] = torch.ones(len(row["pixel_values"]), 1, dtype=torch.int64)
+            row["image_flags"] = torch.ones(len(row["pixel_values"]), 1, dtype=torch.int64, device="cpu")
     return row

@@ -29,7 +29,7 @@ def isolation_problem(model: nn.Module, row: Mapping[str, Any], *, sample: int =
         raise ValueError(f"sample: got {sample}, expected one of {len(starts) - 1}, two at least")
     given = {name: value for name, value in row.items() if name not in ("labels", "row_plan")}
     begin, end = starts[sample : sample + 2]
-    other = torch.ones(starts[-1], dtype=torch.bool)
+    other = torch.ones(starts[-1], dtype=torch.bool, device="cpu")
     other[begin:end] = False
     ids = row["input_ids"].clone()
     ids[0, begin] = (int(ids[0, begin]) + 1) % 100 if token is None else token

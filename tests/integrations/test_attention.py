@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ivl_kernels
 from ivl_kernels import ops
@@ -85,6 +86,9 @@ def test_what_else_was_chosen_is_upstreams(calls, another):
     model.set_attn_implementation("sdpa")
     patch(model)
     with torch.autocast("cpu", torch.bfloat16):
+        vision(pixel_values=pixels)
+    assert not calls
+    with FlopCounterMode(display=False):  # who counts operations counts torch's
         vision(pixel_values=pixels)
     assert not calls
     vision(pixel_values=pixels)
@@ -320,6 +324,52 @@ def test_masks_that_mean_something_else(name, meanings):
     whole = dict(attention_mask=torch.ones(2, 9, dtype=torch.int64))
     model(input_ids=ids, **whole)
     assert len(meanings) == len(model.layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["bool", "whole", "nan"])
+def test_masks_by_hand(kind, implementation, meanings):
+    """Eager attention adds a mask of any kind to its scores; a number that is none is nobody's to leave out."""
+    model = text_model("qwen3")
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(1, 280, (1, 9))
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    if kind == "whole":
+        mask = mask.long()
+    elif kind == "nan":
+        mask = torch.zeros(1, 1, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
+        mask[..., 3, 5] = torch.nan
+
+    def run():
+        try:
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        except RuntimeError as error:
+            return str(error)
+
+    expected = run()
+    patch(model)
+    got = run()
+    served = kind == "bool" and implementation == "sdpa"
+    assert bool(meanings) == served
+    if served:
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    elif isinstance(expected, str):
+        assert got == expected
+    else:
+        assert torch.equal(got.nan_to_num(-1e9), expected.nan_to_num(-1e9))
+
+
+def test_a_mask_that_is_learned():
+    model = text_model("qwen3")
+    ids, grads = torch.randint(1, 280, (1, 9)), []
+    for patched in (False, True):
+        if patched:
+            patch(model)
+        mask = torch.zeros(1, 1, 9, 9, requires_grad=True)
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        grads += torch.autograd.grad(out.square().mean(), mask)
+    assert torch.equal(*grads)
 
 
 @torch.no_grad()

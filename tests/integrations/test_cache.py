@@ -95,6 +95,7 @@ def test_memory_is_made_once(inference, made):
         lambda cache: cache.reset(),
         lambda cache: [setattr(layer, "keys", layer.keys * 2) for layer in cache.layers],
         lambda cache: [layer.values.mul_(2) for layer in cache.layers],
+        lambda cache: [setattr(layer.keys, "data", layer.keys * 2) for layer in cache.layers],
     ],
 )
 def test_a_cache_that_was_changed(change):

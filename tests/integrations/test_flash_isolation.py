@@ -190,5 +190,8 @@ def test_names_that_flash_attention_takes(monkeypatch):
 def test_sinks_under_flash_attention_are_not_known(flash_attention):
     text = text_config("gpt_oss", layer_types=["full_attention", "full_attention"])
     model = native_model(text=text)
-    family_of(model).text.config._attn_implementation = "flash_attention_2"
+    try:
+        family_of(model).text.config._attn_implementation = "flash_attention_2"
+    except ValueError as error:
+        pytest.skip(f"this transformers refuses it itself: {error}")
     assert "has sinks" in leak(family_of(model).text)

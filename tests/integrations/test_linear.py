@@ -8,6 +8,7 @@ from torch import nn
 
 import ivl_kernels
 from ivl_kernels import ops
+from ivl_kernels._library import counted
 from ivl_kernels.integrations import linear as adapter
 from ivl_kernels.integrations._patch import features
 from ivl_kernels.ops.linear import choice
@@ -189,6 +190,11 @@ def test_who_changes_or_counts_layers_is_respected(monkeypatch):
     plain = flops()
     patch(model)
     assert flops() == plain
+    torch.set_default_device("cpu")  # which is a mode as well
+    try:
+        assert not counted()
+    finally:
+        torch.set_default_device(None)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.ones(*x.shape[:-1], self.out_features))
     assert bool((model.lm_head(torch.randn(2, 48)) == 1).all())
 

@@ -1,5 +1,6 @@
 """forward(labels=...) without logits: upstream's loss and gradients, in the trainers people use."""
 
+import contextlib
 import copy
 
 import pytest
@@ -294,6 +295,7 @@ def test_plain_trainer(tmp_path, kind):
 
 
 def _worker(rank, port, kind, out):
+    kind, _, order = kind.partition(" ")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     samples = packed_samples()
@@ -301,9 +303,16 @@ def _worker(rank, port, kind, out):
     total = row["row_plan"]["denominator"].clone()
     dist.all_reduce(total)
     model = native_model("qwen3")
-    patch(model, "square", packed=True)
+    if order != "after":
+        patch(model, "square", packed=True)
     if kind == "ddp":
         run = torch.nn.parallel.DistributedDataParallel(model)
+    elif kind == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
+        run = FullyShardedDataParallel(model, **options)
     else:
         from torch.distributed.fsdp import fully_shard
 
@@ -311,18 +320,23 @@ def _worker(rank, port, kind, out):
             fully_shard(layer)
         fully_shard(model.lm_head)
         run = fully_shard(model)
+    if order == "after":
+        patch(run, "square", packed=True)
     loss = run(**row, loss_denominator=total / 2).loss
     loss.backward()
     found = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            found[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    whole = run.summon_full_params(run, with_grads=True) if kind == "fsdp1" else contextlib.nullcontext()
+    with whole:
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                found[name.replace("_fsdp_wrapped_module.", "")] = grad
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1 after", "fsdp2", "fsdp2 after"])
 def test_two_ranks(kind, tmp_path):
     import socket
 
@@ -335,6 +349,42 @@ def test_two_ranks(kind, tmp_path):
     patch(model, "square", packed=True)
     model(**collate(packed_samples(), reduction="square")).loss.backward()
     check_grads(found, grads_of(model), 1e-4)
+
+
+@pytest.mark.parametrize("asked_for", ["loss", "log_probs"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_head_gathered_for_its_own_calls(order, asked_for):
+    """As ZeRO-3 does: the weight is there from the head's forward to its end, and again in the head's backward."""
+    model, batch = build("qwen3")
+    more = {"return_logprobs": True} if asked_for == "log_probs" else {}
+
+    def of(out):
+        return out.loss if asked_for == "loss" else out.log_probs.logp.square().sum()
+
+    handle = patch(model)
+    of(model(**batch, **more)).backward()
+    expected = grads_of(model)
+    handle.undo()
+    head, whole, calls = model.lm_head, model.lm_head.weight.data, []
+    if order == "before":
+        patch(model)
+
+    def gather(*_):
+        calls.append("gather")
+        head.weight.data = whole
+
+    def release(*_):
+        head.weight.data = torch.empty(0)
+
+    release()
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    head.register_full_backward_pre_hook(gather)
+    if order == "after":
+        patch(model)
+    of(model(**batch, **more)).backward()
+    assert calls == ["gather", "gather"]
+    check_grads(grads_of(model), expected)
 
 
 @pytest.mark.parametrize("kind", ["chat", "native"])

@@ -775,7 +775,7 @@ def test_routing_weights_of_a_list_are_rounded_as_upstream(monkeypatch):
     op = experts.moe_experts_list
     monkeypatch.setattr(experts, "moe_experts_list", lambda *a, **k: seen.append(a[2]) or op(*a, **k))
     x = torch.randn(2, 3, 8).bfloat16()
-    out, logits = experts._block_forward(Block, Expert, nn.SiLU, "")(None, block, x)
+    out, logits = experts._block_forward((Block, Expert, nn.SiLU), "")(None, block, x)
     assert out.shape == x.shape and torch.equal(logits, block.gate(x.flatten(0, 1)))
     weights = logits.softmax(1, dtype=torch.float32).topk(2).values
     assert torch.equal(seen[0], (weights / weights.sum(1, keepdim=True)).bfloat16())

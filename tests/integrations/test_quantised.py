@@ -197,8 +197,10 @@ def test_conversion_in_place(make, to, dtype, tmp_path):
     again = load_quantised(tmp_path)
     ours = model.state_dict()
     assert again.dtype == dtype and again.state_dict().keys() == ours.keys()
+    kept = again._keep_in_fp32_modules or ()  # transformers 5.0 minds it for bfloat16 as well
     for name, value in again.state_dict().items():
-        assert value.dtype == ours[name].dtype and torch.equal(value.float(), ours[name].float()), name
+        wide = value.dtype == torch.float32 and any(part in name for part in kept)
+        assert (value.dtype == ours[name].dtype or wide) and torch.equal(value.float(), ours[name].float()), name
 
 
 def test_conversion_leaves_what_it_cannot_take():

@@ -27,7 +27,12 @@ def chat(kind, tiles=((2, 1), ()), **options):
 
 # Model and inputs; features beside the default; what must have run; whether upstream gives the same tokens.
 MODELS = {
-    "native": (lambda: (native_model(), inputs([[1]])), {}, {"place_rows", "rope_kernel", "linear_kernel"}, True),
+    "native": (
+        lambda: (native_model(), inputs([[1]])),
+        {},
+        {"place_rows", "rope_kernel", "norm_kernel", "active_kernel", "linear_kernel"},
+        True,
+    ),
     "native without norm": (lambda: (native_model("qwen2"), inputs([[1]])), {}, {"place_rows", "rope_kernel"}, True),
     "native, Qwen3-MoE": (lambda: (native_model("qwen3_moe"), inputs([[1]])), {}, {"moe_gate_up_kernel"}, True),
     "native, GPT-OSS": (lambda: (native_model("gpt_oss"), inputs([[1]])), {}, {"moe_gate_up_kernel"}, True),
@@ -66,5 +71,5 @@ def test_tokens(name):
     assert all(report.shared_races == 0 for report in log)
     assert kernels <= {report.kernel for report in log}
     for feature, detail in served.items():
-        upstreams = feature in ("v2pe", "attention", "cache", "mlp", "linear")
+        upstreams = feature in ("v2pe", "attention", "cache", "linear")
         assert upstreams or detail.startswith(("triton", "cuda", "flash")), (feature, detail)

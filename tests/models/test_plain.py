@@ -119,6 +119,8 @@ def test_an_rms_norm_is_judged_by_what_it_computes():
 
     assert rms_norm(Qwen3RMSNorm) == ("variance_epsilon", "")
     assert "computes something else" in rms_norm(GptOssRMSNorm)[1]  # the same in float32
+    assert rms_norm(GptOssRMSNorm, "after_weight") == ("variance_epsilon", "")
+    assert "computes something else" in rms_norm(Qwen3RMSNorm, "after_weight")[1]
     assert rms_norm(nn.LayerNorm)[1]
 
 

@@ -363,6 +363,20 @@ def split_gradient(kind, rows, group_sizes, ranks):
             old = logp.detach() + 0.1 * plan.targets.sin()
             advantages = hidden.sum(1)[plan.rows].sin().new_tensor([1.0 + n for n in plan.offsets.diff().tolist()])
             ours.GSPOLoss(0.3, 0.3)(logp, old, plan.offsets, advantages, sequences=sequences).loss.backward()
+    elif kind == "mpo":
+        # Every pack is half a pair: its samples first, then the same ones the other way round as rejected responses.
+        loss = ours.MPOLoss().eval()  # the shift is what it was: it counts micro-batches
+        loss.shift.set_extra_state(torch.tensor([0.3, 5.0], dtype=torch.float64))
+        plans = [ops.row_plan(labels, starts) for _, labels, starts in batches]
+        pairs = shared([len(plan.offsets) - 1 for plan in plans])
+        tokens = shared([plan.offsets[-1] for plan in plans])
+        for (hidden, *_), plan in zip(batches, plans):
+            chosen = ops.linear_logprob(hidden, weight, plan.targets, plan.rows).logp
+            rejected = ops.linear_logprob(hidden.neg(), weight, plan.targets, plan.rows).logp
+            offsets = torch.cat([plan.offsets, plan.offsets[-1] + plan.offsets[1:]])
+            reference = -4.0 * offsets.diff()
+            logp = torch.cat([chosen, rejected])
+            loss(logp, offsets, reference, pairs=pairs, tokens=tokens).loss.backward()
     else:
         plans = [ops.row_plan(labels, starts) for _, labels, starts in batches]
         samples = shared([(plan.offsets.diff() > 0).sum() for plan in plans])
@@ -372,7 +386,7 @@ def split_gradient(kind, rows, group_sizes, ranks):
     return weight.grad
 
 
-KINDS = ("token", "sample", "square", "gspo", "consistency")
+KINDS = ("token", "sample", "square", "mpo", "gspo", "consistency")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -389,6 +403,13 @@ def _rank(rank, port, out):
         grad = split_gradient(kind, slice(2 * rank, 2 * rank + 2), [1, 1, 1, 1], 2)
         dist.all_reduce(grad)
         found[kind] = grad / 2
+    # A rank with nothing supervised takes part in the sum, and its gradient is 0.
+    hidden, weight, labels, starts = pack([5, 4], supervised=0.6 if rank else 0.0)
+    loss = ours.NextTokenLoss("square")
+    plan = loss.plan(labels, starts)
+    loss(hidden, weight, plan, shared([plan.denominator])).backward()
+    dist.all_reduce(weight.grad)
+    found["one rank"] = weight.grad / 2, bool(hidden.grad.any())
     shift = ours.RewardShift()
     found["shift"] = [float(shift.update(randn(2, seed=i + 10 * rank), randn(2, seed=i + 5))) for i in range(3)]
     window = ours.RatioWindow(10, min_count=1)
@@ -409,6 +430,13 @@ def test_two_ranks(tmp_path):
     for kind in KINDS:
         for rank in range(2):
             torch.testing.assert_close(found[rank][kind], split_gradient(kind, slice(None), [4], 1))
+    hidden, weight, labels, starts = pack([5, 4])
+    loss = ours.NextTokenLoss("square")
+    loss(hidden, weight, loss.plan(labels, starts)).backward()
+    for rank in range(2):
+        grad, moved = found[rank]["one rank"]
+        torch.testing.assert_close(grad, weight.grad)
+        assert moved == bool(rank)
     numbers = [
         [torch.cat([randn(2, seed=i + 10 * r), randn(2, seed=i + 5)]).mean() for r in range(2)] for i in range(3)
     ]

@@ -172,6 +172,16 @@ def test_large_scores(backend, causal):
         assert_accurate(got, plain(*wide(*inputs), causal=causal), plain(*inputs, causal=causal))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries, keys", [(1, 5), (40, 40), (1, 700)])
+def test_scores_far_below_zero(isa, queries, keys, dtype):
+    """Whatever the scores are, as long as they are numbers: the weights are of their differences."""
+    q = torch.full((1, queries, 2, 16), 1e16).to(dtype)
+    k = (-1e16 * (1 + torch.arange(keys) / 100))[None, :, None, None].expand(1, keys, 2, 16).to(dtype)
+    v = torch.randn(1, keys, 2, 16).to(dtype)
+    assert torch.equal(attention(q, k, v), v[:, :1].expand_as(q))
+
+
 @BACKENDS
 @pytest.mark.parametrize("name", SHAPES)
 def test_batch_rows_are_sequences(backend, name):

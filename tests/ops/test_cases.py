@@ -94,3 +94,20 @@ def test_a_preferred_backend_comes_first_where_it_can_serve():
         with _dispatch.preferring("native"):  # it cannot serve a GPU's tensors
             assert served() == "cuda"
     assert served() == "native"
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+def test_defaults_of_torch_change_nothing(case, dtype, device):
+    """Whatever dtype and device tensors are made in by default: what an op makes is of its inputs' kind."""
+    values = inputs(case)
+    expected = forward_backward(case, values, "")
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        got = forward_backward(case, values, "")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert len(got) == len(expected) and all(map(torch.equal, got, expected))

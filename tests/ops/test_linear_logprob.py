@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_kernels.ops import linear_candidates, linear_ce, linear_logprob
+from ivl_kernels.ops import linear_candidates, linear_ce, linear_kl, linear_logprob
 from ivl_kernels.testing import assert_accurate, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -271,12 +271,26 @@ def test_tied_embeddings_and_only_what_is_needed():
     assert torch.equal(alone, again)
 
 
-def test_twice_through_the_graph():
+@pytest.mark.parametrize("op", ["ce", "kl"])
+@pytest.mark.parametrize("upstream", [1, 2])
+def test_twice_through_the_graph(upstream, op):
+    """Whoever changes the gradients that he got, as clipping does, does not change the next ones."""
     v = operands(9, 16, 40)
     leaf = v["weight"].requires_grad_()
-    loss = linear_ce(v["hidden"], leaf, v["targets"]) * 2
+    if op == "ce":
+        loss = linear_ce(v["hidden"], leaf, v["targets"]) * upstream
+    else:
+        teacher = v["hidden"] + 1, v["weight"].detach()
+        loss = linear_kl(v["hidden"], leaf, *teacher, row_weight=torch.ones(9)) * upstream
     first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
-    assert torch.equal(first, torch.autograd.grad(loss, leaf)[0])
+    for _ in range(2):
+        leaf.grad = None
+        loss.backward(retain_graph=True)
+        assert torch.equal(first, leaf.grad)
+        leaf.grad.mul_(3)
+    leaf.grad = None
+    loss.backward()
+    assert torch.equal(first, leaf.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

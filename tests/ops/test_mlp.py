@@ -61,7 +61,7 @@ def check(values, backend=""):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("shape", [(1, 64, 128, 32), (13, 70, 33, 20), (65, 128, 200, 65), (150, 96, 1100, 72)])
-def test_every_instruction_set(isa, shape, kind, dtype):  # noqa: F811
+def test_every_instruction_set(isa, shape, kind, dtype):
     check(operands(kind, *shape, dtype), "native")
 
 

@@ -6,12 +6,17 @@ SwiGLU writes the activation that Liger keeps from the forward.
 
 import pytest
 import torch
+import triton
 
 from ivl_kernels.ops import layer_norm, rms_norm
 from ivl_kernels.ops.mlp import op
 from tests.simulator.gpu import simulated_gpu
 
 pytest.importorskip("liger_kernel")
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8):
+    pytest.skip(
+        "the limits are those of Triton 3.8 and 3.9: older ones compile both sides otherwise", allow_module_level=True
+    )
 
 # Rows and width: InternViT-300M, Qwen3-0.6B's hidden, Qwen3-8B's, InternViT-6B's; SwiGLU: Qwen3-0.6B's to GPT-OSS's.
 NORMS = [(12, 1024), (8, 2048), (6, 4096), (5, 3200)]

@@ -141,5 +141,34 @@ def test_in_a_data_loader(workers):
     assert sorted(item[0] for row in rows for item in row) == [item[0] for item in items]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_of_one_stream(workers):
+    """Each rank packs its own share; together the rows hold every sample once."""
+    items = [(i, *size) for i, size in enumerate(sizes_of(301)) if size[0] <= 32768]
+    seen = []
+    for rank in range(3):
+        packed = PackedStream(Mixture([items[:90], items[90:]], seed=4, rank=rank, world=3), rows=4, size=size_of)
+        rows = list(DataLoader(packed, batch_size=None, num_workers=workers, collate_fn=list))
+        assert rows and all(sum(item[1] for item in row) <= 32768 for row in rows)
+        seen += [item for row in rows for item in row]
+    assert sorted(seen) == items
+
+
+def test_a_rank_resumes_its_share():
+    items = [(i, *size) for i, size in enumerate(sizes_of(200)) if size[0] <= 32768]
+
+    def stream_of(rank):
+        return PackedStream(Mixture([items[:50], items[50:]], seed=2, rank=rank, world=2), rows=3, size=size_of)
+
+    seen = []
+    for rank in range(2):
+        whole, first, rest = list(stream_of(rank)), stream_of(rank), stream_of(rank)
+        begun = list(itertools.islice(first, len(whole) // 2))
+        rest.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert begun + list(rest) == whole
+        seen += itertools.chain(*whole)
+    assert sorted(seen) == items
+
+
 def size_of(item):
     return item[1:]

@@ -11,7 +11,7 @@ constexpr int64_t kTaskRows = 32 * 12;   // rows that one task keeps in the seco
 constexpr int64_t kQueries = 48;         // rows of a block of the backward
 constexpr int64_t kFewRows = 16;         // up to this, keys and values are read in place, and split over threads
 constexpr int64_t kSplit = 512;          // keys of such a part
-constexpr float kNothing = -1e30f;       // a maximum before any key
+constexpr float kNothing = -3.4028235e38f;  // a maximum before any key: the least number
 constexpr double kLog2e = 1.4426950408889634;
 
 static_assert(kMaxHeadDim <= kKeys);

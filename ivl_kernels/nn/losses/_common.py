@@ -20,7 +20,7 @@ def shared(parts: Iterable[Number], group: Any = None) -> float:
     Losses over it, summed over the micro-batches, are what a trainer that averages gradients over ranks (DDP, FSDP)
     needs for the gradient of one large batch. Every rank calls it once a step. Without a process group: the sum.
     """
-    total = torch.tensor([float(part) for part in parts], dtype=torch.float64).sum()
+    total = torch.tensor([float(part) for part in parts], dtype=torch.float64, device="cpu").sum()
     if dist.is_available() and dist.is_initialized():
         on_gpu = dist.get_backend(group) == "nccl"
         total = total.cuda() if on_gpu else total

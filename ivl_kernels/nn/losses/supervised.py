@@ -37,7 +37,7 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: got {label_smoothing}, expected 0 <= label_smoothing < 1")
-        ops.row_plan(torch.zeros(1, dtype=torch.int64), reduction=reduction)  # raises for an unknown one
+        ops.row_plan(torch.zeros(1, dtype=torch.int64, device="cpu"), reduction=reduction)  # raises for an unknown one
         self.reduction, self.label_smoothing, self.z_loss = reduction, label_smoothing, z_loss
         self.softcap, self.backend = softcap, backend
 

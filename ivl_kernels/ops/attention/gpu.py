@@ -75,7 +75,7 @@ def _flash_backward(grad: Tensor, a: Attention, out: Tensor, lse: Tensor, offset
         return grads
     state = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # of the random numbers that no dropout draws
     return torch.ops.aten._flash_attention_backward(
-        *inputs, *offsets, 0.0, a.causal, state, torch.empty(0, device=grad.device), scale=a.scale, **_sides(a)
+        *inputs, *offsets, 0.0, a.causal, state, grad.new_empty(0), scale=a.scale, **_sides(a)
     )
 
 

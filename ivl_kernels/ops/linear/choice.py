@@ -35,7 +35,7 @@ def _faster(dtype: torch.dtype, rows: int, threads: int) -> bool:
     if _native.problem():
         return False
     with torch.no_grad(), torch.inference_mode(False):
-        x, weight = torch.ones(rows, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
+        x, weight = (torch.ones(n, _WIDTH, dtype=dtype, device="cpu") for n in (rows, _WIDTH))
         best = [float("inf")] * 2
         for _ in range(4):  # the first warms up
             products = (lambda: native.linear(Linear(x, weight, None)), lambda: torch.nn.functional.linear(x, weight))

@@ -31,6 +31,11 @@ def _kernel(name: str) -> Any:
     return _native.op(name)
 
 
+def _floats(*shape: int) -> Tensor:
+    """float32 to be written, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _gathered(hidden: Tensor, rows: Tensor | None) -> Tensor:
     x = hidden if rows is None else hidden.index_select(0, rows)
     return x if x.stride(1) == 1 else x.contiguous()
@@ -48,13 +53,13 @@ def _scattered(grad: Tensor, hidden: Tensor, rows: Tensor | None) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float, kept: Tensor
 ) -> tuple[Tensor, ...]:
-    found = tuple(torch.empty(targets.shape[0]) for _ in range(4))
+    found = tuple(_floats(targets.shape[0]) for _ in range(4))
     _kernel("linear_logprob")(x, weight, bias, targets, temperature, softcap, *found, kept)
     return found
 
 
 def linear_logprob(a: Logprob) -> LogprobResult:
-    kept = torch.empty((a.targets.shape[0], a.weight.shape[0]) if a.keep else (0, 0))
+    kept = _floats(*((a.targets.shape[0], a.weight.shape[0]) if a.keep else (0, 0)))
     x = _gathered(a.hidden, a.rows)
     found = _forward(x, *_head(a.weight, a.bias), a.targets.contiguous(), a.temperature, a.softcap, kept)
     return LogprobResult._make((*found, kept))
@@ -62,7 +67,7 @@ def linear_logprob(a: Logprob) -> LogprobResult:
 
 def linear_logprob_backward(a: LogprobBackward) -> Gradients:
     targets, rows, logp, lse, entropy, kept = a.targets, a.rows, a.logp, a.lse, a.entropy, a.kept
-    grads = torch.zeros(4, targets.shape[0])
+    grads = _floats(4, targets.shape[0]).zero_()
     for to, given in zip(grads, (a.grad_logp, a.grad_lse, a.grad_entropy, a.grad_mean)):
         if given is not None:
             to.copy_(given)
@@ -76,7 +81,7 @@ def linear_logprob_backward(a: LogprobBackward) -> Gradients:
     x = _gathered(a.hidden, rows)
     dx = x.new_empty(x.shape if a.need_hidden else 0)
     dweight = a.weight.new_empty(a.weight.shape if a.need_weight else 0)
-    dbias = torch.empty(a.weight.shape[0] if a.need_bias else 0)
+    dbias = _floats(a.weight.shape[0] if a.need_bias else 0)
     if targets.shape[0] == 0:
         dweight.zero_()
         dbias.zero_()
@@ -93,23 +98,23 @@ def linear_ce(a: CrossEntropy) -> Loss:
     """Some rows at a time: their logits, which become gradients, which are added to the weight's."""
     count, targets = a.targets.shape[0], a.targets.contiguous()
     head = _head(a.weight, a.bias)
-    coefficient = torch.ones(count) if a.row_weight is None else a.row_weight.float()
+    coefficient = _floats(count).fill_(1) if a.row_weight is None else a.row_weight.float()
     x = _gathered(a.hidden, a.rows)
     dx = x.new_empty(x.shape if a.need_hidden else 0)
     dweight = a.weight.new_empty(a.weight.shape if a.need_weight else 0)
-    dbias = torch.empty(a.weight.shape[0] if a.need_bias else 0)
+    dbias = _floats(a.weight.shape[0] if a.need_bias else 0)
     if count == 0:
         dweight.zero_()
         dbias.zero_()
-    logp = torch.empty(count)
+    logp = _floats(count)
     most = max(32, CHUNK // (4 * a.weight.shape[0]))
     chunks = -(-count // most)
-    kept = torch.empty(-(-count // max(1, chunks)), a.weight.shape[0])
+    kept = _floats(-(-count // max(1, chunks)), a.weight.shape[0])
     for chunk in range(chunks):
         part = slice(count * chunk // chunks, count * (chunk + 1) // chunks)
         logits = kept[: part.stop - part.start]
         logp[part], lse, entropy, _ = _forward(x[part], *head, targets[part], 1.0, a.softcap, logits)
-        grads = torch.zeros(4, part.stop - part.start)
+        grads = _floats(4, part.stop - part.start).zero_()
         grads[0] = -coefficient[part]
         _kernel("linear_logprob_backward")(
             grads, x[part], *head, targets[part], logp[part], lse, entropy, logits, 1.0, a.softcap,
@@ -126,7 +131,7 @@ def linear_kl(a: Divergence) -> Diverged:
     x, teacher_x = _gathered(a.hidden, a.rows), _gathered(a.teacher_hidden, a.teacher_rows)
     (weight, _), (teacher_weight, _) = _head(a.weight, None), _head(a.teacher_weight, None)
     count = x.shape[0]
-    kl, lse, teacher_lse = (torch.empty(count) for _ in range(3))
+    kl, lse, teacher_lse = (_floats(count) for _ in range(3))
     dx = x.new_empty(x.shape if a.need_hidden else 0)
     dweight = weight.new_empty(weight.shape if a.need_weight else 0)
     if not a.need_hidden and not a.need_weight:
@@ -134,11 +139,11 @@ def linear_kl(a: Divergence) -> Diverged:
         return Diverged(kl, lse, teacher_lse, dx, dweight)
     if count == 0:
         dweight.zero_()
-    grad = torch.ones(count) if a.row_weight is None else a.row_weight.float().contiguous()
-    targets = torch.zeros(count, dtype=torch.int64)
+    grad = _floats(count).fill_(1) if a.row_weight is None else a.row_weight.float().contiguous()
+    targets = torch.zeros(count, dtype=torch.int64, device="cpu")
     most = max(32, 2 * CHUNK // (8 * weight.shape[0]))
     chunks = -(-count // most)
-    kept = torch.empty(2, -(-count // max(1, chunks)), weight.shape[0])
+    kept = _floats(2, -(-count // max(1, chunks)), weight.shape[0])
     for chunk in range(chunks):
         part = slice(count * chunk // chunks, count * (chunk + 1) // chunks)
         logits, teacher_logits = kept[:, : part.stop - part.start]
@@ -166,7 +171,7 @@ def linear_kl_backward(a: DivergenceBackward) -> DivergenceGradients:
     dweight = weight.new_empty(weight.shape if a.need_weight else 0)
     if len(live) == 0:
         dweight.zero_()
-    none = torch.empty(0)
+    none = _floats(0)
     _kernel("linear_kl_backward")(
         grad.float().contiguous(), x, weight, teacher_x, teacher_weight, lse, teacher_lse, none, none, a.temperature,
         none, dx, dweight, False,

@@ -260,8 +260,12 @@ class _LinearCE(torch.autograd.Function):
 
 
 def _scaled(values: tuple[Tensor, ...], by: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients made in the forward, times the upstream scalar: 1 in most training steps, and then not copied."""
-    if not torch.compiler.is_compiling() and by.device.type == "cpu" and float(by) == 1:
+    """Gradients made in the forward, times the upstream scalar: 1 in most training steps, and then not copied.
+
+    But where the graph is kept: what is handed out becomes a parameter's gradient, which others add to and clip.
+    """
+    copied = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if not copied and by.device.type == "cpu" and float(by) == 1:
         return tuple(value if need else None for value, need in zip(values, needs))
     return tuple(value * by.to(value.dtype) if need else None for value, need in zip(values, needs))
 

@@ -46,8 +46,7 @@ def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[S + 1]: where the sub-sequences of the flattened labels begin, and their end."""
     total = labels.numel()
     if cu_seqlens is None:
-        length = labels.shape[-1]
-        return torch.arange(0, total + 1, length) if length else torch.zeros(1, dtype=torch.int64)
+        return torch.arange(0, total + 1, labels.shape[-1] or 1, device="cpu")
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device.type != "cpu":
         raise TypeError(f"cu_seqlens: got {describe(cu_seqlens)}, expected int32 or int64 on cpu")
@@ -126,7 +125,7 @@ def row_plan(
     else:
         is_target[borders[:-1][lengths > 0]] = False
     positions = is_target.nonzero().squeeze(1)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
     sample = segment[positions]
     if counting == "internvl":
         count = torch.bincount(segment[supervised], minlength=len(lengths))
@@ -135,6 +134,6 @@ def row_plan(
     power = {"token": 0.0, "sample": 1.0, "square": 0.5}[reduction]
     # Of a false target across a boundary the sub-sequence itself may have no row: it counts as one.
     weight = (1 / count.clamp(min=1).double() ** power).float()[sample]
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(torch.bincount(sample, minlength=len(lengths)), 0, out=offsets[1:])
     return RowPlan(positions - 1, flat[positions], sample, offsets, weight, weight.sum())

@@ -256,7 +256,7 @@ def linear_logprob(a: Logprob) -> LogprobResult:
     runs = cdiv(vocabulary, options["BN"] * RUN)
     partials = x.new_empty(runs, 4, count, dtype=torch.float32)
     # Where no run has the target, as for one outside the vocabulary, NaN stays.
-    own = torch.full((count,), float("nan"), device=x.device)
+    own = x.new_full((count,), float("nan"), dtype=torch.float32)
     found = tuple(x.new_empty(count, dtype=torch.float32) for _ in range(4))
     kept = x.new_empty((count, vocabulary) if a.keep else (0, 0), dtype=torch.float32)
     if count:

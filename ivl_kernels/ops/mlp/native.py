@@ -12,7 +12,7 @@ from .op import Mlp, MlpBackward, MlpGradients, MlpResult, empty_gradients, empt
 def mlp(a: Mlp) -> MlpResult:
     result = empty_result(a)
     if a.up.shape[0] == 0:  # a product of no depth
-        result.out.copy_(torch.zeros(1) if a.down_bias is None else a.down_bias)
+        result.out.zero_() if a.down_bias is None else result.out.copy_(a.down_bias)
         return result
     weights = (None if t is None else t.contiguous() for t in (a.gate, a.up, a.up_bias, a.down, a.down_bias))
     x = a.x if a.x.stride(1) == 1 else a.x.contiguous()
@@ -42,7 +42,7 @@ def mlp_backward(b: MlpBackward) -> MlpGradients:
     change = _product(grad, b.down)
     active = torch.empty_like(change)
     if b.gate is None:
-        sums = torch.zeros(change.shape[1] if b.need_up_bias else 0)
+        sums = change.new_zeros(change.shape[1] if b.need_up_bias else 0, dtype=torch.float32)
         _native.op("gelu_backward")(b.pre, active, change, sums)
         gates, ups = change, change
         found = found._replace(up_bias=sums.to(b.x.dtype))

@@ -138,7 +138,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
     found = [x.new_empty(0) for _ in needs]
     if rows == 0:
         return [t.new_zeros(t.shape if need else 0) for t, need in zip(inputs_of(a), needs)]
-    nothing, sums_nothing = x.new_empty(0), torch.empty(0, dtype=sums_dtype)
+    nothing, sums_nothing = x.new_empty(0), x.new_empty(0, dtype=sums_dtype)
     dz = b.grad.reshape(rows, -1).contiguous()
     if needs[-1]:
         found[-1] = dz.sum(0)
@@ -150,7 +150,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
         before = any(needs[:3]) or any(needs[3 : 3 + i]) or any(needs[3 + layers : 3 + layers + i])
         da = _product(dz, weights[i]) if before else nothing
         activated = torch.empty_like(z, memory_format=torch.contiguous_format) if need_weight else nothing
-        sums = torch.zeros(z.shape[1], dtype=sums_dtype) if need_bias else sums_nothing
+        sums = x.new_zeros(z.shape[1], dtype=sums_dtype) if need_bias else sums_nothing
         _native.op("gelu_backward")(z, activated, da, sums)
         if need_weight:
             found[3 + i] = _product(dz.t(), activated)
@@ -171,7 +171,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
         found[3] = weight_grad
     if any(needs[:3]):
         dx = x.new_empty(a.selected, *x.shape[1:]) if needs[0] else nothing
-        sums = torch.zeros(2, features, dtype=sums_dtype) if needs[1] or needs[2] else sums_nothing
+        sums = x.new_zeros(2, features, dtype=sums_dtype) if needs[1] or needs[2] else sums_nothing
         for first in range(0, rows, size):
             da = _product(dz[first : first + size], weights[0])
             _native.op("shuffle_norm_backward")(x, a.norm_weight, *a.geometry, a.tiles, first, da, dx, sums)

@@ -73,7 +73,7 @@ def _check_options(dtype: torch.dtype, tile: int, mean: Sequence[float], std: Se
 
 @functools.cache
 def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    return torch.tensor([mean, std], dtype=torch.float64)
+    return torch.tensor([mean, std], dtype=torch.float64, device="cpu")
 
 
 def _run(

@@ -26,13 +26,14 @@ def weights(size: int, wanted: int) -> tuple[Tensor, Tensor]:
     stretch = max(scale, 1.0)
     support = 2 * stretch
     most = 2 * math.ceil(support) + 1
-    which, values = torch.zeros(wanted, most, dtype=torch.int64), torch.zeros(wanted, most, dtype=torch.float64)
+    which = torch.zeros(wanted, most, dtype=torch.int64, device="cpu")
+    values = torch.zeros(wanted, most, dtype=torch.float64, device="cpu")
     for i in range(wanted):
         center = (i + 0.5) * scale
         first, last = max(0, int(center - support + 0.5)), min(size, int(center + support + 0.5))
         row = [_bicubic((k - center + 0.5) / stretch) for k in range(first, last)]
-        which[i, : len(row)] = torch.arange(first, last)
-        exact = torch.tensor(row, dtype=torch.float64) / sum(row)
+        which[i, : len(row)] = torch.arange(first, last, device="cpu")
+        exact = values.new_tensor(row) / sum(row)
         values[i, : len(row)] = (exact.abs() * 2**22 + 0.5).floor().copysign(exact) * 2.0**-22
     return which, values
 

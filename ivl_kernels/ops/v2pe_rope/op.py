@@ -86,7 +86,7 @@ def empty_gradients(b: NormBackward) -> Gradients:
 
 
 def empty_located(a: Positions) -> Located:
-    info = torch.empty(5, dtype=torch.float64)
+    info = torch.empty(5, dtype=torch.float64, device="cpu")
     return Located(a.input_ids.new_empty(a.input_ids.shape, dtype=torch.float32), info)
 
 
@@ -279,7 +279,7 @@ def _deltas(
     if images is not None:
         device = generator.device if generator else None
         drawn = torch.randint(len(DELTAS), (images,), generator=generator, device=device)
-        return torch.tensor([float(d) for d in DELTAS], dtype=torch.float64)[drawn.cpu()], False
+        return torch.tensor([float(d) for d in DELTAS], dtype=torch.float64, device="cpu")[drawn.cpu()], False
     if isinstance(delta, Tensor):
         per_row = delta.dim() == 2 and delta.shape[1] == 1
         if delta.dim() > 1 and not per_row:
@@ -289,8 +289,8 @@ def _deltas(
             raise ValueError(f"delta: got values from {values.min()} to {values.max()}, expected numbers in (0, 1]")
         return values, per_row
     if isinstance(delta, Sequence) and not isinstance(delta, str):
-        return torch.tensor([parse_delta(d) for d in delta], dtype=torch.float64), False
-    return torch.tensor([parse_delta(delta)], dtype=torch.float64), False
+        return torch.tensor([parse_delta(d) for d in delta], dtype=torch.float64, device="cpu"), False
+    return torch.tensor([parse_delta(delta)], dtype=torch.float64, device="cpu"), False
 
 
 def _one_for_all(delta: float | str | Tensor | Sequence[float | str], deltas: Tensor) -> bool:

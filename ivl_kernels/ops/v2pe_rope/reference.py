@@ -77,7 +77,7 @@ def v2pe_rope_norm_backward(b: NormBackward) -> Gradients:
 
 def position_limit(deltas: Tensor) -> Tensor:
     """Positions up to it are exact in float32 for a step that is a multiple of 2^-12, and else off by step / 32."""
-    limit = torch.ldexp(deltas, torch.tensor(20))
+    limit = torch.ldexp(deltas, torch.tensor(20, device=deltas.device))
     for j in range(12, -1, -1):
         steps = deltas * 2**j
         limit = torch.where(steps == steps.floor(), 2.0 ** (24 - j), limit)
@@ -139,7 +139,7 @@ def v2pe_position_ids(a: Positions) -> Located:
     positions = torch.where(visual, last + k * step, last.double())
     positions = torch.where(valid.reshape(-1), positions, 1.0).to(torch.float32).view(rows, columns)
 
-    info = torch.tensor([images, visuals, tiles_used, -1.0, 0.0], dtype=torch.float64)
+    info = torch.tensor([images, visuals, tiles_used, -1.0, 0.0], dtype=torch.float64, device="cpu")
     if images:
         ends_at = last[starts] + span
         bad = (ends_at > position_limit(per_image)).nonzero()

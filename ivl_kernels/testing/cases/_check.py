@@ -36,7 +36,8 @@ def forward_backward(case: Case, inputs: Inputs, backend: str) -> list[torch.Ten
     outputs = [out] if isinstance(out, torch.Tensor) else list(out)
     grads: tuple[torch.Tensor, ...] = ()
     if leaves:
-        weights = [torch.linspace(-1, 1, o.numel(), device=o.device).to(o.dtype).view_as(o) for o in outputs]
+        even = functools.partial(torch.linspace, -1, 1, dtype=torch.float32)
+        weights = [even(o.numel(), device=o.device).to(o.dtype).view_as(o) for o in outputs]
         grads = torch.autograd.grad(outputs, leaves, weights)
         for leaf in leaves:
             leaf.requires_grad_(False)

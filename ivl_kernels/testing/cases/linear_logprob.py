@@ -59,7 +59,9 @@ def cases(large: bool) -> Iterator[Case]:
         return ops.linear_logprob(**v, save=save, backend=backend).logp
 
     def divergence(v: Inputs, backend: str, weighted: bool) -> torch.Tensor:
-        weight = torch.linspace(0, 1, len(v["rows"]), device=v["rows"].device) if weighted else None
+        weight = None
+        if weighted:
+            weight = torch.linspace(0, 1, len(v["rows"]), dtype=torch.float32, device=v["rows"].device)
         return ops.linear_kl(**v, row_weight=weight, temperature=0.9, backend=backend)
 
     yield Case(
