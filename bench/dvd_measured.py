@@ -145,39 +145,45 @@ def gaps() -> None:
         print(f"| {name} | {statistics.median(values):.1f} ms | {slow:.1f} ms | {slow / apart:.2f} |")
 
 
+def best(function: Callable[[], Any], rounds: int = 3) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def prefill(tokens: int) -> Callable[[], Any]:
+    embeds = torch.randn(1, tokens, 512)
+    return lambda: model()(inputs_embeds=embeds, logits_to_keep=1)
+
+
 def hop() -> None:
-    sent = VisualFeatures(torch.randn(1792, 1024).bfloat16(), (256,) * 7, (7,), torch.rand(7), "f" * 64)
+    """The message of 7 tiles, 3.67 MB, beside the two stages that it is between, of the model above."""
+    vision, tiles = vision_side(), torch.randn(7, 3, 448, 448)
+    (sent,) = vision.encode([[tiles]])
     blob = sent.to_bytes()
+    assert torch.equal(VisualFeatures.from_bytes(blob).rows, sent.rows)
     times: dict[str, list[float]] = {"to bytes": [], "from bytes": []}
     for _ in range(50):
         for name, function in (("to bytes", sent.to_bytes), ("from bytes", lambda: VisualFeatures.from_bytes(blob))):
             start = time.process_time()
             function()
             times[name].append(1e3 * (time.process_time() - start))
+    with torch.no_grad():
+        one, two = 1e3 * best(lambda: vision.encode([[tiles]])), 1e3 * best(prefill(len(sent.rows) + len(PROMPT)))
+    both = sum(map(statistics.median, times.values()))
     text = ", ".join(f"{name} {statistics.median(values):.2f} ms" for name, values in times.items())
-    print(f"hop of {sent.rows.nbytes / 1e6:.2f} MB, CPU time: {text}")
+    print(f"hop of {sent.rows.nbytes / 1e6:.2f} MB, CPU time: {text}; encoded in {one:.0f} ms, prefilled in ", end="")
+    print(f"{two:.0f} ms: {both / min(one, two):.2%} of the shorter stage")
 
 
 def stages(path: Path) -> None:
     """v, a, b and d1 of the model above; Flash has the same costs, with fewer tokens."""
     vision, language = vision_side(), language_side()
-    language_model = model()
-
-    def best(function: Callable[[], Any], rounds: int = 3) -> float:
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
     tiles = torch.randn(4, 3, 448, 448)
     v = best(lambda: vision.encode([[tiles]])) / 4
-
-    def prefill(tokens: int) -> Callable[[], Any]:
-        embeds = torch.randn(1, tokens, 512)
-        return lambda: language_model(inputs_embeds=embeds, logits_to_keep=1)
-
     short, long = best(prefill(64)), best(prefill(64 + 1024))
     ids = torch.tensor([PROMPT])
     one, more = (best(lambda n=n: language.generate(ids, max_new_tokens=n, do_sample=False)) for n in (1, 33))  # type: ignore[misc]

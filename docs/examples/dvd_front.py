@@ -1,14 +1,16 @@
 """A front for Flash on vLLM: pixels and text in, a streamed answer out; the encoder and the engine in one process.
 
     pip install fastapi uvicorn prometheus-client vllm
-    python docs/examples/dvd_front.py CHECKPOINT
+    python docs/examples/dvd_front.py CHECKPOINT  # --trust-remote-code where it brings its own code
 
-    curl -N 127.0.0.1:8080/v1/answer -H 'Content-Type: application/json' \\
-        -d '{"prompt": "What is this?", "images": ["'$(base64 -w0 photo.jpg)'"]}'
+    (printf '{"prompt": "What is this?", "images": ["'; base64 -w0 photo.jpg; printf '"]}') |
+        curl -N 127.0.0.1:8080/v1/answer --data-binary @-
 
 vLLM loads the language model alone and takes the router's rows as `image_embeds`, whose number it does not know before.
+This package's plugin must be on: vLLM's own classes refuse a checkpoint that has a router.
 Those are for trusted callers, so this is the only door: a client sends pictures, and a request with anything else in it
-is refused. One door, one machine, no authentication: it binds the loopback address.
+is refused, as are the marks of pictures and roles in its text. One door, one machine, no authentication: it binds the
+loopback address.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import time
@@ -36,6 +39,8 @@ from ivl_kernels.imaging import ImageError, to_rgb
 from ivl_kernels.imaging import tile_image as tiling_of
 
 TEMPLATE = "<|im_start|>user\n{images}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+MARKS = ("<IMG_CONTEXT>", "<image>", "<video>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
+PLACEHOLDERS = {"internvl": "<IMG_CONTEXT>", "internvl_chat": "<image>"}  # vLLM's, by model_type
 
 
 class Ask(BaseModel):
@@ -61,7 +66,11 @@ class Rules:
 
 
 class Engine(Protocol):
-    """Prompt and rows of each image to pieces of text; closing the iterator ends the generation."""
+    """Prompt and rows of each image to pieces of text; closing the iterator ends the generation.
+
+    Raises:
+        ValueError: what the engine cannot take.
+    """
 
     def stream(self, prompt: str, images: Sequence[torch.Tensor], tokens: int, name: str) -> AsyncIterator[str]: ...
 
@@ -80,21 +89,29 @@ class VLLM:
             **options,
         )
         self.engine = AsyncLLM.from_engine_args(args)
+        self._aborts: set[asyncio.Task[None]] = set()
 
     async def stream(self, prompt: str, images: Sequence[torch.Tensor], tokens: int, name: str) -> AsyncIterator[str]:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, output_kind=RequestOutputKind.DELTA)
         given: dict[str, Any] = {"prompt": prompt}
         if images:
             given["multi_modal_data"] = {"image": list(images)}
+        finished = False
         try:
             async for output in self.engine.generate(given, sampling, name):
+                finished = output.finished
                 yield output.outputs[0].text
-        except (asyncio.CancelledError, GeneratorExit):
-            await self.engine.abort(name)
-            raise
+        except VLLMClientError as error:  # such as a prompt that is too long
+            raise ValueError(str(error)) from error
+        finally:
+            if not finished:  # in a task of its own: this one may be cancelled at each await
+                task = asyncio.create_task(self.engine.abort(name))
+                self._aborts.add(task)
+                task.add_done_callback(self._aborts.discard)
 
 
 class Metrics:
@@ -141,6 +158,17 @@ class Front:
         self.credits = asyncio.Semaphore(rules.credits)
         self.encoder = ThreadPoolExecutor(1)  # one pass at a time, off the event loop
         self.waiting = 0
+
+    def parse(self, body: bytes) -> Ask:
+        """What a client may send, and nothing else."""
+        try:
+            ask = Ask.model_validate_json(body)
+        except ValidationError as error:
+            raise HTTPException(400, [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from None
+        found = [mark for mark in (self.placeholder, *MARKS) if mark in ask.prompt]
+        if found:
+            raise HTTPException(400, f"prompt: may not have {found[0]} in it")
+        return ask
 
     async def _timed(self, stage: str, function: Any, *args: Any) -> Any:
         with self.metrics.seconds.labels(stage).time():
@@ -208,6 +236,9 @@ class Front:
         except HTTPException:
             end = "refused"
             raise
+        except ValueError as error:  # the engine's, of what it cannot take
+            end = "refused"
+            raise HTTPException(400, str(error)[:300]) from None
         except Exception:
             end = "failed"
             raise
@@ -227,21 +258,42 @@ async def body_of(request: Request, most: int) -> bytes:
     return bytes(data)
 
 
+async def first_of(pieces: AsyncIterator[str], request: Request) -> str | None:
+    """The first piece, "" where there is none, or None where the client leaves before it: nobody waits for it then."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def first() -> str:
+        return await anext(pieces, "")
+
+    tasks = [asyncio.create_task(first()), asyncio.create_task(left())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+    return None if tasks[0].cancelled() else tasks[0].result()
+
+
 def app_of(front: Front) -> FastAPI:
     app = FastAPI()
 
     @app.post("/v1/answer")
-    async def answer(request: Request) -> StreamingResponse:
+    async def answer(request: Request) -> Response:
         try:
-            ask = Ask.model_validate_json(await body_of(request, front.rules.body))
-        except ValidationError as error:
+            ask = front.parse(await body_of(request, front.rules.body))
+        except HTTPException:
             front.metrics.requests.labels("refused").inc()
-            raise HTTPException(400, [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from None
+            raise
         pieces = front.answer(ask)
-        try:
-            first = await anext(pieces)  # what is refused is refused with a status
-        except StopAsyncIteration:
-            first = ""
+        first = await first_of(pieces, request)  # what is refused is refused with a status
+        if first is None:
+            return Response(status_code=499)  # nobody reads it
 
         async def lines() -> AsyncIterator[str]:
             try:
@@ -268,9 +320,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--placeholder", default="<image>", help="vLLM's; <IMG_CONTEXT> for a transformers-native model"
-    )
+    parser.add_argument("--vllm", type=json.loads, default={}, metavar="JSON", help="options of its AsyncEngineArgs")
     parser.add_argument("--trust-remote-code", action="store_true")
     o = parser.parse_args()
     import uvicorn
@@ -281,8 +331,12 @@ def main() -> None:
     trust = {"trust_remote_code": o.trust_remote_code}
     vision = VisionSide.from_pretrained(o.folder, device=o.device, cache=FeatureCache(), **trust)
     ivl_kernels.patch(vision.model)
-    front = Front(vision, VLLM(o.folder, **trust), Rules(), placeholder=o.placeholder)
-    uvicorn.run(app_of(front), host="127.0.0.1", port=o.port)
+    engine = VLLM(o.folder, **trust, **o.vllm)
+    front = Front(vision, engine, Rules(), placeholder=PLACEHOLDERS[vision.model.config.model_type])
+    try:
+        uvicorn.run(app_of(front), host="127.0.0.1", port=o.port)
+    finally:
+        engine.engine.shutdown()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class _Absent:
 class _Layer:
     key: tuple[str, str]  # (feature, adapter)
     function: Callable[..., Any]
+    answers: bool = False
 
 
 class _Seat:
@@ -212,23 +213,27 @@ class Editor:
         self._key = key
         self.edits: list[_Edit] = []
 
-    def method(self, owner: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def method(self, owner: nn.Module, name: str, function: Callable[..., Any], *, answers: bool = False) -> None:
         """Wrap the method `name` of this instance with `function(inner, self, *args, **kwargs)`.
 
         `inner(self, *args, **kwargs)` is the method as it was. `function` must not hold the model or its tensors: a
         deep copy of the model shares it.
+
+        answers: it stays outside of our other wrappers, whenever they come: it may give something else than the method
+        computes, which they compute in their own way.
         """
-        self._wrap(owner, name, function)
+        self._wrap(owner, name, function, answers)
         self._wrap(owner, _REPLICATE, _no_replica)
 
-    def _wrap(self, owner: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def _wrap(self, owner: nn.Module, name: str, function: Callable[..., Any], answers: bool = False) -> None:
         state = attachment(owner)
         seat = state.seats.get(name) if state else None
         if seat is None:
             seat = _Seat(owner, name)  # may raise: nothing has been changed then
             attach(owner).seats[name] = seat
-        layer = _Layer(self._key, function)
+        layer = _Layer(self._key, function, answers)
         seat.layers.append(layer)
+        seat.layers.sort(key=lambda each: each.answers)
         seat.rebuild(owner)
         if seat.previous is owner.__dict__.get(name, _Absent):
             owner.__dict__[name] = types.MethodType(seat.method, owner)

@@ -1,8 +1,13 @@
-"""vLLM's InternVL models with the pixel shuffle and the projector in one op. Imported by vLLM alone."""
+"""vLLM's InternVL models with the pixel shuffle and the projector in one op. Imported by vLLM alone.
+
+They load Flash checkpoints too, as language models of a router's rows: vLLM's own refuse tensors that they do not know.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,18 +15,21 @@ from torch import Tensor
 from vllm.model_executor.models import interns1, internvl
 
 from .. import ops
+from ..models.families import FLASH
 from ..models.plain import linear_stack
 from ..models.upstream import code_of
 from .vision import shuffle_refused
 
 _log = logging.getLogger("vllm.ivl_kernels")
 _said: set[str] = set()
+# As FlashVision reads them: released, and of a native model that was saved with them.
+_FLASH = re.compile(rf"(?:model\.)?(?:flash\.)?(?:{'|'.join(FLASH)})\.")
 
 
 def _say(text: str) -> None:
     if text not in _said:
         _said.add(text)
-        _log.warning("ivl_kernels: vLLM's own projector serves: %s", text)
+        _log.warning("ivl_kernels: %s", text)
 
 
 def _refused(model: Any, projector: Any, merge: int, order: str) -> str:
@@ -49,7 +57,7 @@ class _Projecting:
             self._ivl_checked = _refused(me, projector, merge, order)
         stack = linear_stack(projector)
         if self._ivl_checked or isinstance(stack, str):
-            _say(self._ivl_checked or str(stack))
+            _say(f"vLLM's own projector serves: {self._ivl_checked or stack}")
             return base.extract_feature(pixel_values)
         vit = getattr(me, self._tower)(pixel_values=pixel_values)
         return ops.pixel_shuffle_mlp(
@@ -64,12 +72,26 @@ class _Projecting:
             eps=stack.norm.eps,
         )
 
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        base: Any = super()
+        return base.load_weights(_without_flash(weights))
+
+
+def _without_flash(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        if _FLASH.match(name):
+            _say("the Flash tensors are left out: pictures that vLLM itself encodes keep all of their tokens")
+        else:
+            yield name, tensor
+
 
 def _layout_known(kind: Any, *names: str) -> bool:
     """Whether vLLM's method is the one that ours takes the place of: tower, pixel shuffle, projector."""
     missing = {"pixel_shuffle", *names} - set(code_of(kind.extract_feature).co_names)
     if missing:
-        _say(f"extract_feature of {kind.__name__} does not use {', '.join(sorted(missing))}")
+        _say(
+            f"vLLM's own projector serves: extract_feature of {kind.__name__} does not use {', '.join(sorted(missing))}"
+        )
     return not missing
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -56,11 +57,15 @@ def _stock(module: Any) -> tuple[str, Any]:
     return "", None
 
 
-def _meaning(mask: Any, queries: int, keys: int, causal: bool, window: int, eager: bool) -> tuple[bool, int] | None:
+def _meaning(
+    mask: Any, q_shape: torch.Size, keys: int, causal: bool, window: int, eager: bool
+) -> tuple[bool, int] | None:
     """(causal, window) of what a call means by its mask [B, 1, queries, keys]; None where that is not known."""
+    batch, _, queries, _ = q_shape
     if mask is None:  # as transformers reads it: causal from the first key on
         return causal and queries > 1, 0
-    if type(mask) is not torch.Tensor or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys):
+    shapes = ((1, 1, queries, keys), (batch, 1, queries, keys))
+    if type(mask) is not torch.Tensor or mask.shape not in shapes:
         return None
     seen = mask
     if mask.dtype != torch.bool or eager:  # which adds a mask of whatever kind to its scores
@@ -88,11 +93,15 @@ def _attend(stock: Callable[..., Any], backend: str, eager: bool, has_sinks: boo
         sinks, causal = options.get("s_aux"), options.get("is_causal")
         plain = not (rest or options.get("dropout") or options.get("output_attentions"))
         plain = plain and all(options.get(name) is None for name in unknown)
+        plain = plain and isinstance(options.get("scaling"), (float, int, types.NoneType))  # a tensor may be learned
         if not plain or (sinks is None) == has_sinks or not _reads(query, key, value):
+            return theirs()
+        if sinks is not None and (sinks.dtype not in (torch.float32, query.dtype) or sinks.device != query.device):
             return theirs()
         causal = getattr(module, "is_causal", True) if causal is None else causal
         queries, keys = query.shape[2], key.shape[2]
-        found = _meaning(attention_mask, queries, keys, causal and not eager, options.get("sliding_window") or 0, eager)
+        window = options.get("sliding_window") or 0
+        found = _meaning(attention_mask, query.shape, keys, causal and not eager, window, eager)
         if found is None or found[0] and queries > keys:
             return theirs()
         causal, window = found

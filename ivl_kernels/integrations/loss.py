@@ -204,7 +204,7 @@ def _head_forward(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 def let_head_answer(head: Any, edit: Editor) -> None:
     """Let this head answer `answered_by_head`."""
     head = _unit(head)
-    edit.method(head, forward_name(head), _head_forward)
+    edit.method(head, forward_name(head), _head_forward, answers=True)
 
 
 def _unit(head: Any) -> Any:

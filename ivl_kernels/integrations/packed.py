@@ -59,14 +59,22 @@ def _attend(
     past = key.shape[2] != length
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {"causal": True, "window": sliding_window, "sinks": s_aux, "scale": scaling}
+    if (
+        (past or attention_mask is not None)
+        and cu_seq_lens_q is not None
+        and cu_seq_lens_q.numel() not in (2, batch + 1)
+    ):
+        what = "padding" if attention_mask is not None else "a filled cache"
+        raise ValueError(f"cu_seq_lens_q: got packed samples beside {what}, expected one or the other")
+    positions = None
+    if not past and position_ids is not None and position_ids.shape[-1] == length:
+        positions = position_ids.view(-1, length).expand(batch, length)
     if attention_mask is not None:
-        return _unpadded(q, k, v, attention_mask, options), None
+        return _unpadded(q, k, v, attention_mask, positions, options), None
     if past:  # a cache goes before: each row of the batch is one sequence
-        if cu_seq_lens_q is not None and cu_seq_lens_q.numel() != 2:
-            raise ValueError("cu_seq_lens_q: got packed samples beside a filled cache, expected one or the other")
         return attention(q, k, v, **options), None
-    if cu_seq_lens_q is None and position_ids is not None and position_ids.shape[-1] == length:
-        cu_seq_lens_q, max_length_q = starts_of(position_ids.view(-1, length).expand(batch, length)), None
+    if cu_seq_lens_q is None and positions is not None:
+        cu_seq_lens_q, max_length_q = starts_of(positions), None
     if cu_seq_lens_q is None or batch > 1 and cu_seq_lens_q.numel() == batch + 1:
         return attention(q, k, v, **options), None
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -75,9 +83,17 @@ def _attend(
 
 
 def _unpadded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor | None,
+    options: dict[str, Any],
 ) -> torch.Tensor:
-    """A padded batch, of which only what the mask [B, keys] keeps is computed; zeros in the padding."""
+    """A padded batch, of which only what the mask [B, keys] keeps is computed; zeros in the padding.
+
+    Of samples that lie end to end in a row another one begins where positions [B, keys] do not go on.
+    """
     if mask.dim() != 2 or mask.shape[1] != k.shape[1]:
         raise ValueError(f"attention_mask: got {list(mask.shape)}, expected [{k.shape[0]}, {k.shape[1]}] or None")
     kept = mask != 0
@@ -85,7 +101,12 @@ def _unpadded(
     where = asked.flatten().nonzero().squeeze(1)
     keys = kept.flatten().nonzero().squeeze(1)
     zero = kept.new_zeros(1, dtype=torch.int32)
-    cu_q, cu_k = (torch.cat([zero, x.sum(1).cumsum(0).to(torch.int32)]) for x in (asked, kept))
+    if positions is None:
+        cu_q, cu_k = (torch.cat([zero, x.sum(1).cumsum(0).to(torch.int32)]) for x in (asked, kept))
+    else:
+        row, begins = kept.nonzero()[:, 0], torch.ones_like(keys, dtype=torch.bool)
+        begins[1:] = (positions[kept].diff() <= 0) | (row.diff() > 0)
+        cu_q = cu_k = torch.cat([begins.nonzero().squeeze(1), keys.new_tensor([keys.numel()])]).to(torch.int32)
     k, v = (x.flatten(0, 1)[keys] for x in (k, v))
     packed = attention(q.flatten(0, 1)[where], k, v, cu_q, cu_k, **options)
     return (

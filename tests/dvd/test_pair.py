@@ -199,4 +199,5 @@ def test_stages_of_a_device_overlap():
                 future.result(60)
             bound = first + (count - 1) * (first - encode)  # the answer's compute is part of its stage
             times.append((time.perf_counter() - start) / bound)
+    print(f"{count} requests took {min(times):.3f} of the bound")
     assert min(times) < 1.1, times

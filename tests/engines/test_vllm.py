@@ -1,274 +1,196 @@
-"""An unmodified vLLM on the CPU and our vision side: the same tokens as the patched model. Run by `make test-vllm`."""
+"""vLLM on the CPU and our vision side: the same tokens as the patched whole model. Run by `make test-vllm`."""
 
-import asyncio
-import base64
-import contextlib
-import importlib.util
-import io
 import json
+import logging
 import os
-import threading
-import urllib.error
-import urllib.request
-from pathlib import Path
+import subprocess
+import sys
 
-import numpy
 import pytest
-import torch
+from torch import nn
 
 pytest.importorskip("vllm")
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-)
-OPTIONS = dict(dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True, enable_prefix_caching=False)
-PROMPT = "w1 w2 {}w3 w4"
+from ivl_kernels import VisionSide, VisualFeatures, ops
+from ivl_kernels.integrations import vllm as plugin
+from tests.engines import checkpoints
+from tests.engines.checkpoints import FAMILIES, OPTIONS, ROOT, TOKENS, answer_of, ids_of, model_of, pictures, tiles_of
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model is in this process, to be looked at
 
 
-def load_example(name):
-    path = Path(__file__).resolve().parents[2] / "docs" / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny random transformers-native checkpoint with Flash, a tokenizer of words and a processor."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from ivl_kernels.nn import FlashVision
-    from ivl_kernels.testing import tiny
-
-    marks = ["<pad>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<video>", "<unk>"]
-    words = {word: i for i, word in enumerate([*(f"w{i}" for i in range(292)), *marks])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>",
-        additional_special_tokens=marks[2:7],
-        extra_special_tokens={"start_image_token": "<img>", "end_image_token": "</img>",
-                              "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
-    )  # fmt: skip
-    text = transformers.Qwen3Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-        intermediate_size=96, vocab_size=320, max_position_embeddings=2048, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=words["<|im_end|>"], pad_token_id=words["<pad>"],
-    )  # fmt: skip
-    vision = tiny.vision_config(hidden_size=64, intermediate_size=128)
-    config = transformers.InternVLConfig(
-        vision_config=vision, text_config=text, image_token_id=words["<IMG_CONTEXT>"], image_seq_length=16,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = tiny.randomize(transformers.InternVLForConditionalGeneration(config)).eval()
-    model.generation_config.eos_token_id = None
-    side = {"height": 64, "width": 64}
-    images = transformers.GotOcr2ImageProcessor(size=side, crop_to_patches=True, min_patches=1, max_patches=6)
-    processor = transformers.InternVLProcessor(
-        image_processor=images, tokenizer=fast, video_processor=transformers.InternVLVideoProcessor(size=side),
-        image_seq_length=16,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("vllm") / "tiny"
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    flash = tiny.randomize(FlashVision(64, 64, 0.5, 0.0, heads=2), 1)
-    torch.save(flash.state_dict(), path.parent / "flash.pt")
-    return path
+def folder(family, tmp_path_factory):
+    return checkpoints.save(tmp_path_factory.mktemp(family), family)
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
-    import transformers
-
-    return transformers.InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def flash(folder):
-    """The whole model with Flash, patched."""
-    import transformers
-
-    import ivl_kernels
-    from ivl_kernels.nn import FlashVision
-
-    model = transformers.InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    half = FlashVision(64, 64, 0.5, 0.0, heads=2)
-    half.load_state_dict(torch.load(folder.parent / "flash.pt"))
-    half.eval().attach(model)
-    ivl_kernels.patch(model)
-    return model
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    from PIL import Image
-
-    draw = numpy.random.default_rng(0)
-    sizes = ((64, 64), (128, 192), (64, 256))
-    return [Image.fromarray(draw.integers(0, 255, (*size, 3), dtype=numpy.uint8)) for size in sizes]
-
-
-def batch_of(folder, images):
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
-    return processor(images=images or None, text=PROMPT.format("<IMG_CONTEXT> w5 " * len(images)), return_tensors="pt")
-
-
-def answer_of(model, batch):
-    made = model.generate(**batch, max_new_tokens=12, do_sample=False)
-    return made[0, batch["input_ids"].shape[1] :].tolist()
-
-
-def requests_of(folder, images):
-    counts = [len(batch_of(folder, [image])["pixel_values"]) for image in images]
-    return list(batch_of(folder, images)["pixel_values"].split(counts))
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
+def engine(family, folder):
     from vllm import LLM
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     limits = {"image": 4, "video": 0}
-    return LLM(str(folder), limit_mm_per_prompt=limits, enable_mm_embeds=True, **OPTIONS)
+    engine = LLM(
+        str(folder), limit_mm_per_prompt=limits, enable_mm_embeds=True, trust_remote_code=family == "chat", **OPTIONS
+    )
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
 
 
-def ask(engine, images):
+def ask(engine, family, images):
+    """The tokens of an answer, and how many the prompt had. Images are pictures, or their rows."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    given = {"prompt": PROMPT.format("<IMG_CONTEXT> w5 " * len(images)), "multi_modal_data": {"image": images}}
+    given = {"prompt": checkpoints.prompt_of(family, images)}
+    if images:
+        given["multi_modal_data"] = {"image": images}
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     (output,) = engine.generate([given], sampling, use_tqdm=False)
     return list(output.outputs[0].token_ids), len(output.prompt_token_ids)
 
 
-def test_rows_of_the_plain_side(engine, folder, whole, pictures):
-    from ivl_kernels import VisionSide
-
-    side = VisionSide(whole)
-    for image in pictures:
-        (features,) = side.encode([requests_of(folder, [image])])
-        assert ask(engine, features.images())[0] == answer_of(whole, batch_of(folder, [image]))
+def cases():
+    return [[picture] for picture in pictures()] + [pictures()[1:], []]
 
 
-def test_rows_of_the_flash_side(engine, folder, flash, pictures):
-    from ivl_kernels import VisionSide, VisualFeatures
-
-    side, lengths = VisionSide(flash), set()
-    for images in ([pictures[0]], [pictures[1]], [pictures[2]], pictures[1:]):
-        (features,) = side.encode([requests_of(folder, images)])
+@pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
+def test_rows_of_the_vision_side(engine, family, folder, flash):
+    model, seen = model_of(folder, flash), set()
+    side = VisionSide(model)
+    full = checkpoints.tokens_a_tile(model)
+    for images in cases():
+        (features,) = side.encode([tiles_of(images)])
         features = VisualFeatures.from_bytes(features.to_bytes())
-        batch = batch_of(folder, images)
-        tokens, length = ask(engine, features.images())
-        assert tokens == answer_of(flash, batch)
-        assert length == batch["input_ids"].shape[1] - sum(16 - n for n in features.tokens)
-        lengths |= set(features.tokens)
-    assert lengths == {16, 4}, "the case must have tiles of both kinds"
+        tokens, length = ask(engine, family, features.images())
+        assert tokens == answer_of(model, images)
+        assert length == ids_of(model, images).shape[1] - sum(full - n for n in features.tokens)
+        seen |= set(features.tokens)
+    assert seen == ({full, full // 4} if flash else {full}), "the case must have tiles of both kinds"
 
 
-def test_plugin_serves_the_encoder(engine, folder, whole, pictures):
-    from ivl_kernels import ops
+def answer_to_pixels(folder, image):
+    """With the pixels that vLLM makes of it: a native checkpoint's processor resizes in another way."""
+    from transformers import AutoProcessor
+
+    pixels = None
+    if checkpoints.family_of(folder) == "native":
+        processor = AutoProcessor.from_pretrained(folder).image_processor
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+    return answer_of(model_of(folder, flash=False), [image], pixels=pixels)
+
+
+def test_plugin_serves_the_encoder(engine, family, folder, monkeypatch):
     from ivl_kernels.integrations import _vllm_models
 
-    kinds = engine.apply_model(lambda model: type(model).__module__)
-    assert kinds == [_vllm_models.__name__]
+    assert engine.apply_model(lambda model: type(model).__module__) == [_vllm_models.__name__]
     seen, projector = [], ops.pixel_shuffle_mlp
-    ops.pixel_shuffle_mlp = lambda x, *rest, **options: seen.append(len(x)) or projector(x, *rest, **options)
-    try:
-        for image in pictures:
-            assert ask(engine, [image])[0] == answer_of(whole, batch_of(folder, [image]))
-    finally:
-        ops.pixel_shuffle_mlp = projector
+    monkeypatch.setattr(ops, "pixel_shuffle_mlp", lambda x, *a, **o: seen.append(len(x)) or projector(x, *a, **o))
+    for image in pictures():
+        assert ask(engine, family, [image])[0] == answer_to_pixels(folder, image)
     assert seen == [1, 7, 5], "one call for the tiles of each picture"
 
 
-@pytest.fixture(scope="module")
-def served(folder, flash):
-    """The front with vLLM's engine, language model alone, on a port of the loopback interface."""
-    import uvicorn
+def test_plugin_leaves_an_unknown_projector_to_vllm(engine, family, folder, monkeypatch, caplog):
+    class Unknown(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
 
-    from ivl_kernels import VisionSide
+        def forward(self, x):
+            return self.inner(x)
 
-    os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    front_module = load_example("dvd_front")
-    ready, stop, found = threading.Event(), threading.Event(), {}
+    def change(model):
+        setattr(model, model._projector, Unknown(getattr(model, model._projector)))
+        model._ivl_checked = None
 
-    async def serve():
-        engine = front_module.VLLM(str(folder), **OPTIONS)
-        template = "w1 w2 {images}{prompt}"
-        front = front_module.Front(
-            VisionSide(flash), engine, front_module.Rules(tiles=6, pixels=1 << 20), template=template,
-            placeholder="<IMG_CONTEXT> w5",
-        )  # fmt: skip
-        server = uvicorn.Server(uvicorn.Config(front_module.app_of(front), host="127.0.0.1", port=0, log_level="error"))
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.05)
-        found["port"] = server.servers[0].sockets[0].getsockname()[1]
-        ready.set()
-        while not stop.is_set():
-            await asyncio.sleep(0.1)
-        server.should_exit = True
-        await task
-        engine.engine.shutdown()
+    def restore(model):
+        setattr(model, model._projector, getattr(model, model._projector).inner)
+        model._ivl_checked = None
 
-    def run():
-        with contextlib.suppress(Exception):
-            asyncio.run(serve())
-        ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert ready.wait(300) and "port" in found
-    yield f"http://127.0.0.1:{found['port']}"
-    stop.set()
-    thread.join(60)
+    image = pictures()[0].rotate(90)  # one that vLLM has not encoded yet
+    monkeypatch.setattr(ops, "pixel_shuffle_mlp", lambda *a, **o: pytest.fail("the op served"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    engine.apply_model(change)
+    try:
+        with caplog.at_level(logging.WARNING):
+            got = ask(engine, family, [image])[0]
+    finally:
+        engine.apply_model(restore)
+    assert got == answer_to_pixels(folder, image)
+    assert "ivl_kernels: vLLM's own projector serves: " in caplog.text
 
 
-def post(url, body):
-    request = urllib.request.Request(
-        f"{url}/v1/answer", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        lines = [line[6:] for line in response.read().decode().split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return "".join(json.loads(line)["text"] for line in lines[:-1])
-
-
-def encoded(image):
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def test_over_http(served, folder, flash, pictures):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for images in ([pictures[1]], pictures[1:], []):
-        batch = batch_of(folder, images)
-        want = tokenizer.decode(answer_of(flash, batch), skip_special_tokens=True)
-        got = post(served, {"prompt": "w3 w4", "images": list(map(encoded, images)), "max_tokens": 12})
-        assert got.split() == want.split()
-    metrics = urllib.request.urlopen(f"{served}/metrics", timeout=30).read().decode()
-    assert 'ivl_requests_total{end="answered"} 3.0' in metrics and "ivl_tiles_total" in metrics
+CODE = """
+import json
+from vllm import ModelRegistry
+from vllm.plugins import load_general_plugins
+from ivl_kernels.integrations import vllm as plugin
+load_general_plugins()
+load_general_plugins()
+plugin.register()
+print(json.dumps({n: getattr(ModelRegistry.models[n], "module_name", "") for n in plugin.ARCHITECTURES}))
+"""
 
 
 @pytest.mark.parametrize(
-    "body, status, text",
-    [
-        ({"prompt": "w3", "image_embeds": "AAAA"}, 400, "image_embeds"),
-        ({"prompt": "w3", "images": ["AAAA"]}, 400, "not a picture"),
-        ({"prompt": "w3", "images": ["AAAA"] * 9}, 400, "images"),
-        ({"images": []}, 400, "prompt"),
-    ],
+    "variables, ours",
+    [({}, True), ({"IVL_VLLM": "0"}, False), ({"VLLM_PLUGINS": "another"}, None)],
+    ids=["on", "off", "left out"],
 )
-def test_refused(served, body, status, text):
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        post(served, body)
-    assert caught.value.code == status and text in caught.value.read().decode()
+def test_plugin_in_a_process(variables, ours):
+    """As vLLM loads it, several times over. Left out of VLLM_PLUGINS it is not called by vLLM, only here."""
+    code = CODE if ours is not None else CODE.replace("plugin.register()\n", "")
+    environment = checkpoints.environment(**variables)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    modules = json.loads(done.stdout.splitlines()[-1])
+    expected = "ivl_kernels.integrations._vllm_models" if ours else "vllm.model_executor.models."
+    assert set(modules) == set(plugin.ARCHITECTURES)
+    assert all(module.startswith(expected) for module in modules.values()), modules
+
+
+APART = """
+import json, sys
+from tests.engines import checkpoints
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    from vllm.config import ECTransferConfig
+    from ivl_kernels import ops
+
+    folder, role, store = sys.argv[1:]
+    seen, projector = [], ops.pixel_shuffle_mlp
+    ops.pixel_shuffle_mlp = lambda x, *a, **o: seen.append(len(x)) or projector(x, *a, **o)
+    apart = ECTransferConfig(
+        ec_connector="ECExampleConnector", ec_role=role, ec_connector_extra_config={"shared_storage_path": store}
+    )
+    limits = {"image": 1, "video": 0}
+    engine = LLM(folder, limit_mm_per_prompt=limits, ec_transfer_config=apart, **checkpoints.OPTIONS)
+    seen.clear()  # of the engine's start
+    tokens = 1 if role == "ec_producer" else checkpoints.TOKENS
+    sampling, found = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), []
+    for picture in checkpoints.pictures():
+        given = {"prompt": checkpoints.prompt_of("native", [picture]), "multi_modal_data": {"image": [picture]}}
+        (output,) = engine.generate([given], sampling, use_tqdm=False)
+        found.append(list(output.outputs[0].token_ids) if output.outputs else [])
+    print(json.dumps([seen, found]))
+"""
+
+
+def test_plugin_in_encoder_separation(tmp_path):
+    """vLLM's own: an encoder instance with our op, and an instance that answers from what that one stored."""
+    folder = checkpoints.save(tmp_path / "native", "native")
+    (tmp_path / "apart.py").write_text(APART)
+    results = []
+    for role in ("ec_producer", "ec_consumer"):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "apart.py"), str(folder), role, str(tmp_path / "store")], cwd=ROOT,
+            env=checkpoints.environment(), capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    (encoded, _), (encoded_again, answers) = results
+    assert encoded == [1, 7, 5] and encoded_again == []
+    assert answers == [answer_to_pixels(folder, picture) for picture in pictures()]

@@ -415,6 +415,9 @@ def test_only_known_attention_is_served():
         assert taken(q, is_causal=False, **options)
     assert taken(q, torch.zeros(5, 5), is_causal=False) and taken(q, None, 1, is_causal=False)
     assert taken(q, has_sinks=True) and not taken(q, has_sinks=True, s_aux=torch.zeros(3))
+    assert taken(q, has_sinks=True, s_aux=torch.zeros(3).bfloat16())
+    assert taken(q, is_causal=False, scaling=torch.tensor(0.3, requires_grad=True))
+    assert taken(q, torch.ones(3, 1, 5, 5, dtype=torch.bool)) and not taken(q, torch.ones(1, 1, 5, 5, dtype=torch.bool))
     for width in (0, 12, 264):
         assert taken(torch.randn(2, 3, 5, width), is_causal=False)
     for x in (q[0], q.double(), nn.Parameter(q), q.to("meta")):

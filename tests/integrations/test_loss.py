@@ -76,6 +76,29 @@ def test_same_loss_and_gradients(kind):
     assert torch.equal(again.loss, plain.loss) and "accepts_loss_kwargs" not in vars(model)
 
 
+@pytest.mark.parametrize("first", ["loss", "others", "both"])
+def test_beside_everything(first, monkeypatch):
+    """The package's product serves the head's layer too: the loss answers, whichever was patched first."""
+    monkeypatch.setenv("IVL_CPU_LINEAR", "own")
+    model, batch = build("qwen3")
+    plain = model(**batch)
+    plain.loss.backward()
+    expected = grads_of(model)
+    if first == "both":
+        handles = [ivl_kernels.patch(model, loss=True)]
+    else:
+        handles = [patch(model) if first == "loss" else ivl_kernels.patch(model)]
+        handles.append(ivl_kernels.patch(model) if first == "loss" else patch(model))
+    out = model(**batch, return_logits=True)
+    torch.testing.assert_close(out.loss, plain.loss)
+    torch.testing.assert_close(out.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    model(**batch).loss.backward()
+    check_grads(grads_of(model), expected, 1e-4)
+    for handle in handles:
+        handle.undo()
+    assert torch.equal(model(**batch).loss, plain.loss)
+
+
 def test_tuple_outputs():
     model, batch = build("qwen3")
     loss = model(**batch).loss

@@ -113,6 +113,28 @@ def test_only_what_is_needed():
     assert_accurate(found, grad.double() @ weight.double(), grad @ weight)
 
 
+def gradient_after_a_write(function, values, leaf, written):
+    """Of `leaf`, where another operand is written to between forward and backward; None where that is refused."""
+    values = {name: v.clone().requires_grad_(name == leaf) for name, v in values.items()}
+    out = function(values)
+    with torch.no_grad():
+        values[written].mul_(2)
+    try:
+        return torch.autograd.grad(out.sum(), values[leaf])[0]
+    except RuntimeError:
+        return None
+
+
+@pytest.mark.parametrize("written", ["x", "weight", "bias"])
+@pytest.mark.parametrize("leaf", ["x", "weight", "bias"])
+def test_what_is_not_needed_may_be_written_to(leaf, written):
+    values = dict(zip(("x", "weight", "bias"), operands(9, 16, 8, torch.float32)))
+    plain = gradient_after_a_write(lambda v: F.linear(v["x"], v["weight"], v["bias"]), values, leaf, written)
+    got = gradient_after_a_write(lambda v: linear(v["x"], v["weight"], v["bias"]), values, leaf, written)
+    assert (got is None) == (plain is None)
+    assert got is None or torch.allclose(got, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_are_kept_for_the_weight_alone():
     x, weight, bias, _ = operands(9, 16, 8, torch.float32)
     seen = []

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ivl_kernels.ops import gated_mlp, mlp
 from ivl_kernels.testing import assert_accurate, poisoned
-from tests.ops.test_linear import DTYPES
+from tests.ops.test_linear import DTYPES, gradient_after_a_write
 from tests.simulator.gpu import backends, simulated_gpu
 
 NAMES = {"gelu": ("x", "up", "down", "up_bias", "down_bias"), "gated": ("x", "gate", "up", "down")}
@@ -168,6 +168,14 @@ def test_only_what_is_needed(kind):
         (got,) = torch.autograd.grad(ours(values | {name: leaf}).sum(), [leaf])
         (expected,) = torch.autograd.grad(eager(values | {name: leaf}).sum(), [leaf])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, leaf, written", [(k, a, b) for k, names in NAMES.items() for a in names for b in names])
+def test_what_is_not_needed_may_be_written_to(kind, leaf, written):
+    values = operands(kind, 9, 16, 24, 8, torch.float32)
+    plain, got = (gradient_after_a_write(function, values, leaf, written) for function in (eager, ours))
+    assert (got is None) == (plain is None)
+    assert got is None or torch.allclose(got, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", NAMES)

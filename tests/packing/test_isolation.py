@@ -176,3 +176,34 @@ def test_starts():
     positions = torch.tensor([[0, 1, 2, 0, 1], [4, 5, 0, 0, 1]])
     assert adapter.starts_of(positions).tolist() == [0, 3, 5, 7, 8, 10]
     assert IMAGE_TOKEN == 290
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_apart_in_padded_rows(family, side):
+    """Samples end to end in rows of several lengths: every one as in a forward of its own; holes part nothing."""
+    model = native_model(family).model.language_model
+    lengths, width = [[4, 5], [12], [3, 1, 6]], 12
+    rows = [[torch.randint(1, 280, (length,)) for length in row] for row in lengths]
+    ids, mask = torch.zeros(3, width, dtype=torch.int64), torch.zeros(3, width, dtype=torch.int64)
+    positions = torch.full((3, width), 7)
+    for i, row in enumerate(rows):
+        total = sum(map(len, row))
+        here = slice(width - total, None) if side == "left" else slice(0, total)
+        ids[i, here], mask[i, here] = torch.cat(row), 1
+        positions[i, here] = torch.cat([torch.arange(len(sample)) for sample in row])
+    whole = dict(input_ids=ids[1:2], attention_mask=torch.tensor([[1] * 5 + [0] + [1] * 6]), use_cache=False)
+    hole = model(**whole).last_hidden_state
+    alone = [model(input_ids=sample[None], use_cache=False).last_hidden_state[0] for row in rows for sample in row]
+    model = native_model(family)
+    patch(model)
+    text = model.model.language_model
+    given = dict(input_ids=ids, attention_mask=mask, position_ids=positions)
+    got = text(**given, use_cache=False).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    kept = whole["attention_mask"].bool()
+    torch.testing.assert_close(text(**whole).last_hidden_state[kept], hole[kept], rtol=1e-4, atol=1e-4)
+    starts = torch.tensor([0, 4, 9, 36], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: got packed samples beside padding"):
+        text(**given, cu_seq_lens_q=starts[[0, 1, 2, 2, 3]], use_cache=False)

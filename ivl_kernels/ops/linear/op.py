@@ -68,16 +68,19 @@ _linear_backward = Op(
 )
 
 
-def _gradients(saved: tuple[Tensor | None, Tensor], needs: Any, backend: str, grad: Tensor) -> dict[str, Tensor]:
-    x, weight = saved
-    if x is None:  # only its shape counts then
-        x = weight.new_empty(1, 1).expand(grad.shape[0], weight.shape[1])
+def _save(a: Linear, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """As torch: what is not needed may be written to before the backward."""
+    return a.x if a.weight.requires_grad else None, a.weight if a.x.requires_grad else None
+
+
+def _gradients(saved: Any, needs: Any, backend: str, grad: Tensor) -> dict[str, Tensor]:
+    # Of what is missing only the shape counts.
+    depth = next((t.shape[1] for t in saved if t is not None), 0)
+    x, weight = (grad.new_zeros(1, 1).expand(rows, depth) if t is None else t for t, rows in zip(saved, grad.shape))
     return _linear_backward(LinearBackward(grad, x, weight, needs.x, needs.weight, bool(needs.bias)), backend)._asdict()
 
 
-_differentiable = differentiable(
-    _linear, lambda a, out: (a.x if a.weight.requires_grad else None, a.weight), _gradients
-)
+_differentiable = differentiable(_linear, _save, _gradients)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -89,14 +89,25 @@ _mlp_backward = Op("mlp_backward", MlpBackward, MlpGradients, key="x", implement
 
 
 def _save(a: Mlp, result: MlpResult) -> Any:
-    trained = a.up.requires_grad or a.gate is not None and a.gate.requires_grad
-    return a.x if trained else None, a.gate, a.up, a.down, result.pre
+    """What is not needed may be written to before the backward, as with torch's linear layers."""
+    before = a.up.requires_grad or a.gate is not None and a.gate.requires_grad
+    inside = before or a.x.requires_grad or a.up_bias is not None and a.up_bias.requires_grad
+    first = (a.gate, a.up) if a.x.requires_grad else (None, None)
+    return a.x if before else None, *first, a.down if inside else None, result.pre
 
 
 def _gradients(saved: Any, needs: Any, backend: str, grad: Tensor, _: None) -> dict[str, Tensor]:
     x, gate, up, down, pre = saved
-    if x is None:  # only its shape counts then
-        x = up.new_empty(1, 1).expand(grad.shape[0], up.shape[1])
+    # Of what is missing only the shape counts.
+    nothing, width = grad.new_zeros(1, 1), next((t.shape[1] for t in (x, up) if t is not None), 0)
+    inner = pre.shape[1] // (1 if needs.gate is None else 2)
+    if x is None:
+        x = nothing.expand(grad.shape[0], width)
+    if up is None:
+        up = nothing.expand(inner, width)
+        gate = None if needs.gate is None else up
+    if down is None:
+        down = nothing.expand(grad.shape[1], inner)
     wanted = (needs.x, bool(needs.gate), needs.up, bool(needs.up_bias), needs.down, bool(needs.down_bias))
     return _mlp_backward(MlpBackward(grad, x, gate, up, down, pre, *wanted), backend)._asdict()
 
