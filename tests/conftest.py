@@ -14,6 +14,7 @@ import torch
 from ivl_kernels import _native
 from tests.simulator import gpu
 from tests.simulator.gpu import simulated_gpu
+from tests.simulator.ptxsim import SimError
 
 hypothesis.settings.register_profile(
     "ivl", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
@@ -37,6 +38,8 @@ def _seed():
 @pytest.fixture(params=[90, 100], ids=["wgmma", "tcgen05"])
 def newer_gpu(request, monkeypatch):
     """The simulated GPU has the products of Hopper or of Blackwell, and gets their configurations."""
+    why = "Triton before 3.8 leaves out the fence between stores to shared memory and tensor cores that read them"
+    request.applymarker(pytest.mark.xfail(gpu.TRITON < (3, 8), reason=why, raises=SimError, strict=False))
     monkeypatch.setattr(gpu, "TARGET", request.param)
     return request.param
 

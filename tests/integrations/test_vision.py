@@ -372,9 +372,12 @@ def test_report_and_answers_of_a_quantised_model(name, when, change):
         assert "int8" not in " ".join(r.detail for r in report.rows if r.feature in ("rope", "packing"))
     batch = batch_for(model)
     with torch.no_grad():
-        # Dynamic quantisation rounds what goes into a layer: a last bit becomes a step.
-        close = 0.1 if change is quantize_dynamic else 1e-3
-        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=close, atol=close)
+        got, expected = model(**batch).logits, plain(**batch).logits
+    # Dynamic quantisation rounds what goes into a layer: a last bit becomes a step, in a few of many numbers.
+    if change is quantize_dynamic:
+        assert (got - expected).norm() <= 0.03 * expected.norm()
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", BOTH)

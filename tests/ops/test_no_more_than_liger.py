@@ -6,14 +6,13 @@ SwiGLU writes the activation that Liger keeps from the forward.
 
 import pytest
 import torch
-import triton
 
 from ivl_kernels.ops import layer_norm, rms_norm
 from ivl_kernels.ops.mlp import op
-from tests.simulator.gpu import simulated_gpu
+from tests.simulator.gpu import TRITON, simulated_gpu
 
 pytest.importorskip("liger_kernel")
-if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8):
+if TRITON < (3, 8):
     pytest.skip(
         "the limits are those of Triton 3.8 and 3.9: older ones compile both sides otherwise", allow_module_level=True
     )

@@ -355,4 +355,4 @@ def test_compiles_for_every_gpu(target):
             kernels.norm_backward(NormBackward(x, x, x, x, vector, vector, True, EPS, True))
         assert len(log) == 3
         for compiled in log:
-            assert compiled.spills == 0, (compiled.kernel, width, compiled.registers, compiled.spills)
+            assert compiled.spills <= aot.SPILL_LIMIT, (compiled.kernel, width, compiled.registers, compiled.spills)

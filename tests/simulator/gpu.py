@@ -17,8 +17,9 @@ from tests.simulator.ptxsim.frontend import compile_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = 80
+TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 # The kernels were tuned on 3.9: older compilers move as many bytes, with conflicts in shared memory and more registers.
-OLD_TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
+OLD_TRITON = TRITON < (3, 9)
 CUDA_SOURCES = sorted(f.stem for f in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 

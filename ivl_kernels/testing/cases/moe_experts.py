@@ -39,6 +39,11 @@ def inputs(
     return values
 
 
+def limited(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """x in [low, high]. A value that is a limit has its gradient, which torch's own clamp passes on up to 2.13 only."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def plain(v: Inputs, activation: str, layout: str) -> torch.Tensor:
     """The loop over experts, every product and activation rounded to the dtype of the inputs."""
     transposed = layout == "interleaved"
@@ -50,7 +55,7 @@ def plain(v: Inputs, activation: str, layout: str) -> torch.Tensor:
         each = functional.linear(v["hidden"][token], first, biases[0])
         gate, up = (each[:, ::2], each[:, 1::2]) if transposed else each.chunk(2, -1)
         if activation == "gpt_oss":
-            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            gate, up = limited(gate, -math.inf, 7.0), limited(up, -7.0, 7.0)
             inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
         else:
             inner = functional.silu(gate) * up
