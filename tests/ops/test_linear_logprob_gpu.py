@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ivl_kernels.ops import linear_ce, linear_logprob
-from ivl_kernels.ops.linear_logprob import triton as kernels
+from ivl_kernels.ops.linear_logprob import triton_head as kernels
 from tests.ops.test_linear_logprob import check, operands, run, some_grads
 from tests.simulator.gpu import simulated_gpu
 from tests.simulator.ptxsim import patched_triton
