@@ -1,6 +1,10 @@
 """Log-probabilities of a head and their gradients against softmax over whole logits."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +160,53 @@ def test_rows_that_do_not_count(backend):
     if backend == "native":  # and what has no gradient is not even multiplied by zero
         v["hidden"][v["rows"][5:12]] = float("nan")
         assert all(torch.equal(a, b) for a, b in zip(clean[4:], run(linear_logprob, v, grads)[4:]))
+
+
+@pytest.mark.parametrize("rows", [1152, 1153])
+def test_as_many_rows_as_a_block_of_words_is_packed_for(rows):
+    check(operands(rows, 24, 130), some_grads(rows), backend="native", save="nothing")
+
+
+@pytest.mark.parametrize("save", ["nothing", "logits"])
+def test_gradients_of_short_operands_are_rounded_twice_only(save):
+    """The gradient of the logits, to 16 bits, and the sum of its products: no worse than that, by more than a tenth."""
+    v = operands(256, 96, 1500, torch.bfloat16)
+    v["bias"] = None
+    grad = torch.rand(256)
+    found = run(functools.partial(linear_logprob, save=save, backend="native"), v, [grad, None, None, None])[4:]
+    x, w = v["hidden"].double(), v["weight"].double()
+    dz = F.one_hot(v["targets"], 1500) - (x @ w.t()).softmax(-1)
+    dz = dz * grad.double()[:, None]
+    for mine, product in zip(found, (lambda d: d @ w, lambda d: d.t() @ x)):
+        exact, rounded = product(dz), product(dz.bfloat16().double()).bfloat16().double()
+        assert (mine.double() - exact).norm() <= 1.1 * (rounded - exact).norm()
+
+
+_CALL = """
+import sys, torch
+from bench.measure import peak_bytes
+from ivl_kernels.ops import linear_ce, linear_logprob
+kind, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+torch.set_num_threads(2)
+x, w = torch.ones(2048, 64, dtype=dtype, requires_grad=True), torch.ones(40000, 64, dtype=dtype, requires_grad=True)
+y = torch.arange(2048)
+def call():
+    loss = linear_ce(x, w, y) if kind == "ce" else linear_logprob(x, w, y, save="nothing").logp.sum()
+    return torch.autograd.grad(loss, (x, w))
+print(peak_bytes(call) - x.nbytes - w.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not say what a call takes")
+@pytest.mark.parametrize("kind, dtype", [("ce", "bfloat16"), ("logprob", "bfloat16"), ("logprob", "float32")])
+def test_memory_of_a_call(kind, dtype):
+    """Over its gradients, in a fresh process: a fraction of the 328 MB of the logits."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", _CALL, kind, dtype]
+    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=root)
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert float(said.stdout) < 4 * 2048 * 40000 / 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ivl_kernels.ops import linear_ce, linear_logprob
-from ivl_kernels.ops.linear_logprob import triton as kernels
+from ivl_kernels.ops.linear_logprob import triton_head as kernels
 from tests.ops.test_linear_logprob import check, operands, run, some_grads
 from tests.simulator.gpu import simulated_gpu
 from tests.simulator.ptxsim import patched_triton
@@ -113,3 +114,25 @@ def test_work_against_liger():
     backward = [r for r in ours if r.kernel == "gradient_kernel"]
     assert sum(r.unique_load_bytes + r.unique_store_bytes for r in ours) <= read_and_written
     assert sum(r.global_store_bytes for r in backward) == logits
+
+
+@pytest.mark.parametrize("part", [1, 0.75, 0.25])
+def test_products_against_liger(part):
+    """Of all rows a third more than Liger-Kernel's, as logits are made twice; it also multiplies the ignored ones."""
+    fused = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
+    total, width, vocabulary = 256, 64, 1024
+    rows = int(total * part)
+    v = operands(total, width, vocabulary, torch.bfloat16, rows=rows)
+    v["bias"] = None
+    leaves = [v[k].requires_grad_() for k in ("hidden", "weight")]
+    with simulated_gpu(preferred=True) as log:
+        torch.autograd.grad(linear_logprob(*leaves, v["targets"], v["rows"], save="nothing").logp.sum(), leaves)
+    # The two products with the gradients of the logits are the vendor's.
+    ours = sum(r.mma_flops for r in log) + 2 * 2 * rows * width * vocabulary
+    labels = torch.full((total,), -100).index_copy_(0, v["rows"], v["targets"])
+    with patched_triton(), FlopCounterMode(display=False) as counter:
+        fused.LigerFusedLinearCrossEntropyFunction.apply(*leaves, labels)
+    theirs = counter.get_total_flops()
+    assert theirs == 6 * total * width * vocabulary
+    assert ours <= theirs * part * 8 / 6 * 1.01
+    assert part == 1 or ours <= theirs

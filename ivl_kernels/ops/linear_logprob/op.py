@@ -180,7 +180,11 @@ _BACKENDS = (
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )
-_TWO_HEADS = (Implementation("native", KERNEL_DTYPES, _unlike), Implementation("reference"))
+_TWO_HEADS = (
+    Implementation("native", KERNEL_DTYPES, _unlike),
+    Implementation("triton", KERNEL_DTYPES, _unlike),
+    Implementation("reference"),
+)
 
 _linear_logprob = Op(
     "linear_logprob", Logprob, LogprobResult, key="hidden", implementations=_BACKENDS, fake=_fake_logprob
