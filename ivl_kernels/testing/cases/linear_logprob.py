@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from ... import ops
-from . import Case, Cost, Numbers, Shape, Subject, scaled
+from . import Case, Cost, Numbers
 from ._case import Inputs
 
 GRADIENTS = ("hidden", "weight", "bias")
@@ -99,54 +99,3 @@ def cases(large: bool) -> Iterator[Case]:
             GRADIENTS[:2],
             cost=cost,
         )
-
-
-VOCABULARY = 151936  # of Qwen3
-
-
-def _liger(v: Inputs) -> torch.Tensor:
-    """The fused loss, whose products with the head are the vendor's and do not count."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    return LigerFusedLinearCrossEntropyFunction.apply(v["hidden"], v["weight"], v["targets"])[0]  # type: ignore[no-untyped-call]
-
-
-def _sizes(s: Shape) -> tuple[int, int, int]:
-    return s.tokens, s.model.hidden, VOCABULARY if s.real else 1187
-
-
-def _logprob_at(s: Shape) -> Case:
-    """Every row, computed again in the backward."""
-
-    def make(n: Numbers) -> Inputs:
-        v = inputs(n, *_sizes(s))
-        targets = torch.randint(v["weight"].shape[0], (s.tokens,), generator=n.generator, device=n.device)
-        return {"hidden": v["hidden"], "weight": v["weight"], "targets": targets}
-
-    def whole(v: Inputs) -> torch.Tensor:
-        return functional.cross_entropy(functional.linear(v["hidden"], v["weight"]).float(), v["targets"])
-
-    def of_all(v: Inputs) -> tuple[Cost, Cost]:
-        return cost(v | {"rows": v["targets"]})
-
-    def call(v: Inputs, backend: str) -> torch.Tensor:
-        return ops.linear_logprob(**v, save="nothing", backend=backend).logp
-
-    return Case("linear_logprob", s.name, make, call, GRADIENTS[:2], whole, of_all, peers={"liger": _liger})
-
-
-def _kl_at(s: Shape) -> Case:
-    return Case(
-        "linear_kl", s.name, lambda n: teacher(n, *_sizes(s)), lambda v, backend: ops.linear_kl(**v, backend=backend),
-        GRADIENTS[:2], None, cost,
-    )  # fmt: skip
-
-
-_SMALL = (
-    scaled("InternVL3.5-1B", 200, dict(hidden=128)),
-    scaled("InternVL3-1B", 70, dict(hidden=112)),
-)
-SUBJECTS = {
-    name: Subject(at, ("triton",), _SMALL, ("hidden",), memory_bound=False)
-    for name, at in (("linear_logprob", _logprob_at), ("linear_kl", _kl_at))
-}
