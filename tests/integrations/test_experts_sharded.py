@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ivl_kernels.integrations import PatchError, experts, patch
 from tests.models import randomize, text_config
+from tests.ranks import group
 
 MOE = dict(projector=False, packing=False, flash=False, rope=False, moe=True)
 # What is a unit of its own (each layer; its experts too; each expert of a list too), and whether the patch comes first.
@@ -97,34 +98,34 @@ def planned(folder):
         torch.testing.assert_close(model(ids).logits, plain, rtol=2e-4, atol=2e-5)
 
 
-def join(rank, path, **options):
-    torch.set_num_threads(1)
+def environment(rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, **options)
 
 
 def run_planned(rank, path):
-    join(rank, path, timeout=datetime.timedelta(seconds=30))  # 5.0 fails on one rank, and the other waits for it
+    environment(rank)
+    # 5.0 fails on one rank, and the other waits for it.
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2, timeout=timeout)
     planned(path / "model")
 
 
 def run(rank, path):
-    join(rank, path)
-    for family in ("qwen3_moe", "gpt_oss"):
-        for units, before in CASES:
-            if units != "expert" or family == "qwen3_moe":
-                compare(rank, family, units, before)
-    # Sharded by anything else: nobody makes the weights whole for ours.
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    model = language_model("gpt_oss")
-    inside = model.model.layers[0].mlp.experts
-    mesh = init_device_mesh("cpu", (2,))
-    inside.down_proj = nn.Parameter(distribute_tensor(inside.down_proj.detach(), mesh, [Shard(0)]))
-    with pytest.raises(PatchError, match="down_proj is a DTensor: sharded"):
-        patch(model, strict=True, **MOE)
-    dist.barrier()
-    dist.destroy_process_group()
+    environment(rank)
+    with group(rank, 2, path / "store"):
+        for family in ("qwen3_moe", "gpt_oss"):
+            for units, before in CASES:
+                if units != "expert" or family == "qwen3_moe":
+                    compare(rank, family, units, before)
+        # Sharded by anything else: nobody makes the weights whole for ours.
+        model = language_model("gpt_oss")
+        inside = model.model.layers[0].mlp.experts
+        mesh = init_device_mesh("cpu", (2,))
+        inside.down_proj = nn.Parameter(distribute_tensor(inside.down_proj.detach(), mesh, [Shard(0)]))
+        with pytest.raises(PatchError, match="down_proj is a DTensor: sharded"):
+            patch(model, strict=True, **MOE)
 
 
 def test_a_plan_of_transformers(tmp_path):

@@ -15,6 +15,7 @@ from ivl_kernels.nn import FlashVision
 from ivl_kernels.ops import row_plan
 from ivl_kernels.packing import Collator, Limits, PackedStream, Sample, collate
 from tests.models import FAMILIES, chat_inputs, chat_model, inputs, native_model, randomize
+from tests.ranks import group
 
 BATCH = ((2,), (1, 1), ())
 
@@ -317,56 +318,49 @@ def test_plain_trainer(tmp_path, kind):
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-def _worker(rank, port, kind, out):
+def _worker(rank, store, kind, out):
     kind, _, order = kind.partition(" ")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    samples = packed_samples()
-    row = collate(samples[2 * rank : 2 * rank + 2], reduction="square")
-    total = row["row_plan"]["denominator"].clone()
-    dist.all_reduce(total)
-    model = native_model("qwen3")
-    if order != "after":
-        patch(model, "square", packed=True)
-    if kind == "ddp":
-        run = torch.nn.parallel.DistributedDataParallel(model)
-    elif kind == "fsdp1":
-        from torch.distributed.fsdp import FullyShardedDataParallel
+    with group(rank, 2, store):
+        samples = packed_samples()
+        row = collate(samples[2 * rank : 2 * rank + 2], reduction="square")
+        total = row["row_plan"]["denominator"].clone()
+        dist.all_reduce(total)
+        model = native_model("qwen3")
+        if order != "after":
+            patch(model, "square", packed=True)
+        if kind == "ddp":
+            run = torch.nn.parallel.DistributedDataParallel(model)
+        elif kind == "fsdp1":
+            from torch.distributed.fsdp import FullyShardedDataParallel
 
-        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
-        model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
-        run = FullyShardedDataParallel(model, **options)
-    else:
-        from torch.distributed.fsdp import fully_shard
+            options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+            model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
+            run = FullyShardedDataParallel(model, **options)
+        else:
+            from torch.distributed.fsdp import fully_shard
 
-        for layer in model.model.language_model.layers:
-            fully_shard(layer)
-        fully_shard(model.lm_head)
-        run = fully_shard(model)
-    if order == "after":
-        patch(run, "square", packed=True)
-    loss = run(**row, loss_denominator=total / 2).loss
-    loss.backward()
-    found = {}
-    whole = run.summon_full_params(run, with_grads=True) if kind == "fsdp1" else contextlib.nullcontext()
-    with whole:
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
-                found[name.replace("_fsdp_wrapped_module.", "")] = grad
-    if rank == 0:
-        torch.save(found, out)
-    dist.destroy_process_group()
+            for layer in model.model.language_model.layers:
+                fully_shard(layer)
+            fully_shard(model.lm_head)
+            run = fully_shard(model)
+        if order == "after":
+            patch(run, "square", packed=True)
+        loss = run(**row, loss_denominator=total / 2).loss
+        loss.backward()
+        found = {}
+        whole = run.summon_full_params(run, with_grads=True) if kind == "fsdp1" else contextlib.nullcontext()
+        with whole:
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                    found[name.replace("_fsdp_wrapped_module.", "")] = grad
+        if rank == 0:
+            torch.save(found, out)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1 after", "fsdp2", "fsdp2 after"])
 def test_two_ranks(kind, tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, (port, kind, str(tmp_path / "g.pt")), 2)
+    mp.spawn(_worker, (tmp_path / "store", kind, str(tmp_path / "g.pt")), 2)
     found = torch.load(tmp_path / "g.pt")
     model = native_model("qwen3")
     patch(model, "square", packed=True)

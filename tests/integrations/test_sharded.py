@@ -312,24 +312,22 @@ def work(rank, folder, *words):
     global CALLS, FOLDER
     import warnings
 
-    import torch.distributed as dist
+    from tests.ranks import group
 
     warnings.simplefilter("ignore")
     FOLDER = Path(folder)
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    CALLS = Calls()
-    seen = {}
-    for name, (function, _) in SCENARIOS.items():
-        if not all(word in name for word in words):
-            continue
-        try:
-            seen[name] = function()
-        except Exception:
-            seen[name] = {"error": traceback.format_exc()}
-        torch.save(seen, FOLDER / f"{rank}.pt")
-    dist.destroy_process_group()
+    with group(rank, RANKS, f"{folder}/store"):
+        CALLS = Calls()
+        seen = {}
+        for name, (function, _) in SCENARIOS.items():
+            if not all(word in name for word in words):
+                continue
+            try:
+                seen[name] = function()
+            except Exception:
+                seen[name] = {"error": traceback.format_exc()}
+            torch.save(seen, FOLDER / f"{rank}.pt")
 
 
 # What the tests ask.

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from ivl_kernels.nn import ExpertParallelExperts, QuantisedExperts
 from ivl_kernels.ops import moe_experts
 from ivl_kernels.ops.moe_experts import formats
+from tests.ranks import group
 
 # tokens of each rank (taken in turn), experts, dtype, GPT-OSS, where the tokens go
 CASES = [
@@ -105,26 +106,22 @@ def compare_quantised(rank, kind, gpt_oss):
 
 
 def run_quantised(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    compare_quantised(rank, "mxfp4", True)
-    compare_quantised(rank, "fp8", False)
-    dist.destroy_process_group()
+    with group(rank, 2, path):
+        compare_quantised(rank, "mxfp4", True)
+        compare_quantised(rank, "fp8", False)
 
 
 def run(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=4)
-    pair = dist.new_group([0, 1])
-    for case in CASES:
-        compare(rank, 4, None, *case)
-        if rank < 2:
-            compare(rank, 2, pair, *case)
-    with pytest.raises(ValueError, match="gate_up_proj: got 8 experts, expected 2"):
-        ExpertParallelExperts(*weights_of(8, torch.float32, False), num_experts=8)
-    with pytest.raises(ValueError, match="num_experts: got 1, expected at least one for each of 4 ranks"):
-        ExpertParallelExperts(*weights_of(1, torch.float32, False), num_experts=1)
-    dist.destroy_process_group()
+    with group(rank, 4, path):
+        pair = dist.new_group([0, 1])
+        for case in CASES:
+            compare(rank, 4, None, *case)
+            if rank < 2:
+                compare(rank, 2, pair, *case)
+        with pytest.raises(ValueError, match="gate_up_proj: got 8 experts, expected 2"):
+            ExpertParallelExperts(*weights_of(8, torch.float32, False), num_experts=8)
+        with pytest.raises(ValueError, match="num_experts: got 1, expected at least one for each of 4 ranks"):
+            ExpertParallelExperts(*weights_of(1, torch.float32, False), num_experts=1)
 
 
 def test_equals_one_process(tmp_path):

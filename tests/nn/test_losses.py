@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ivl_kernels import nn as ours
 from ivl_kernels import ops
 from ivl_kernels.nn.losses import loss_ratio, per_sequence, shared
+from tests.ranks import group
 
 H, V = 12, 40
 
@@ -396,36 +397,30 @@ def test_one_by_four_and_four_by_one(kind):
         torch.testing.assert_close(split_gradient(kind, slice(None), sizes, 1), whole)
 
 
-def _rank(rank, port, out):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = {}
-    for kind in KINDS:
-        grad = split_gradient(kind, slice(2 * rank, 2 * rank + 2), [1, 1, 1, 1], 2)
-        dist.all_reduce(grad)
-        found[kind] = grad / 2
-    # A rank with nothing supervised takes part in the sum, and its gradient is 0.
-    hidden, weight, labels, starts = pack([5, 4], supervised=0.6 if rank else 0.0)
-    loss = ours.NextTokenLoss("square")
-    plan = loss.plan(labels, starts)
-    loss(hidden, weight, plan, shared([plan.denominator])).backward()
-    dist.all_reduce(weight.grad)
-    found["one rank"] = weight.grad / 2, bool(hidden.grad.any())
-    shift = ours.RewardShift()
-    found["shift"] = [float(shift.update(randn(2, seed=i + 10 * rank), randn(2, seed=i + 5))) for i in range(3)]
-    window = ours.RatioWindow(10, min_count=1)
-    window(torch.tensor([1.0, 2.0] if rank else [5.0, 6.0, 7.0]))
-    found["window"] = window.threshold
-    torch.save(found, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+def _rank(rank, store, out):
+    with group(rank, 2, store):
+        found = {}
+        for kind in KINDS:
+            grad = split_gradient(kind, slice(2 * rank, 2 * rank + 2), [1, 1, 1, 1], 2)
+            dist.all_reduce(grad)
+            found[kind] = grad / 2
+        # A rank with nothing supervised takes part in the sum, and its gradient is 0.
+        hidden, weight, labels, starts = pack([5, 4], supervised=0.6 if rank else 0.0)
+        loss = ours.NextTokenLoss("square")
+        plan = loss.plan(labels, starts)
+        loss(hidden, weight, plan, shared([plan.denominator])).backward()
+        dist.all_reduce(weight.grad)
+        found["one rank"] = weight.grad / 2, bool(hidden.grad.any())
+        shift = ours.RewardShift()
+        found["shift"] = [float(shift.update(randn(2, seed=i + 10 * rank), randn(2, seed=i + 5))) for i in range(3)]
+        window = ours.RatioWindow(10, min_count=1)
+        window(torch.tensor([1.0, 2.0] if rank else [5.0, 6.0, 7.0]))
+        found["window"] = window.threshold
+        torch.save(found, f"{out}/{rank}.pt")
 
 
 def test_two_ranks(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), 2)
+    mp.spawn(_rank, (tmp_path / "store", str(tmp_path)), 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for kind in KINDS:
         for rank in range(2):
