@@ -26,11 +26,9 @@ _ROOMS = "_ivl_rooms"  # of a layer of a cache
 class _Room:
     """Memory [B, heads, rows and spare ones, d] of which a cache holds `view`, the first rows."""
 
-    def __init__(self, rows: torch.Tensor, more: int) -> None:
-        length = rows.shape[2]
-        spare = more + max(64, length // 8)
-        self.memory = rows.new_empty(*rows.shape[:2], length + spare, rows.shape[3])
-        self.memory[:, :, :length] = rows
+    def __init__(self, memory: torch.Tensor, rows: torch.Tensor) -> None:
+        self.memory = memory
+        self.memory[:, :, : rows.shape[2]] = rows
         self.view = rows
 
     def __reduce__(self) -> Any:  # copies and pickles of a cache hold their tensors and nothing of ours
@@ -40,7 +38,8 @@ class _Room:
         """Whether `more` rows fit behind these, which the cache holds now."""
         usable = torch.is_inference_mode_enabled() or not self.memory.is_inference()
         # The same tensor may have been given other memory, as its `data`.
-        here = rows is self.view and rows.data_ptr() == self.memory.data_ptr() and rows.stride() == self.memory.stride()
+        begins = not rows.numel() or rows.data_ptr() == self.memory.data_ptr()
+        here = rows is self.view and begins and rows.stride() == self.memory.stride()
         return here and usable and rows.shape[2] + more <= self.memory.shape[2]
 
     def append(self, rows: torch.Tensor) -> torch.Tensor:
@@ -48,6 +47,32 @@ class _Room:
         self.memory[:, :, start : start + rows.shape[2]] = rows
         self.view = self.memory[:, :, : start + rows.shape[2]]
         return self.view
+
+
+def _memory(rows: torch.Tensor, more: int, count: int = 1) -> tuple[torch.Tensor, ...]:
+    """`count` times memory for rows [B, heads, rows, d], for `more` behind them and for some to spare."""
+    length = rows.shape[2] + more
+    return rows.new_empty(count, *rows.shape[:2], length + max(64, length // 8), rows.shape[3]).unbind()
+
+
+def _begin(cache: Any, layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """No rows yet, as upstream begins, in memory of ours.
+
+    On the CPU all layers that are alike have theirs in one piece, or the heap would be left with holes between them
+    that fit nothing; what is never written takes no room.
+    """
+    layer.update(keys[:, :, :0], values[:, :, :0])
+    empty = layer.keys, layer.values
+    if _ROOMS not in layer.__dict__:
+        alike = [layer]
+        if keys.device.type == "cpu":
+            alike += [each for each in cache.layers if type(each) is type(layer) and each.keys is None]
+        memories = (_memory(old, new.shape[2], len(alike)) for old, new in zip(empty, (keys, values)))
+        for each, *pair in zip(alike, *memories):
+            each.__dict__[_ROOMS] = tuple(_Room(memory, memory[:, :, :0]) for memory in pair)
+    views = [room.view for room in layer.__dict__[_ROOMS]]
+    if all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(views, empty)):
+        layer.keys, layer.values = views
 
 
 def _append(cache: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,9 +83,11 @@ def _append(cache: Any, *args: Any, **kwargs: Any) -> Any:
     layer = cache.layers[index] if type(index) is int and index < len(cache.layers) else None
     if layer is None or not _grows(cache, layer, keys, values):
         return cache.update(*args, **kwargs)
+    if layer.keys is None:
+        _begin(cache, layer, keys, values)
     rooms = layer.__dict__.get(_ROOMS) or (None, None)
     rooms = tuple(
-        room if room is not None and room.takes(old, new.shape[2]) else _Room(old, new.shape[2])
+        room if room is not None and room.takes(old, new.shape[2]) else _Room(_memory(old, new.shape[2])[0], old)
         for room, old, new in zip(rooms, (layer.keys, layer.values), (keys, values))
     )
     layer.keys, layer.values = (room.append(new) for room, new in zip(rooms, (keys, values)))
@@ -78,9 +105,11 @@ def _grows(cache: Any, layer: Any, keys: Any, values: Any) -> bool:
         return False  # changed by somebody else
     if torch.is_grad_enabled() or getattr(cache, "offloading", False) or transformed() or torch.jit.is_tracing():
         return False
+    if layer.keys is None:
+        return all(type(new) is torch.Tensor and new.dim() == 4 for new in (keys, values))
     return all(
         type(old) is torch.Tensor and type(new) is torch.Tensor and old.dim() == new.dim() == 4
-        and old.shape[2] > 0 and old.shape[:2] == new.shape[:2] and old.shape[3] == new.shape[3]
+        and old.shape[:2] == new.shape[:2] and old.shape[3] == new.shape[3]
         and old.dtype == new.dtype and old.device == new.device
         for old, new in ((layer.keys, keys), (layer.values, values))
     )  # fmt: skip

@@ -136,6 +136,36 @@ def test_two_ways_on_from_one_cache():
     torch.testing.assert_close(answers[0], fresh, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_one_piece_for_all_layers():
+    """A prompt's rows of all layers lie in one piece; copies of a cache that was left half filled do not share it."""
+    plain, model = language(), language()
+    patch(model)
+    _, cache = step(model, None, (1, 2, 3))
+    assert len({layer.keys.untyped_storage().data_ptr() for layer in cache.layers}) == 1
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    one = DynamicCache(config=model.config)
+    hook = model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        step(model, one, (1, 2, 3))
+    hook.remove()
+    one.layers[0].reset()
+    other = copy.copy(one)
+    other.layers = [copy.copy(layer) for layer in one.layers]
+    theirs = None
+    for tokens in ((1, 2, 3), (4,)):
+        expected, theirs = step(plain, theirs, tokens)
+        assert all(torch.equal(step(model, each, tokens)[0], expected) for each in (one, other))
+    same(held(one), held(theirs))
+    same(held(other), held(theirs))
+
+
 def test_what_is_upstreams(made):
     """With gradients, other classes of caches, and updates of somebody else."""
     model = language()
