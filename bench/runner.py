@@ -88,8 +88,9 @@ def find_ops() -> list[str]:
 
 
 def chosen(op: str) -> list[str]:
-    """The names that `op` stands for: itself, or all that begin with it (moe: moe_experts, moe_routing)."""
-    return [name for name in find_ops() if name == op or name.startswith(f"{op}_")]
+    """The names that `op` stands for: itself, or else all that begin with it (moe: moe_experts, moe_routing)."""
+    names = find_ops()
+    return [op] if op in names else [name for name in names if name.startswith(f"{op}_")]
 
 
 def load_cases(ops: Iterable[str], quick: bool, pattern: str = "") -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 A backend is one of:
 
-* `native`: C++ on CPU tensors
+* `cpu`: C++ on CPU tensors
 * `cuda`: CUDA C++ on NVIDIA GPUs
 * `triton`: Triton on NVIDIA and AMD GPUs
 * `torch`: fused kernels of torch, or of a library beside it, on GPUs
@@ -23,19 +23,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _cuda, _env, _gpu, _native
+from . import _cpu, _cuda, _env, _gpu
 
 if TYPE_CHECKING:
     import torch
 
 _DEVICES = {
-    "native": ("cpu",),
+    "cpu": ("cpu",),
     "cuda": ("cuda",),
     "triton": ("cuda", "hip"),
     "torch": ("cuda", "hip"),
     "reference": (),
 }
 NAMES = tuple(_DEVICES)
+_FORMER = {"native": "cpu"}  # names of releases before this one
 
 
 class BackendError(RuntimeError):
@@ -114,8 +115,8 @@ def _problem(impl: Implementation, kind: str, device: int | None, dtype: str, ar
         return f"it serves {' and '.join(impl.devices)} tensors, not {kind}"
     if impl.dtypes and dtype not in impl.dtypes:
         return f"it serves {', '.join(impl.dtypes)}, not {dtype}"
-    if impl.backend == "native":
-        why = _native.problem()
+    if impl.backend == "cpu":
+        why = _cpu.problem()
     elif impl.backend == "torch":
         why = None
     else:
@@ -168,6 +169,9 @@ def choose(
     """
     forced = forced or _env.BACKEND.get()
     kind = _gpu.device_kind(device.type)
+    if forced in _FORMER:
+        warnings.warn(f"the backend '{forced}' is called '{_FORMER[forced]}' now", FutureWarning, stacklevel=3)
+        forced = _FORMER[forced]
     if forced:
         if forced not in NAMES:
             raise BackendError(f"backend: got '{forced}', expected one of {', '.join(NAMES)}")

@@ -24,7 +24,7 @@ class Variable:
 BACKEND = Variable(
     "IVL_BACKEND",
     "",
-    "Force one backend for every op: `native`, `cuda`, `triton`, `torch` or `reference`. Empty: the best for the call.",
+    "Force one backend for every op: `cpu`, `cuda`, `triton`, `torch` or `reference`. Empty: the best for the call.",
 )
 CPU_ISA = Variable(
     "IVL_CPU_ISA",

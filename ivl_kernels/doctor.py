@@ -62,9 +62,9 @@ def _system() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    from . import _native
+    from . import _cpu
 
-    features = dict(_native.module().cpu_features())
+    features = dict(_cpu.module().cpu_features())
     torch = importlib.import_module("torch")
     return {**features, "torch_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
@@ -103,11 +103,11 @@ def _tools() -> dict[str, str]:
 
 
 def _built() -> dict[str, Any]:
-    from . import _cuda, _native
+    from . import _cpu, _cuda
 
-    why = _native.problem()
+    why = _cpu.problem()
     return {
-        "C++ kernels": why or dict(_native.module().build_info()),
+        "C++ kernels": why or dict(_cpu.module().build_info()),
         "CUDA C++ kernels": _cuda.built() or "not built (install with nvcc present)",
     }
 

@@ -126,7 +126,7 @@ void kl_backward(Tensor grad, Tensor x, Tensor weight, Tensor teacher_x, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ivl_cpu, m) {
   m.def(
       "linear_logprob(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float temperature, float softcap, "
       "Tensor(a!) logp, Tensor(b!) lse, Tensor(c!) entropy, Tensor(d!) mean, Tensor(e!) kept) -> ()");
@@ -143,7 +143,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) {
       "Tensor(c!) dweight, bool accumulate) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ivl_cpu, CPU, m) {
   m.impl("linear_logprob", TORCH_BOX(&forward));
   m.impl("linear_logprob_backward", TORCH_BOX(&backward));
   m.impl("linear_kl", TORCH_BOX(&kl_forward));

@@ -117,9 +117,9 @@ std::string schema(const char* name, Result (*)(Arguments...)) {
   return std::string(name) + "(" + list + ") -> " + result;
 }
 
-// `torch.ops.ivl_native.<name>`, which calls `function` on CPU tensors.
+// `torch.ops.ivl_cpu.<name>`, which calls `function` on CPU tensors.
 #define IVL_OPERATOR(name, function)                                                                       \
-  STABLE_TORCH_LIBRARY_FRAGMENT(ivl_native, m) { m.def(ivl::schema(#name, &function).c_str()); }            \
-  STABLE_TORCH_LIBRARY_IMPL(ivl_native, CPU, m) { m.impl(#name, TORCH_BOX(&function)); }
+  STABLE_TORCH_LIBRARY_FRAGMENT(ivl_cpu, m) { m.def(ivl::schema(#name, &function).c_str()); }            \
+  STABLE_TORCH_LIBRARY_IMPL(ivl_cpu, CPU, m) { m.impl(#name, TORCH_BOX(&function)); }
 
 }  // namespace ivl

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from ivl_kernels import _native
+from ivl_kernels import _cpu
 from tests.simulator import gpu
 from tests.simulator.gpu import simulated_gpu
 from tests.simulator.ptxsim import SimError
@@ -47,7 +47,7 @@ def newer_gpu(request, monkeypatch):
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
 def isa(request):
     """The instruction set that the C++ kernels use during the test; skipped where the processor lacks it."""
-    module = _native.module()
+    module = _cpu.module()
     before = module.cpu_features()["isa"]
     try:
         module.set_isa(request.param)

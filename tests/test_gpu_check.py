@@ -28,14 +28,14 @@ def test_rehearsal(tmp_path, capsys):
 
 def test_a_wrong_kernel_fails(tmp_path, monkeypatch, capsys):
     op = _library.OPS["pixel_shuffle_mlp"]
-    native = next(i for i in op.implementations if i.backend == "native")
-    right = op.function(native)
+    cpu = next(i for i in op.implementations if i.backend == "cpu")
+    right = op.function(cpu)
 
     def wrong(arguments):
         out, *saved = right(arguments)
         return out * 1.01, *saved
 
-    monkeypatch.setitem(op._functions, "native", wrong)
+    monkeypatch.setitem(op._functions, "cpu", wrong)
     status = cli.main(["gpu-check", "--device", "cpu", "--no-bench", "-k", "ratio 1/4", "--out", str(tmp_path)])
     assert status == 1 and "TOO FAR" in capsys.readouterr().out
 

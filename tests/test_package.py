@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ivl_kernels
-from ivl_kernels import _env, _native, cli, doctor
+from ivl_kernels import _cpu, _env, cli, doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,15 +58,15 @@ def test_public_names():
 
 def test_stable_abi():
     """No symbol of torch's unstable C++ interface, so the build loads under other torch versions."""
-    library = _native.module().__file__
+    library = _cpu.module().__file__
     undefined = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
     unstable = [line for line in undefined.stdout.splitlines() if re.search(r"\b(at|c10|torch)::", line)]
     assert unstable == []
-    assert _native.module().build_info()["torch_stable_abi"] == "2.10"
+    assert _cpu.module().build_info()["torch_stable_abi"] == "2.10"
 
 
 def test_isa_can_be_lowered_only():
-    module = _native.module()
+    module = _cpu.module()
     best = module.cpu_features()["best_isa"]
     try:
         module.set_isa("portable")
@@ -75,7 +75,7 @@ def test_isa_can_be_lowered_only():
         module.set_isa(best)
     with pytest.raises(ValueError, match="isa: got 'sse9'"):
         module.set_isa("sse9")
-    assert fresh("from ivl_kernels import _native as n; print(n.module().cpu_features()['isa'])",
+    assert fresh("from ivl_kernels import _cpu as n; print(n.module().cpu_features()['isa'])",
                  IVL_CPU_ISA="portable").strip() == "portable"  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class TestDoctor:
         found = doctor.collect()
         assert not [name for name, part in found.items() if isinstance(part, dict) and "error" in part]
         rows = found["backends"]["pixel_shuffle_mlp"]
-        assert rows["cpu float32"]["backend"] == "native" and rows["cuda bfloat16"]["backend"] == "triton"
+        assert rows["cpu float32"]["backend"] == "cpu" and rows["cuda bfloat16"]["backend"] == "triton"
         assert found["built"]["C++ kernels"]["torch_stable_abi"] == "2.10"
         json.dumps(found, default=str)
         assert "pixel_shuffle_mlp, cpu" in doctor.render(found)
@@ -102,7 +102,7 @@ class TestDoctor:
 
     def test_with_a_broken_library(self, tmp_path):
         shutil.copytree(ROOT / "ivl_kernels", tmp_path / "ivl_kernels", ignore=shutil.ignore_patterns("_C.*", "*.pyc"))
-        suffix = Path(_native.module().__file__).name.removeprefix("_C")
+        suffix = Path(_cpu.module().__file__).name.removeprefix("_C")
         (tmp_path / "ivl_kernels" / f"_C{suffix}").write_bytes(b"not a library")
         code = "import json; from ivl_kernels import doctor; print(json.dumps(doctor.collect(), default=str))"
         found = json.loads(fresh(code, PYTHONPATH=str(tmp_path)))
@@ -161,7 +161,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(out.tolist())
 print([str(w.message) for w in caught if "reference" in str(w.message)])
 try:
-    place_rows(torch.zeros(1, 3, 2), torch.tensor([[5, 7, 7]]), torch.ones(2, 2), 7, backend="native")
+    place_rows(torch.zeros(1, 3, 2), torch.tensor([[5, 7, 7]]), torch.ones(2, 2), 7, backend="cpu")
 except RuntimeError as error:
     print(error)
 """
@@ -171,7 +171,7 @@ except RuntimeError as error:
         assert lines[0] == "[[[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]]"
         warnings = eval(lines[1])
         assert len(warnings) == len(set(warnings)) > 0 and "not built" in warnings[0]
-        assert "backend 'native' was forced but cannot serve this call" in lines[2]
+        assert "backend 'cpu' was forced but cannot serve this call" in lines[2]
 
 
 class TestCommandLine:

@@ -53,7 +53,7 @@ class PatchReport:
 
 
 def serving(op: str, *computed: Any) -> str:
-    """ "native (float32 on cpu)": the backend of `ops.<op>`, and why not a better one.
+    """ "cpu (float32 on cpu)": the backend of `ops.<op>`, and why not a better one.
 
     computed: modules and tensors of the dtype that the op computes in; quantised ones are passed over.
     """

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _native, ops
+from .. import _cpu, ops
 from .._checks import KERNEL_FLOATS
 from .._library import counted, recorded
 from ..models.families import families_in, text_stacks
@@ -233,7 +233,7 @@ class Attention(Adapter):
             chosen, spelled = _layers(root), _spelled(root)
             layers = chosen or spelled
             reasons = {replaced_before(layer, _method(layer)) for layer in layers} - {""}
-            theirs = _native.problem() or ""
+            theirs = _cpu.problem() or ""
             if not layers:
                 theirs = f"how {type(root).__name__} computes its attention is not known"
             elif chosen and not _stock(chosen[0])[0]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _native
+from .. import _cpu
 from .._checks import FLOATS
 from ..models.plain import class_changed, gathered_in_call, gathered_later, not_plain, watched
 from ..models.upstream import class_of, forward_name, named_instances, replaced_before
@@ -300,8 +300,8 @@ def _block_problem(block: Any) -> str:
     """Why a block with a list of experts is left alone, or ""."""
     if replaced_before(block, forward_name(block)):
         return replaced_before(block, forward_name(block))
-    if _native.problem():
-        return f"lists of experts are served by the C++ kernels: {_native.problem()}"
+    if _cpu.problem():
+        return f"lists of experts are served by the C++ kernels: {_cpu.problem()}"
     for i, expert in enumerate(block.experts):
         for name in PROJECTIONS:
             layer = getattr(expert, name, None)

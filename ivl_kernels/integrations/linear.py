@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _native
+from .. import _cpu
 from .._checks import KERNEL_FLOATS
 from .._library import counted, recorded
 from ..models.families import Family, families_in, text_stacks
@@ -87,7 +87,7 @@ class Linear(Adapter):
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
         for path, root in roots(model):
             layers = _layers(root)
-            reason = _native.problem() or ("" if layers else "no plain linear layer")
+            reason = _cpu.problem() or ("" if layers else "no plain linear layer")
             if layers and all(layer.weight.device.type not in ("cpu", "meta") for layer in layers):
                 reason = f"on {layers[0].weight.device.type} the BLAS serves"
             yield Site("linear", path, root, f"{len(layers)} linear layers", reason or "", upstream=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _gpu, _native
+from .. import _cpu, _gpu
 from .._checks import KERNEL_FLOATS
 from .._library import counted, recorded
 from ..models.plain import is_mlp
@@ -67,7 +67,7 @@ def _reason(found: list[Any]) -> str:
     """Why upstream's code is as good for these MLPs, or ""."""
     devices = {p.device.type for module in found for p in module.parameters()} - {"cpu", "meta"}
     if not devices:
-        return "" if _gpu.preferred() else _native.problem() or ""
+        return "" if _gpu.preferred() else _cpu.problem() or ""
     if others := devices - {"cuda"}:
         return f"on {min(others)} upstream's code serves"
     plain = all(isinstance(layers := layers_of(m), tuple) and layers.gate is None for m in found)

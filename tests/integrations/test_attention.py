@@ -48,7 +48,7 @@ def test_same_answers_and_gradients(dtype, calls):
     plain, grads = run(vision, pixels)
     handle = patch(model, strict=True)
     got, ours = run(vision, pixels)
-    assert len(calls) == len(vision.encoder.layer) and handle.report().patched[0].detail.startswith("native")
+    assert len(calls) == len(vision.encoder.layer) and handle.report().patched[0].detail.startswith("cpu")
     assert_accurate(got, exact, plain)
     for name, grad in grads.items():
         assert (grad is None) == (ours[name] is None), name
@@ -183,7 +183,7 @@ def test_what_else_is_spelled_out(change, training, calls):
 
 def test_remote_code_is_reported():
     vision, text = (row for row in patch(chat_model("hub"), strict=True).report().rows if row.feature == "attention")
-    assert vision.state == text.state == "patched" and vision.detail.startswith("native")
+    assert vision.state == text.state == "patched" and vision.detail.startswith("cpu")
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def compare(run, leaves, cast):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
-BACKENDS = backends("native", "triton", "reference")
+BACKENDS = backends("cpu", "triton", "reference")
 
 
 @BACKENDS

@@ -70,7 +70,7 @@ def compare(rank, family, units, before):
             setattr(experts, name, op)
     assert len(calls) == (0 if alone else 2), (family, units, before, len(calls))
     details = [row.detail for row in handle.report().rows if row.what == "experts"]
-    words = "native (float32 on cpu) where its FSDP unit"
+    words = "cpu (float32 on cpu) where its FSDP unit"
     assert len(details) == 2 and all(words in detail for detail in details), details
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
     assert {n for n, g in got[1].items() if g is None} == {n for n, g in expected[1].items() if g is None}

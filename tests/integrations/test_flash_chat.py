@@ -66,7 +66,7 @@ def test_router_as_shipped_bit_for_bit():
             return handle.last_routing().images[0].scores
 
     vision = dict(attention=False, norms=False, mlp=False, linear=False)  # the tokens that the router sees, bit for bit
-    assert scores(flash_folded=False, backend="native", **vision) == gate[:, 0].tolist()
+    assert scores(flash_folded=False, backend="cpu", **vision) == gate[:, 0].tolist()
     assert scores() != gate[:, 0].tolist()
 
 

@@ -33,7 +33,7 @@ def test_passes(name):
         assert stages[stage].plain[0] > 0 and stages[stage].patched[0] > 0
     assert stages["all"].ratio > 0 and "plain forward" in steps
     text = str(report)
-    assert "verify: PASSED" in text and "all 4 equal" in text and "native (float32 on cpu)" in text
+    assert "verify: PASSED" in text and "all 4 equal" in text and "cpu (float32 on cpu)" in text
     assert json.loads(json.dumps(report.to_dict()))["passed"]
 
 

@@ -17,7 +17,7 @@ from ivl_kernels.ops.attention.op import Attention, AttentionBackward
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends
 
-BACKENDS = backends("native", "reference")
+BACKENDS = backends("cpu", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -75,7 +75,7 @@ def wide(*tensors):
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 70)), min_size=1, max_size=4),
@@ -153,7 +153,7 @@ def test_result_and_gradients(backend, dtype, name):
 def test_every_instruction_set(isa, dtype):
     for name in ("prefill", "decode", "gpt-oss", "odd head"):
         inputs, options = shape(name, dtype)
-        got = gradients(lambda *a, **o: attention(*a, **o, backend="native"), inputs, options, dtype)
+        got = gradients(lambda *a, **o: attention(*a, **o, backend="cpu"), inputs, options, dtype)
         true, eager = gradients(plain, inputs, options, torch.float64), gradients(plain, inputs, options, dtype)
         for what, g, t, e in zip(("out", "q", "k", "v", "sinks"), got, true, eager):
             few = what == "sinks" or (name == "decode" and what != "out")
@@ -244,7 +244,7 @@ def test_sequences_never_see_each_other(backend, options, lengths, dtype):
 def test_odd_strides():
     """No pair of bfloat16 starts at a multiple of 4 bytes."""
     q, k, v = (torch.randn(40, 2 * 17 + 1).bfloat16()[:, 1:].unflatten(1, (2, 17))[..., :16] for _ in range(3))
-    got = attention(q, k, v, backend="native")
+    got = attention(q, k, v, backend="cpu")
     cu = offsets([40])
     assert_accurate(got, plain(*wide(q, k, v), cu, cu), plain(q, k, v, cu, cu))
 
@@ -373,7 +373,7 @@ def test_compiles_to_one_graph():
 )  # fmt: skip
 def test_wrong_input(change, error, message):
     q, k, v, _, _ = make([9], [9])
-    for backend in ("native", "reference"):
+    for backend in ("cpu", "reference"):
         with pytest.raises(error, match=message):
             attention(**{**dict(q=q, k=k, v=v, backend=backend), **change})
     with pytest.raises(ValueError, match=r"cu_seqlens_q: .*expected packed \[N, heads, d\]"):

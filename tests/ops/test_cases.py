@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ivl_kernels import _dispatch, _library
+from ivl_kernels.ops import rms_norm
 from ivl_kernels.testing.cases import Checked, Numbers, all_cases, cast, forward_backward
 from tests.simulator.gpu import far, simulated_gpu
 
@@ -86,14 +87,25 @@ def test_a_preferred_backend_comes_first_where_it_can_serve():
     def served():
         return op.explain("cpu", "float32").backend
 
-    assert served() == "native"
+    assert served() == "cpu"
     with simulated_gpu(preferred=True):
         for backend in ("triton", "cuda"):
             with _dispatch.preferring(backend):
                 assert served() == backend
-        with _dispatch.preferring("native"):  # it cannot serve a GPU's tensors
+        with _dispatch.preferring("cpu"):  # it cannot serve a GPU's tensors
             assert served() == "cuda"
-    assert served() == "native"
+    assert served() == "cpu"
+
+
+def test_a_former_name_of_a_backend(monkeypatch):
+    """It serves for a release, and says what it is called now."""
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    expected = rms_norm(x, weight, 1e-6, backend="cpu")
+    with pytest.warns(FutureWarning, match="the backend 'native' is called 'cpu' now"):
+        assert torch.equal(rms_norm(x, weight, 1e-6, backend="native"), expected)
+    monkeypatch.setenv("IVL_BACKEND", "native")
+    with pytest.warns(FutureWarning, match="the backend 'native' is called 'cpu' now"):
+        assert torch.equal(rms_norm(x, weight, 1e-6), expected)
 
 
 @pytest.mark.parametrize("device", [None, "meta"])

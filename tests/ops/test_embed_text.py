@@ -7,7 +7,7 @@ from ivl_kernels.ops import embed_text
 from ivl_kernels.testing import poisoned
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("native", "cuda", "reference")
+BACKENDS = backends("cpu", "cuda", "reference")
 TOKEN = 7
 
 

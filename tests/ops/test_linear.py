@@ -40,7 +40,7 @@ def check(x, weight, bias, grad, backend=""):
     "shape", [(1, 64, 64), (3, 96, 130), (6, 32, 16), (13, 70, 33), (64, 128, 65), (65, 128, 64), (150, 1100, 72)]
 )
 def test_every_instruction_set(isa, shape, dtype):
-    check(*operands(*shape, dtype), backend="native")
+    check(*operands(*shape, dtype), backend="cpu")
 
 
 @given(
@@ -49,7 +49,7 @@ def test_every_instruction_set(isa, shape, dtype):
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_odd_shapes(rows, inputs, outputs, dtype, seed):
-    check(*operands(rows, inputs, outputs, dtype, seed), backend="native")
+    check(*operands(rows, inputs, outputs, dtype, seed), backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,11 +66,11 @@ def test_any_strides(layout, dtype):
         )  # every second element
     else:
         x, weight = x[:1].expand(70, 64), weight[:1].expand(40, 64)
-    check(x, weight, bias, grad, backend="native")
+    check(x, weight, bias, grad, backend="cpu")
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 5), (4, 0, 5), (4, 8, 0)])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_empty(shape, backend):
     x, weight, bias, _ = operands(*shape, torch.float32)
     with poisoned():
@@ -103,7 +103,7 @@ def test_threads_do_not_matter(rows, dtype):
 def test_long_sums_keep_their_digits(isa):
     x, weight, *_ = operands(70, 12800, 64, torch.float32)
     exact = x.double() @ weight.double().t()
-    assert (linear(x, weight, backend="native") - exact).norm() <= 1.3 * (F.linear(x, weight) - exact).norm()
+    assert (linear(x, weight, backend="cpu") - exact).norm() <= 1.3 * (F.linear(x, weight) - exact).norm()
 
 
 def test_only_what_is_needed():

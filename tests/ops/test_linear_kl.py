@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_kernels import _native
+from ivl_kernels import _cpu
 from ivl_kernels.ops import linear_kl
 from ivl_kernels.testing import assert_accurate, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["native", "reference"]
+BACKENDS = ["cpu", "reference"]
 
 
 def operands(tokens, widths, vocabulary, dtype=torch.float32, *, rows=None, apart=0.3, seed=0):
@@ -75,7 +75,7 @@ def check(v, grad, *args, backend, **options):
 def test_any_shape(tokens, widths, vocabulary, dtype, backend, temperature, weighted, isa, data, seed):
     v = operands(tokens, widths, vocabulary, dtype, rows=data.draw(st.integers(1, tokens)), seed=seed)
     grad = torch.randn(len(v[4]), generator=torch.Generator().manual_seed(seed))
-    module = _native.module()
+    module = _cpu.module()
     before = module.cpu_features()["isa"]
     try:
         if isa:
@@ -91,10 +91,10 @@ def test_any_shape(tokens, widths, vocabulary, dtype, backend, temperature, weig
 
 
 def test_several_chunks_of_rows(monkeypatch):
-    from ivl_kernels.ops.linear_logprob import native
+    from ivl_kernels.ops.linear_logprob import cpu
 
-    monkeypatch.setattr(native, "CHUNK", 4 * 300 * 33)
-    check(operands(120, (48, 32), 300), torch.tensor(1.0), torch.rand(120), backend="native")
+    monkeypatch.setattr(cpu, "CHUNK", 4 * 300 * 33)
+    check(operands(120, (48, 32), 300), torch.tensor(1.0), torch.rand(120), backend="cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

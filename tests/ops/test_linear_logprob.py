@@ -16,7 +16,7 @@ from ivl_kernels.ops import linear_candidates, linear_ce, linear_kl, linear_logp
 from ivl_kernels.testing import assert_accurate, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["native", "reference"]
+BACKENDS = ["cpu", "reference"]
 
 
 def whole(hidden, weight, targets, rows=None, *, bias=None, temperature=1.0, softcap=0.0):
@@ -79,9 +79,9 @@ def some_grads(count, seed=1):
 @pytest.mark.parametrize("shape", [(70, 64, 1100), (13, 33, 61), (129, 40, 513)])
 def test_every_instruction_set(isa, shape, save, dtype):
     v = operands(*shape, dtype)
-    check(v, some_grads(shape[0]), save=save, backend="native", temperature=0.7, softcap=15.0)
+    check(v, some_grads(shape[0]), save=save, backend="cpu", temperature=0.7, softcap=15.0)
     v["bias"] = None
-    check(v, [some_grads(shape[0])[0], None, None, None], save=save, backend="native")
+    check(v, [some_grads(shape[0])[0], None, None, None], save=save, backend="cpu")
 
 
 @given(
@@ -108,7 +108,7 @@ def test_a_float32_weight_beside_short_hidden_states(backend, dtype):
 
 def test_exact_with_bfloat16_operands(isa):
     v = operands(256, 256, 5003, torch.bfloat16, scale=3.4)
-    found = linear_logprob(v["hidden"], v["weight"], v["targets"], backend="native").logp
+    found = linear_logprob(v["hidden"], v["weight"], v["targets"], backend="cpu").logp
     exact = whole(v["hidden"].double(), v["weight"].double(), v["targets"])[0]
     assert (found - exact).square().mean().sqrt() < 1e-5
 
@@ -117,16 +117,16 @@ def test_exact_with_bfloat16_operands(isa):
 def test_a_row_does_not_depend_on_the_others(isa, dtype):
     v = operands(512, 70, 1300, dtype)
     v["bias"] = None
-    together = linear_logprob(**v, backend="native")
+    together = linear_logprob(**v, backend="cpu")
     reversed_rows = torch.arange(511, -1, -1)
     backwards = linear_logprob(
-        v["hidden"], v["weight"], v["targets"][reversed_rows], reversed_rows, backend="native"
+        v["hidden"], v["weight"], v["targets"][reversed_rows], reversed_rows, backend="cpu"
     )  # fmt: skip
     for whole_result, result in zip(together, backwards):
         assert torch.equal(whole_result[reversed_rows], result)
     for row in (0, 3, 200, 511):
         alone = linear_logprob(
-            v["hidden"][row : row + 1], v["weight"], v["targets"][row : row + 1], backend="native"
+            v["hidden"][row : row + 1], v["weight"], v["targets"][row : row + 1], backend="cpu"
         )  # fmt: skip
         assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone))
 
@@ -157,14 +157,14 @@ def test_rows_that_do_not_count(backend):
     got = run(functools.partial(linear_logprob, backend=backend), v, grads)
     assert all(torch.equal(a, b) for a, b in zip(clean, got))
     assert not got[4][out].any() and not got[4][v["rows"][5:12]].any()
-    if backend == "native":  # and what has no gradient is not even multiplied by zero
+    if backend == "cpu":  # and what has no gradient is not even multiplied by zero
         v["hidden"][v["rows"][5:12]] = float("nan")
         assert all(torch.equal(a, b) for a, b in zip(clean[4:], run(linear_logprob, v, grads)[4:]))
 
 
 @pytest.mark.parametrize("rows", [1152, 1153])
 def test_as_many_rows_as_a_block_of_words_is_packed_for(rows):
-    check(operands(rows, 24, 130), some_grads(rows), backend="native", save="nothing")
+    check(operands(rows, 24, 130), some_grads(rows), backend="cpu", save="nothing")
 
 
 @pytest.mark.parametrize("save", ["nothing", "logits"])
@@ -173,7 +173,7 @@ def test_gradients_of_short_operands_are_rounded_twice_only(save):
     v = operands(256, 96, 1500, torch.bfloat16)
     v["bias"] = None
     grad = torch.rand(256)
-    found = run(functools.partial(linear_logprob, save=save, backend="native"), v, [grad, None, None, None])[4:]
+    found = run(functools.partial(linear_logprob, save=save, backend="cpu"), v, [grad, None, None, None])[4:]
     x, w = v["hidden"].double(), v["weight"].double()
     dz = F.one_hot(v["targets"], 1500) - (x @ w.t()).softmax(-1)
     dz = dz * grad.double()[:, None]
@@ -268,9 +268,9 @@ def test_no_rows(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("upstream", [1.0, -0.3])
 def test_cross_entropy(backend, dtype, upstream, monkeypatch):
-    from ivl_kernels.ops.linear_logprob import native
+    from ivl_kernels.ops.linear_logprob import cpu
 
-    monkeypatch.setattr(native, "CHUNK", 4 * 300 * 33)  # several chunks of rows
+    monkeypatch.setattr(cpu, "CHUNK", 4 * 300 * 33)  # several chunks of rows
     v = operands(150, 48, 300, dtype, rows=101)
     weight = torch.rand(101)
     weight[::7] = 0

@@ -62,7 +62,7 @@ def check(values, backend=""):
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("shape", [(1, 64, 128, 32), (13, 70, 33, 20), (65, 128, 200, 65), (150, 96, 1100, 72)])
 def test_every_instruction_set(isa, shape, kind, dtype):
-    check(operands(kind, *shape, dtype), "native")
+    check(operands(kind, *shape, dtype), "cpu")
 
 
 @given(
@@ -71,7 +71,7 @@ def test_every_instruction_set(isa, shape, kind, dtype):
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_odd_shapes(kind, rows, width, inner, outputs, dtype, seed):
-    check(operands(kind, rows, width, inner, outputs, dtype, seed), "native")
+    check(operands(kind, rows, width, inner, outputs, dtype, seed), "cpu")
 
 
 @backends("triton", "reference")
@@ -116,12 +116,12 @@ def test_compiles_for_every_gpu(target):
 def test_more_rows_than_are_worked_on_at_a_time(kind):
     values = operands(kind, 5000, 16, 1000, 8, torch.float32)  # 16 MiB are 4161 rows
     with poisoned():
-        got = ours(values, "native")
+        got = ours(values, "cpu")
     assert_accurate(got, eager({n: v.double() for n, v in values.items()}), eager(values))
 
 
 @pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_any_strides_dimensions_and_biases(kind, backend):
     values = operands(kind, 24, 32, 40, 16, torch.float32)
     expected = ours(values, backend)
@@ -136,7 +136,7 @@ def test_any_strides_dimensions_and_biases(kind, backend):
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("shape", [(0, 8, 5, 4), (4, 8, 0, 4), (4, 8, 5, 0)])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_empty(kind, shape, backend):
     values = operands(kind, *shape, torch.float32)
     with poisoned():

@@ -13,7 +13,7 @@ from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.cases.moe_experts import limited
 from tests.simulator.gpu import backends
 
-BACKENDS = backends("native", "reference")
+BACKENDS = backends("cpu", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -172,7 +172,7 @@ def test_every_instruction_set(isa, shape, gpt_oss, dtype):
     wide = case.to(torch.float64)
     grad = torch.randn(case.hidden.shape).to(dtype)
     with poisoned():
-        got, slopes = case.run("native"), gradients(case, lambda c: c.run("native"), grad)
+        got, slopes = case.run("cpu"), gradients(case, lambda c: c.run("cpu"), grad)
     assert_accurate(got, wide.run("reference"), eager(case))
     truth = gradients(wide, lambda c: c.run("reference"), grad.double())
     plain = gradients(case, eager, grad)
@@ -188,8 +188,8 @@ def test_long_sums(isa, width, inner, tokens, gpt_oss, dtype):
     """Sums over many columns or rows are no chains of as many additions: about as near as the BLAS."""
     case = make(tokens, width, inner, 1, 1, gpt_oss, dtype=dtype, skew="one")
     wide, grad = case.to(torch.float64), torch.randn(case.hidden.shape).to(dtype)
-    assert_accurate(case.run("native"), wide.run("reference"), eager(case), factor=1.3)
-    got = gradients(case, lambda c: c.run("native"), grad)
+    assert_accurate(case.run("cpu"), wide.run("reference"), eager(case), factor=1.3)
+    got = gradients(case, lambda c: c.run("cpu"), grad)
     truth = gradients(wide, lambda c: c.run("reference"), grad.double())
     plain = gradients(case, eager, grad)
     for name, value in got.items():
@@ -203,12 +203,12 @@ def test_thread_count_does_not_change_the_result():
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append([case.run("native"), *gradients(case, lambda c: c.run("native"), grad).values()])
+        results.append([case.run("cpu"), *gradients(case, lambda c: c.run("cpu"), grad).values()])
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_list_of_experts(backend, dtype):
     """One tensor a matrix: the values and gradients of stacked weights, bit for bit."""
@@ -235,7 +235,7 @@ def test_list_of_experts(backend, dtype):
 @pytest.mark.parametrize("tokens", [1, 3, 700])
 def test_sum_over_experts_is_rounded_once(backend, tokens, gpt_oss, dtype):
     """One large term and fifteen that a 16-bit sum would swallow one by one; 700 tokens take several turns."""
-    if tokens > 3 and backend not in ("native", "reference"):
+    if tokens > 3 and backend not in ("cpu", "reference"):
         tokens = 5
     experts, width, inner = 16, 8, 8
     case = make(tokens, width, inner, experts, experts, gpt_oss, bias=True, dtype=dtype)
@@ -257,7 +257,7 @@ def test_sum_over_experts_is_rounded_once(backend, tokens, gpt_oss, dtype):
     assert (got - truth).norm() <= 0.01 * truth.norm()
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_list_without_tokens_for_some(backend, frozen):
     """An expert that no token chose has no gradient, as in a loop over those that were chosen."""
@@ -310,7 +310,7 @@ def test_scratch_of_an_earlier_call_does_not_matter(gpt_oss, dtype):
     case = make(7, 64, 64, 3, 3, gpt_oss, gpt_oss, dtype)
 
     def run(case):
-        return gradients(case, lambda c: c.run("native"), torch.ones_like(case.hidden))
+        return gradients(case, lambda c: c.run("cpu"), torch.ones_like(case.hidden))
 
     expected = run(case)
     broken = make(8, 64, 64, 3, 3, gpt_oss, gpt_oss, dtype)
@@ -322,7 +322,7 @@ def test_scratch_of_an_earlier_call_does_not_matter(gpt_oss, dtype):
         assert torch.equal(value, expected[name]), name
 
 
-@backends("native", "triton", "reference")
+@backends("cpu", "triton", "reference")
 def test_gradient_at_the_limit_of_the_activation(backend):
     """Clamping passes on the gradient of a value that is the limit."""
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -397,7 +397,7 @@ def test_opcheck(backend, gpt_oss):
     torch.library.opcheck(torch.ops.ivl.moe_experts_backward.default, args)
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 def test_opcheck_list(backend):
     case = make()
     permutation, inverse, _, offsets, _ = torch.ops.ivl.moe_dispatch(case.ids, 5, 0, "reference")

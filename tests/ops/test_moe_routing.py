@@ -9,7 +9,7 @@ from ivl_kernels.ops import moe_dispatch, moe_routing
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends
 
-BACKENDS = backends("native", "cuda", "triton", "reference")
+BACKENDS = backends("cpu", "cuda", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONVENTIONS = [("softmax_then_topk", False), ("softmax_then_topk", True), ("topk_then_softmax", False)]
 
@@ -53,7 +53,7 @@ def test_equals_transformers(backend, convention, tokens, experts, share, dtype,
     assert_accurate(weights, truth, expected)
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 def test_nan_is_the_largest(backend):
     logits = torch.randn(3, 40)
     logits[0, 7], logits[1, 39], logits[2, 0] = torch.nan, -torch.nan, torch.inf

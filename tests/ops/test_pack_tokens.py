@@ -13,7 +13,7 @@ from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_compaction
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("native", "cuda", "reference")
+BACKENDS = backends("cpu", "cuda", "reference")
 TOKEN, PAD = 7, 11
 
 
@@ -111,7 +111,7 @@ def check(backend, batch, padding, capacity):
         assert got.masked_tokens == int((mask == 0).sum())
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @given(batch=batches(), padding=st.sampled_from(["left", "right", "none"]), capacity=st.booleans())
 @settings(max_examples=60)
 def test_equals_slow(backend, batch, padding, capacity):
@@ -189,7 +189,7 @@ def test_rows_in_parallel(padding):
     compress = torch.arange(250) % 3 == 0
     got, expected = (
         pack_tokens(ids, compress, TOKEN, attention_mask=mask, padding=padding, backend=name)
-        for name in ("native", "reference")
+        for name in ("cpu", "reference")
     )
     for name in ("ids", "attention_mask", "position_ids", "kept", "keep", "lengths", "cu_seqlens", "tile_rows"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
@@ -208,7 +208,7 @@ def test_long_rows_in_parallel_know_the_tiles_before_them():
     before = torch.get_num_threads()
     torch.set_num_threads(3)  # in one thread each row is counted again before the next is written
     try:
-        got, expected = (pack_tokens(ids, compress, TOKEN, **options, backend=b) for b in ("native", "reference"))
+        got, expected = (pack_tokens(ids, compress, TOKEN, **options, backend=b) for b in ("cpu", "reference"))
     finally:
         torch.set_num_threads(before)
     for name in ("ids", "attention_mask", "kept", "keep", "tile_rows", "lengths"):

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels.ops import pixel_shuffle_mlp
-from ivl_kernels.ops.pixel_shuffle_mlp import native
+from ivl_kernels.ops.pixel_shuffle_mlp import cpu
 from ivl_kernels.testing import assert_accurate as assert_rule
 from ivl_kernels.testing import poisoned
 from tests.simulator.gpu import backends
 
-BACKENDS = backends("native", "triton", "reference")  # more of Triton in test_pixel_shuffle_mlp_gpu.py
+BACKENDS = backends("cpu", "triton", "reference")  # more of Triton in test_pixel_shuffle_mlp_gpu.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ISAS = ["portable", "avx2", "avx512"]
 
@@ -70,7 +70,7 @@ def flat(args):
 @pytest.fixture(params=[False, True], ids=["own", "library"])
 def library(request, monkeypatch):
     """Whose matrix products serve bfloat16 (float16 and float32 use ours, float64 torch's)."""
-    monkeypatch.setattr(native, "_bfloat16_products", lambda: request.param)
+    monkeypatch.setattr(cpu, "_bfloat16_products", lambda: request.param)
 
 
 def check(args, backend, *, grads=True, **options):
@@ -100,9 +100,9 @@ def check(args, backend, *, grads=True, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_native_every_isa(isa, library, dtype):
-    check(make(dtype=dtype), "native", grid=(4, 6), skip=1)
+    check(make(dtype=dtype), "cpu", grid=(4, 6), skip=1)
     # Wider than a panel of columns, a chain of products and a block of the depth, with tails.
-    check(make(3, (4, 4), 37, (133, 101, 45), 4, 0, dtype), "native", merge=4)
+    check(make(3, (4, 4), 37, (133, 101, 45), 4, 0, dtype), "cpu", merge=4)
 
 
 @settings(max_examples=40)
@@ -110,7 +110,7 @@ def test_native_every_isa(isa, library, dtype):
     tiles=st.integers(1, 4), cells=st.tuples(st.integers(1, 4), st.integers(1, 4)), merge=st.integers(1, 4),
     channels=st.integers(1, 40), widths=st.lists(st.integers(1, 70), min_size=1, max_size=3), skip=st.integers(0, 2),
     order=st.sampled_from(["v1", "v2"]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
-    backend=st.sampled_from(["native", "reference"]),
+    backend=st.sampled_from(["cpu", "reference"]),
 )  # fmt: skip
 def test_fuzz(tiles, cells, merge, channels, widths, skip, order, dtype, seed, backend):
     grid = cells[0] * merge, cells[1] * merge
@@ -127,7 +127,7 @@ def test_fuzz(tiles, cells, merge, channels, widths, skip, order, dtype, seed, b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_model_shape(merge, hidden, dtype):
     """One tile of the 1B model."""
-    check(make(1, (32, 32), 1024, hidden, merge, 1, dtype), "native", merge=merge, skip=1, grads=merge == 2)
+    check(make(1, (32, 32), 1024, hidden, merge, 1, dtype), "cpu", merge=merge, skip=1, grads=merge == 2)
 
 
 @BACKENDS
@@ -143,15 +143,15 @@ def test_no_tiles(backend, chosen):
 
 def test_many_rows():
     """More rows than one chunk of any path holds."""
-    check(make(9, (32, 32), 600, (80, 40), 2, 0), "native")
-    check(make(9, (32, 32), 600, (80, 40), 2, 0, torch.float64), "native", grads=False)
+    check(make(9, (32, 32), 600, (80, 40), 2, 0), "cpu")
+    check(make(9, (32, 32), 600, (80, 40), 2, 0, torch.float64), "cpu", grads=False)
 
 
 def test_wide_rows():
-    check(make(1, (8, 8), 3200, (96, 64), 4, 1, torch.bfloat16), "native", merge=4, skip=1)
+    check(make(1, (8, 8), 3200, (96, 64), 4, 1, torch.bfloat16), "cpu", merge=4, skip=1)
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 def test_gradcheck(backend):
     args = make(2, (2, 4), 3, (4, 3), dtype=torch.float64, grad=True)
 
@@ -161,7 +161,7 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(run, tuple(flat(args)))
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @pytest.mark.parametrize("wanted", range(7))
 def test_only_the_gradients_needed(backend, wanted):
     args = make(dtype=torch.float64, grad=True)
@@ -199,7 +199,7 @@ def test_out_in_any_order(dtype, library):
     assert torch.equal(target.view(5, 64, 8)[starts // 64], expected)
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 def test_out_gradients(backend):
     args = make(3, (2, 4), 3, (4, 3), dtype=torch.float64, grad=True)
     base = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
@@ -220,7 +220,7 @@ def test_strided_input(view):
            "channels": torch.zeros(3, 17, 12)[..., ::2]}[view].copy_(x)  # fmt: skip
     args = (big, *rest)
     assert torch.equal(pixel_shuffle_mlp(*args, skip=1), pixel_shuffle_mlp(x, *rest, skip=1))
-    check(args, "native", skip=1)
+    check(args, "cpu", skip=1)
 
 
 def test_strided_weights():
@@ -240,7 +240,7 @@ def test_extreme_values(dtype):
     biases[0] = torch.tensor([-200.0, 200.0, -14.5, 13.9, -1e4, 1e4], dtype=dtype)
     x[0, 0:2] = 3.0
     x[0, 4:6] = 3.0  # the whole first cell: variance 0
-    check((x, nw, nb, weights, biases), "native", grads=dtype != torch.float16)
+    check((x, nw, nb, weights, biases), "cpu", grads=dtype != torch.float16)
     x = x.detach().clone()
     x[0, 15] = float("inf")
     got = pixel_shuffle_mlp(x, nw, nb, weights, biases)

@@ -9,7 +9,7 @@ from ivl_kernels.ops import place_rows
 from ivl_kernels.testing import poisoned
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("native", "cuda", "triton", "reference")
+BACKENDS = backends("cpu", "cuda", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TOKEN = 7
 

@@ -14,7 +14,7 @@ from ivl_kernels.testing import assert_accurate, poisoned
 from tests.ops.test_moe_experts import Case, eager, make
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("native", "reference")
+BACKENDS = backends("cpu", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [("mxfp4", True), ("mxfp4", False), ("fp8", False)]  # and whether with GPT-OSS's order and activation
 
@@ -115,7 +115,7 @@ SHAPES = [
 @pytest.mark.parametrize("kind, gpt_oss", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['tokens']}-{shape['width']}")
 def test_every_instruction_set(isa, shape, kind, gpt_oss, dtype):
-    check(stored(kind, gpt_oss, dtype, bias=True, **shape), "native", dtype)
+    check(stored(kind, gpt_oss, dtype, bias=True, **shape), "cpu", dtype)
 
 
 @pytest.mark.parametrize("kind", formats.FORMATS)
@@ -133,7 +133,7 @@ def test_every_byte_of_a_value_and_a_scale(isa, kind):
     ids, weights = torch.zeros(32, 1, dtype=torch.long), torch.ones(32, 1)
     got = moe_experts(
         hidden, ids, weights, values, down, gate_up_scales=scales, down_scales=down_scales, activation="gpt_oss",
-        alpha=0.0, limit=3.0e38, layout="concatenated", backend="native",
+        alpha=0.0, limit=3.0e38, layout="concatenated", backend="cpu",
     )  # fmt: skip
     gate, up = formats.dequantise(values, scales)[0].chunk(2)
     assert torch.equal(got, ((gate * 0.5) * (up + 1)).T)
@@ -155,7 +155,7 @@ def test_rows_of_a_token_do_not_depend_on_the_others(isa):
     """In dot products of float32 a token's result is the same alone and among others."""
     case = stored("mxfp4", True, torch.float32, tokens=6, width=64, inner=96, experts=1, top_k=1)
     one = replace(case.plain, **{n: getattr(case.plain, n)[2:3] for n in ("hidden", "ids", "weights")})
-    assert torch.equal(case.run("native")[2:3], case.run("native", one))
+    assert torch.equal(case.run("cpu")[2:3], case.run("cpu", one))
 
 
 def test_thread_count_does_not_change_the_result():
@@ -164,7 +164,7 @@ def test_thread_count_does_not_change_the_result():
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(case.run("native"))
+        results.append(case.run("cpu"))
     torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
 

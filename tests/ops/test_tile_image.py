@@ -12,7 +12,7 @@ from ivl_kernels.ops.tile_image import MEAN, STD
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends
 
-BACKENDS = backends("native", "reference")
+BACKENDS = backends("cpu", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -55,7 +55,7 @@ def assert_same_pixels(got, want):
     assert float((levels(got) - levels(want)).abs().max()) <= slack
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @settings(max_examples=30)
 @given(
     height=st.integers(1, 130), width=st.integers(1, 130), tile=st.sampled_from([1, 7, 16, 30, 64]),

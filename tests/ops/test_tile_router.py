@@ -13,8 +13,8 @@ from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
 from tests.simulator.gpu import OLD_TRITON, backends, simulated_gpu
 
-ALL = backends("native", "triton", "reference")
-CPU = backends("native", "reference")
+ALL = backends("cpu", "triton", "reference")
+CPU = backends("cpu", "reference")
 GPU = backends("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -71,7 +71,7 @@ def test_released_width():
 def test_pool_released_widths(width, dtype):
     z, u = pool_inputs(1, 1024, width, 16, dtype)
     truth = reference.tile_pool(Pool(z.double(), u.double()))
-    assert_accurate(op._pool(Pool(z, u), "native")[0], truth[0], reference.tile_pool(Pool(z, u))[0])
+    assert_accurate(op._pool(Pool(z, u), "cpu")[0], truth[0], reference.tile_pool(Pool(z, u))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -99,9 +99,9 @@ def test_pool_native(isa, dtype, tiles, rows, width, heads, seed, shared):
     view = wide[:, 1:-1, 2:-1]
     view.copy_(z)
     with poisoned():
-        pooled, lse = op._pool(Pool(view, u), "native")
-        grad_z, grad_u = op._pool_backward(PoolBackward(Pool(view, u), pooled, lse, grad, True), "native")
-        none, same = op._pool_backward(PoolBackward(Pool(view, u), pooled, lse, grad, False), "native")
+        pooled, lse = op._pool(Pool(view, u), "cpu")
+        grad_z, grad_u = op._pool_backward(PoolBackward(Pool(view, u), pooled, lse, grad, True), "cpu")
+        none, same = op._pool_backward(PoolBackward(Pool(view, u), pooled, lse, grad, False), "cpu")
     truth = reference.tile_pool(Pool(z.double(), u.double()))
     exact = reference.tile_pool_backward(PoolBackward(Pool(z.double(), u.double()), *truth, grad.double(), True))
     eps = torch.finfo(u.dtype).eps
@@ -130,7 +130,7 @@ def test_few_rows_native(isa, dtype, rows, groups, each, width, seed, bias):
     x = torch.randn(rows, groups, width, generator=generator, dtype=sums)
     y = torch.randn(rows, groups, each, generator=generator, dtype=sums)
     with poisoned():
-        forward, back = op._linear(FewRows(x, w, b), "native"), op._linear_transposed(FewRowsTransposed(y, w), "native")
+        forward, back = op._linear(FewRows(x, w, b), "cpu"), op._linear_transposed(FewRowsTransposed(y, w), "cpu")
     tolerance = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 3e-5}
     wide = None if b is None else b.double()
     torch.testing.assert_close(
@@ -248,7 +248,7 @@ def test_triton_streams_weights_once(dtype):
 
 
 def test_pool_large_scores_and_nan():
-    for backend in ("native", "reference"):
+    for backend in ("cpu", "reference"):
         z, u = pool_inputs(2, 300, 33, 5, torch.float32)
         got = op._pool(Pool(z, u * 1000), backend)[0]
         torch.testing.assert_close(
@@ -267,7 +267,7 @@ def test_same_bits_for_any_thread_count():
     for n in (1, 2):
         torch.set_num_threads(n)
         with torch.no_grad():
-            results.append(tile_router(z, **parameters(router), backend="native"))
+            results.append(tile_router(z, **parameters(router), backend="cpu"))
     torch.set_num_threads(threads)
     assert torch.equal(*results)
 
@@ -428,7 +428,7 @@ def test_dropout_draws_as_shipped():
         (dict(heads=5), ValueError, "heads: got 5, expected a divisor of the width 64"),
         (dict(attentions=[]), ValueError, "attentions: got 0, expected 2"),
         (dict(query=[1.0]), TypeError, "query: got list"),
-        (dict(folded=False, backend="native"), RuntimeError, "folded=False"),
+        (dict(folded=False, backend="cpu"), RuntimeError, "folded=False"),
     ],
 )
 def test_wrong_input(change, error, message):

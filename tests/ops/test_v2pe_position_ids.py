@@ -12,7 +12,7 @@ from ivl_kernels.ops import v2pe_position_ids
 from ivl_kernels.testing import poisoned
 from tests.simulator.gpu import backends
 
-BACKENDS = backends("native", "reference")
+BACKENDS = backends("cpu", "reference")
 IMAGE, TEXT, TILE, SMALL = 9, 1, 8, 2  # small tiles keep the cases short
 TILES = dict(tile_tokens=TILE, compressed_tokens=SMALL)
 
@@ -209,6 +209,6 @@ def test_opcheck(backend):
 )
 def test_wrong_input(change, error, message):
     ids = torch.tensor([[TEXT] * 2 + [IMAGE] * 10 + [TEXT]])
-    for backend in ("native", "reference"):
+    for backend in ("cpu", "reference"):
         with pytest.raises(error, match=message):
             v2pe_position_ids(**{**dict(input_ids=ids, token_id=IMAGE, delta=0.5), **TILES, **change}, backend=backend)

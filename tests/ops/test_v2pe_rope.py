@@ -15,7 +15,7 @@ from ivl_kernels.ops import rope_frequencies, v2pe_rope, v2pe_rope_
 from ivl_kernels.testing import assert_accurate, poisoned
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("native", "triton", "reference")
+BACKENDS = backends("cpu", "triton", "reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 
@@ -143,7 +143,7 @@ def test_more_heads_than_a_program_holds_at_once(backend, norm):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@backends("native", "triton", "reference")
+@backends("cpu", "triton", "reference")
 @settings(max_examples=16)
 @given(
     few=st.booleans(), batch=st.integers(0, 2), tokens=st.integers(0, 9), kv_heads=st.integers(1, 3),
@@ -186,18 +186,18 @@ def test_every_instruction_set(isa, dtype):
         q, k, positions, inv_freq = make(tokens=21, width=width, dtype=dtype)
         q[0, 0, 0, 0], q[0, 0, 1, 1] = float("inf"), float("nan")
         cos, sin = stock_cos_sin(positions, inv_freq, dtype)
-        for got, expected in zip(v2pe_rope(q, k, cos=cos, sin=sin, backend="native"), plain(q, k, cos, sin)):
+        for got, expected in zip(v2pe_rope(q, k, cos=cos, sin=sin, backend="cpu"), plain(q, k, cos, sin)):
             assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
         w = torch.rand(width).to(dtype)
         for rounding in ("transformers", "float32"):
             options = dict(q_weight=w, k_weight=w, rounding=rounding)
-            got = v2pe_rope(k, k, positions, inv_freq, **options, backend="native")
+            got = v2pe_rope(k, k, positions, inv_freq, **options, backend="cpu")
             same = v2pe_rope(k, k, positions, inv_freq, **options, backend="reference")
             scale = torch.finfo(dtype).eps * same[0].abs().max()
             assert (got[0] - same[0]).abs().max() <= 2 * scale
 
 
-@backends("native", "triton")
+@backends("cpu", "triton")
 def test_angles_within_one_ulp_of_stock(backend):
     inv_freq, _ = rope_frequencies(32, 1e6)
     starts = [0.0, 300.0, 65000.0, 131000.0]
@@ -212,11 +212,11 @@ def test_angles_within_one_ulp_of_stock(backend):
     ):
         size = exact.float().abs()
         ulp = (torch.nextafter(size, size + 1) - size).double()
-        assert ((g.double() - exact).abs() / ulp).max() <= (0.501 if backend == "native" else 0.9)
+        assert ((g.double() - exact).abs() / ulp).max() <= (0.501 if backend == "cpu" else 0.9)
         assert ((g.double() - stock.double()).abs() / ulp).max() <= 1
 
 
-@backends("native", "triton")
+@backends("cpu", "triton")
 def test_integer_positions_and_scale(backend):
     q, k, _, inv_freq = make(batch=1)
     positions = torch.arange(5)
@@ -327,7 +327,7 @@ def test_a_tangent_is_not_dropped():
         v2pe_rope(q, k, positions, inv_freq)
 
 
-@backends("native", "reference")
+@backends("cpu", "reference")
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradcheck(backend, norm):
     q, k, positions, inv_freq = make(1, 3, 2, 1, 10, torch.float64)

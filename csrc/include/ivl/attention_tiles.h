@@ -20,16 +20,6 @@ inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline vf maximum(vf a, vf b) { return a > b ? a : b; }
 
-inline float largest(vf v) {
-#if IVL_VECTOR_BYTES == 64
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-#endif
-}
-
 inline float added(vf v) {
 #if IVL_VECTOR_BYTES == 64
   return _mm512_reduce_add_ps((__m512)v);

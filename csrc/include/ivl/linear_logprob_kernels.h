@@ -12,16 +12,6 @@ constexpr int64_t kTileBytes = int64_t{16} << 20;      // of a tile of gradients
 constexpr int64_t kLeastTile = 256, kMostTile = 4096;  // its columns
 constexpr float kLowest = -3.402823466e38f;
 
-inline float largest(vf v) {
-#if IVL_VECTOR_BYTES == 64
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-#endif
-}
-
 // The series where 1 - e loses digits.
 inline vf tanh(vf x) {
   const vi negative = x < vf{};

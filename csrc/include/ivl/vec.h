@@ -213,6 +213,16 @@ inline A sum_of(Vec<A, N> v) {
 }
 inline float sum(vf v) { return sum_of<kLanes, kLanes, float>(v); }
 
+inline float largest(vf v) {
+#if IVL_VECTOR_BYTES == 64
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
+
 // Elements of the lower (upper) halves of a and b in turn.
 inline vf interleave_low(vf a, vf b) {
 #if IVL_VECTOR_BYTES == 64

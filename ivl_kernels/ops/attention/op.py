@@ -59,7 +59,7 @@ def _unfused(call: Attention | AttentionBackward) -> str | None:
 
 
 _BACKENDS = (
-    Implementation("native", KERNEL_DTYPES),
+    Implementation("cpu", KERNEL_DTYPES),
     Implementation("torch", KERNEL_DTYPES, _unfused),
     Implementation("reference"),
 )

@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from ... import _env, _native
-from . import native
+from ... import _cpu, _env
+from . import cpu
 from .op import Linear
 
 # Up to so many rows are a class, which one number of rows stands for.
@@ -32,13 +32,13 @@ def own(dtype: torch.dtype, rows: int) -> bool:
 
 @functools.cache
 def _faster(dtype: torch.dtype, rows: int, threads: int) -> bool:
-    if _native.problem():
+    if _cpu.problem():
         return False
     with torch.no_grad(), torch.inference_mode(False):
         x, weight = (torch.ones(n, _WIDTH, dtype=dtype, device="cpu") for n in (rows, _WIDTH))
         best = [float("inf")] * 2
         for _ in range(4):  # the first warms up
-            products = (lambda: native.linear(Linear(x, weight, None)), lambda: torch.nn.functional.linear(x, weight))
+            products = (lambda: cpu.linear(Linear(x, weight, None)), lambda: torch.nn.functional.linear(x, weight))
             for i, product in enumerate(products):
                 start = time.perf_counter()
                 product()
@@ -50,4 +50,4 @@ def explained(dtype: torch.dtype) -> str:
     """Who serves how many rows, in words."""
     served = {least: own(dtype, least) for _, least in _CLASSES}
     names = {4: "up to 8 rows", 32: "up to 64", 192: "more"}
-    return ", ".join(f"{names[least]}: {'native' if ours else 'BLAS'}" for least, ours in served.items())
+    return ", ".join(f"{names[least]}: {'cpu' if ours else 'BLAS'}" for least, ours in served.items())

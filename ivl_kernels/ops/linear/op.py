@@ -52,7 +52,7 @@ def _fake_backward(b: LinearBackward) -> Gradients:
     )
 
 
-_BACKENDS = (Implementation("native", KERNEL_DTYPES), Implementation("reference"))
+_BACKENDS = (Implementation("cpu", KERNEL_DTYPES), Implementation("reference"))
 
 _linear = Op(
     "linear",

@@ -176,12 +176,12 @@ def _fake_divergence(a: Divergence) -> Diverged:
 
 
 _BACKENDS = (
-    Implementation("native", KERNEL_DTYPES),
+    Implementation("cpu", KERNEL_DTYPES),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )
 _TWO_HEADS = (
-    Implementation("native", KERNEL_DTYPES, _unlike),
+    Implementation("cpu", KERNEL_DTYPES, _unlike),
     Implementation("triton", KERNEL_DTYPES, _unlike),
     Implementation("reference"),
 )
@@ -204,7 +204,7 @@ _linear_ce = Op(
     CrossEntropy,
     Loss,
     key="hidden",
-    implementations=(Implementation("native", KERNEL_DTYPES), Implementation("reference")),
+    implementations=(Implementation("cpu", KERNEL_DTYPES), Implementation("reference")),
     fake=lambda a: Loss(a.hidden.new_empty((), dtype=_wide(a.hidden)), *_fake_gradients(a)),
 )
 

@@ -78,7 +78,7 @@ def empty_gradients(b: MlpBackward) -> MlpGradients:
 
 
 _BACKENDS = (
-    Implementation("native", KERNEL_DTYPES),
+    Implementation("cpu", KERNEL_DTYPES),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )

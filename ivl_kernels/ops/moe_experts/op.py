@@ -158,7 +158,7 @@ def empty_list_gradients(b: ListBackward) -> ListGradients:
 
 
 _BACKENDS = (
-    Implementation("native", KERNEL_DTYPES),
+    Implementation("cpu", KERNEL_DTYPES),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )

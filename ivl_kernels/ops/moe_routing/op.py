@@ -89,7 +89,7 @@ def _too_many(a: Sorting) -> str | None:
 
 
 _BACKENDS = (
-    Implementation("native", KERNEL_DTYPES),
+    Implementation("cpu", KERNEL_DTYPES),
     Implementation("cuda", KERNEL_DTYPES, _too_large),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
@@ -112,7 +112,7 @@ _dispatch = Op(
     Dispatch,
     key="ids",
     implementations=(
-        Implementation("native", ("int64", "int32")),
+        Implementation("cpu", ("int64", "int32")),
         Implementation("cuda", unless=_too_many),
         Implementation("triton"),
         Implementation("reference"),

@@ -59,7 +59,7 @@ def _too_wide(a: Norm | NormBackward) -> str | None:
 
 
 _BACKENDS = (
-    Implementation("native", KERNEL_DTYPES),
+    Implementation("cpu", KERNEL_DTYPES),
     Implementation("triton", KERNEL_DTYPES, _too_wide),
     Implementation("reference"),
 )

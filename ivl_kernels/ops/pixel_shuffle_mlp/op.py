@@ -88,7 +88,7 @@ def _fake_backward(b: ProjectorBackward) -> list[Tensor]:
 
 
 _BACKENDS = (
-    Implementation("native", FLOAT_NAMES),
+    Implementation("cpu", FLOAT_NAMES),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )

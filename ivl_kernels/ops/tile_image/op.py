@@ -34,7 +34,7 @@ _tile_image = Op(
     key="out",
     written=("out",),
     implementations=(
-        Implementation("native", KERNEL_DTYPES),
+        Implementation("cpu", KERNEL_DTYPES),
         Implementation("reference"),
     ),
     fake=lambda a: None,

@@ -57,7 +57,7 @@ def _fake_pool_backward(b: PoolBackward) -> PoolGradients:
 
 
 _BACKENDS = (
-    Implementation("native", FLOAT_NAMES),
+    Implementation("cpu", FLOAT_NAMES),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )

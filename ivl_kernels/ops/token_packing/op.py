@@ -34,7 +34,7 @@ class EmbedText(NamedTuple):
     token_id: int
 
 
-_BACKENDS = tuple(Implementation(backend, FLOAT_NAMES) for backend in ("native", "cuda", "triton", "reference"))
+_BACKENDS = tuple(Implementation(backend, FLOAT_NAMES) for backend in ("cpu", "cuda", "triton", "reference"))
 
 _place_rows = Op(
     "place_rows_",
@@ -90,7 +90,7 @@ _pack_tokens = Op(
     key="input_ids",
     reads_host=True,
     implementations=(
-        Implementation("native"),
+        Implementation("cpu"),
         Implementation("cuda", unless=_too_long),
         Implementation("reference"),
     ),

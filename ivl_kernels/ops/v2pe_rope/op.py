@@ -91,7 +91,7 @@ def empty_located(a: Positions) -> Located:
 
 
 _BACKENDS = (
-    Implementation("native", FLOAT_NAMES),
+    Implementation("cpu", FLOAT_NAMES),
     Implementation("triton", KERNEL_DTYPES),
     Implementation("reference"),
 )
@@ -110,7 +110,7 @@ _position_ids = Op(
     Located,
     key="input_ids",
     reads_host=True,
-    implementations=(Implementation("native"), Implementation("reference")),
+    implementations=(Implementation("cpu"), Implementation("reference")),
     fake=empty_located,
 )
 

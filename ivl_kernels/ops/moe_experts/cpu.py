@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import (
     Experts,
     ExpertsBackward,
@@ -42,7 +42,7 @@ def _options(a: Experts) -> tuple[bool, float, float, bool]:
 
 def moe_experts(a: Experts) -> Output:
     result = empty_output(a)
-    _native.op("moe_experts")(
+    _cpu.op("moe_experts")(
         a.hidden.contiguous(), a.weights.float().contiguous(), a.permutation, a.offsets, *_matrices(a), *_options(a),
         result.out, _wanted(result.pre, a.keep),
     )  # fmt: skip
@@ -53,7 +53,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     a, result = b.forward, empty_gradients(b)
     weights = result.weights.float()
     gradients = (_wanted(t, need and t.numel() > 0) for t, need in zip(result._replace(weights=weights), b.needs))
-    _native.op("moe_experts_backward")(
+    _cpu.op("moe_experts_backward")(
         b.grad.contiguous(), a.hidden.contiguous(), a.weights.float().contiguous(), a.permutation, a.inverse, a.offsets,
         *_matrices(a), b.pre, *_options(a), *gradients,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
 
 def moe_experts_list(a: ExpertsList) -> Output:
     result = empty_output(a)
-    _native.op("moe_experts_list")(
+    _cpu.op("moe_experts_list")(
         a.hidden.contiguous(), a.weights.float().contiguous(), a.permutation, a.offsets, *_lists(a), result.out,
         _wanted(result.pre, a.keep),
     )  # fmt: skip
@@ -72,7 +72,7 @@ def moe_experts_list(a: ExpertsList) -> Output:
 def moe_experts_list_backward(b: ListBackward) -> ListGradients:
     a, result = b.forward, empty_list_gradients(b)
     weights = result.weights.float()
-    _native.op("moe_experts_list_backward")(
+    _cpu.op("moe_experts_list_backward")(
         b.grad.contiguous(), a.hidden.contiguous(), a.weights.float().contiguous(), a.permutation, a.inverse, a.offsets,
         *_lists(a), b.pre, _wanted(result.hidden, b.needs[0]), _wanted(weights, b.needs[1]), result.gate, result.up,
         result.down,

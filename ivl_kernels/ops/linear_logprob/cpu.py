@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import (
     CrossEntropy,
     Diverged,
@@ -28,7 +28,7 @@ CHUNK = 160 << 20
 
 @functools.cache
 def _kernel(name: str) -> Any:
-    return _native.op(name)
+    return _cpu.op(name)
 
 
 def _floats(*shape: int) -> Tensor:

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ... import _env, _native
+from ... import _cpu, _env
 from .op import Projected, Projector, ProjectorBackward, ProjectorInto, empty_pre, inputs_of
 
 CHUNK_BYTES = 8 << 20  # of shuffled, normalised rows
@@ -23,14 +23,14 @@ def _bfloat16_products() -> bool:
     """True when oneDNN multiplies bfloat16 by instructions made for it."""
     limit = _env.ONEDNN_MAX_CPU_ISA.get().upper()
     allowed = not limit or any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT"))
-    return allowed and bool(_native.module().cpu_features().get("avx512bf16"))
+    return allowed and bool(_cpu.module().cpu_features().get("avx512bf16"))
 
 
 def _use_library(dtype: torch.dtype) -> bool:
     if dtype == torch.float64:
         return True
     if dtype == torch.float32:
-        return _native.module().cpu_features()["isa"] == "portable"
+        return _cpu.module().cpu_features()["isa"] == "portable"
     return dtype == torch.bfloat16 and _bfloat16_products()
 
 
@@ -55,12 +55,12 @@ def _contiguous(a: Projector) -> Projector:
 
 
 def _norm(a: Projector, first: int, out: Tensor) -> None:
-    _native.op("shuffle_norm")(a.x, a.norm_weight, a.norm_bias, *a.geometry, a.tiles, first, out)
+    _cpu.op("shuffle_norm")(a.x, a.norm_weight, a.norm_bias, *a.geometry, a.tiles, first, out)
 
 
 def _gelu(pre: Tensor, out: Tensor) -> None:
     nothing = pre.new_empty(0)
-    _native.op("gelu_backward")(pre, out, nothing, nothing)
+    _cpu.op("gelu_backward")(pre, out, nothing, nothing)
 
 
 def _project(out: Tensor, starts: Tensor | None, a: Projector) -> Tensor:
@@ -71,7 +71,7 @@ def _project(out: Tensor, starts: Tensor | None, a: Projector) -> Tensor:
     a = _contiguous(a)
     target = out if out.stride(1) == 1 else out.contiguous()
     if not _use_library(a.x.dtype):
-        _native.op("pixel_shuffle_mlp")(
+        _cpu.op("pixel_shuffle_mlp")(
             *a[:5], *a.geometry, a.tiles, rows, target, None if starts is None else starts.contiguous(), pre
         )
     else:
@@ -123,7 +123,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool =
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1])
     if not _use_library(a.dtype):
-        _native.op("matmul_into")(a, b if 1 in b.stride() else b.contiguous(), b.new_empty(0), out, accumulate, True)
+        _cpu.op("matmul_into")(a, b if 1 in b.stride() else b.contiguous(), b.new_empty(0), out, accumulate, True)
     elif accumulate:
         out.addmm_(a, b)
     else:
@@ -151,7 +151,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
         da = _product(dz, weights[i]) if before else nothing
         activated = torch.empty_like(z, memory_format=torch.contiguous_format) if need_weight else nothing
         sums = x.new_zeros(z.shape[1], dtype=sums_dtype) if need_bias else sums_nothing
-        _native.op("gelu_backward")(z, activated, da, sums)
+        _cpu.op("gelu_backward")(z, activated, da, sums)
         if need_weight:
             found[3 + i] = _product(dz.t(), activated)
         if need_bias:
@@ -174,7 +174,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
         sums = x.new_zeros(2, features, dtype=sums_dtype) if needs[1] or needs[2] else sums_nothing
         for first in range(0, rows, size):
             da = _product(dz[first : first + size], weights[0])
-            _native.op("shuffle_norm_backward")(x, a.norm_weight, *a.geometry, a.tiles, first, da, dx, sums)
+            _cpu.op("shuffle_norm_backward")(x, a.norm_weight, *a.geometry, a.tiles, first, da, dx, sums)
         if needs[0]:
             dx[:, : a.skip] = 0
             found[0] = dx if a.tiles is None else torch.zeros_like(x).index_add_(0, a.tiles, dx)

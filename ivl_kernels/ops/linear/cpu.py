@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import Gradients, Linear, LinearBackward
 
 
@@ -14,7 +14,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
     if a.shape[1] == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    _native.op("matmul_into")(a, b, a.new_empty(0) if bias is None else bias.contiguous(), out, False, False)
+    _cpu.op("matmul_into")(a, b, a.new_empty(0) if bias is None else bias.contiguous(), out, False, False)
     return out
 
 

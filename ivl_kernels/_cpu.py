@@ -35,8 +35,8 @@ def module() -> ModuleType:
 
 @functools.cache
 def op(name: str) -> Any:
-    """The compiled operator `torch.ops.ivl_native.<name>`."""
+    """The compiled operator `torch.ops.ivl_cpu.<name>`."""
     import torch
 
     module()
-    return getattr(torch.ops.ivl_native, name).default
+    return getattr(torch.ops.ivl_cpu, name).default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import Dispatch, Routed, Routing, RoutingBackward, Sorting, empty_dispatch, empty_routed
 
 
@@ -12,7 +12,7 @@ def moe_routing(a: Routing) -> Routed:
     result = empty_routed(a)
     bias = None if a.bias is None else a.bias.contiguous()
     softmax_first = a.scoring == "softmax_then_topk"
-    _native.op("moe_routing")(a.logits.contiguous(), bias, softmax_first, a.renormalize, *result)
+    _cpu.op("moe_routing")(a.logits.contiguous(), bias, softmax_first, a.renormalize, *result)
     return result
 
 
@@ -20,7 +20,7 @@ def moe_routing_backward(a: RoutingBackward) -> Tensor:
     out = a.logits.new_empty(a.logits.shape)
     bias = None if a.bias is None else a.bias.contiguous()
     softmax_first = a.scoring == "softmax_then_topk"
-    _native.op("moe_routing_backward")(
+    _cpu.op("moe_routing_backward")(
         a.grad.contiguous(), a.logits.contiguous(), bias, a.ids.contiguous(), softmax_first, a.renormalize, out
     )
     return out
@@ -28,5 +28,5 @@ def moe_routing_backward(a: RoutingBackward) -> Tensor:
 
 def moe_dispatch(a: Sorting) -> Dispatch:
     result = empty_dispatch(a)
-    _native.op("moe_dispatch")(a.ids.long().contiguous(), a.tile, *result)
+    _cpu.op("moe_dispatch")(a.ids.long().contiguous(), a.tile, *result)
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from . import reference
 from .op import FewRows, FewRowsTransposed, Pool, PoolBackward, Pooled, PoolGradients
 
@@ -24,14 +24,14 @@ def _rows(w: Tensor) -> Tensor:
 def tile_pool(a: Pool) -> Pooled:
     z, u = _inputs(a)
     result = Pooled(u.new_empty(u.shape), u.new_empty(u.shape[:2]))
-    _native.op("tile_pool")(z, u, *result)
+    _cpu.op("tile_pool")(z, u, *result)
     return result
 
 
 def tile_pool_backward(b: PoolBackward) -> PoolGradients:
     z, u = _inputs(b.forward)
     result = PoolGradients(z.new_empty(z.shape if b.need_z else 0), u.new_empty(u.shape))
-    _native.op("tile_pool_backward")(z, u, b.pooled.contiguous(), b.lse.contiguous(), b.grad.contiguous(), *result)
+    _cpu.op("tile_pool_backward")(z, u, b.pooled.contiguous(), b.lse.contiguous(), b.grad.contiguous(), *result)
     return result
 
 
@@ -40,7 +40,7 @@ def few_rows_linear(a: FewRows) -> Tensor:
         return reference.few_rows_linear(a)
     out = a.x.new_empty(a.x.shape[0], a.w.shape[0])
     bias = None if a.bias is None else a.bias.contiguous()
-    _native.op("few_rows_linear")(a.x.contiguous(), _rows(a.w), bias, out)
+    _cpu.op("few_rows_linear")(a.x.contiguous(), _rows(a.w), bias, out)
     return out
 
 
@@ -48,5 +48,5 @@ def few_rows_linear_transposed(a: FewRowsTransposed) -> Tensor:
     if a.x.shape[0] >= MANY_ROWS:
         return reference.few_rows_linear_transposed(a)
     out = a.x.new_empty(a.x.shape[0], a.x.shape[1], a.w.shape[1])
-    _native.op("few_rows_linear_transposed")(a.x.contiguous(), _rows(a.w), out)
+    _cpu.op("few_rows_linear_transposed")(a.x.contiguous(), _rows(a.w), out)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ... import _native
+from ... import _cpu
 from .op import Tiling
 
 
@@ -13,4 +13,4 @@ def tile_image_(a: Tiling) -> None:
     mean, std = a.normalisation
     # (level / 255 - mean) / std is level * scale + shift.
     affine = (1 / (255 * std)).float(), (-mean / std).float()
-    _native.op("tile_image_")(photos, *affine, a.columns, a.rows, a.thumbnail, a.out)
+    _cpu.op("tile_image_")(photos, *affine, a.columns, a.rows, a.thumbnail, a.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import Gradients, Norm, NormBackward, Normed, empty_gradients, empty_normed
 
 
@@ -22,7 +22,7 @@ def _vector(x: Tensor | None) -> Tensor | None:
 
 def norm(a: Norm) -> Normed:
     result = empty_normed(a)
-    _native.op("norm")(
+    _cpu.op("norm")(
         _rows(a.x), _rows(a.residual), _vector(a.layer_scale), _vector(a.weight), _vector(a.bias), a.eps, a.center,
         a.round, *result,
     )  # fmt: skip
@@ -31,7 +31,7 @@ def norm(a: Norm) -> Normed:
 
 def norm_backward(b: NormBackward) -> Gradients:
     result = empty_gradients(b)
-    _native.op("norm_backward")(
+    _cpu.op("norm_backward")(
         _rows(b.grad), _rows(b.grad_total), _rows(b.total), _rows(b.x), _vector(b.layer_scale), _vector(b.weight),
         b.eps, b.center, *result,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import (
     Attended,
     Attention,
@@ -36,11 +36,11 @@ def _inputs(a: Attention) -> tuple[Any, ...]:
 
 def attention(a: Attention) -> Attended:
     inputs, result = _inputs(a), empty_attended(a)
-    _native.op("attention")(*inputs, *result)
+    _cpu.op("attention")(*inputs, *result)
     return result
 
 
 def attention_backward(b: AttentionBackward) -> Gradients:
     inputs, result = _inputs(b.forward), empty_gradients(b)
-    _native.op("attention_backward")(_rows(b.grad), b.out.contiguous(), b.lse.contiguous(), *inputs, *result)
+    _cpu.op("attention_backward")(_rows(b.grad), b.out.contiguous(), b.lse.contiguous(), *inputs, *result)
     return result

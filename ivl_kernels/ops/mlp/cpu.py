@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _cpu
 from .op import Mlp, MlpBackward, MlpGradients, MlpResult, empty_gradients, empty_result
 
 
@@ -16,7 +16,7 @@ def mlp(a: Mlp) -> MlpResult:
         return result
     weights = (None if t is None else t.contiguous() for t in (a.gate, a.up, a.up_bias, a.down, a.down_bias))
     x = a.x if a.x.stride(1) == 1 else a.x.contiguous()
-    _native.op("mlp")(x, *weights, result.out, result.pre if a.keep else None)
+    _cpu.op("mlp")(x, *weights, result.out, result.pre if a.keep else None)
     return result
 
 
@@ -26,7 +26,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if a.shape[1] == 0:
         return result.zero_() if out is None else result
     b = b if 1 in b.stride() else b.contiguous()
-    _native.op("matmul_into")(a, b, a.new_empty(0), result, out is not None, False)
+    _cpu.op("matmul_into")(a, b, a.new_empty(0), result, out is not None, False)
     return result
 
 
@@ -43,12 +43,12 @@ def mlp_backward(b: MlpBackward) -> MlpGradients:
     active = torch.empty_like(change)
     if b.gate is None:
         sums = change.new_zeros(change.shape[1] if b.need_up_bias else 0, dtype=torch.float32)
-        _native.op("gelu_backward")(b.pre, active, change, sums)
+        _cpu.op("gelu_backward")(b.pre, active, change, sums)
         gates, ups = change, change
         found = found._replace(up_bias=sums.to(b.x.dtype))
     else:
         both = torch.empty_like(b.pre)
-        _native.op("gated_backward")(b.pre.contiguous(), change, active, both)
+        _cpu.op("gated_backward")(b.pre.contiguous(), change, active, both)
         gates, ups = both.tensor_split(2, 1)
     if b.need_down:
         found = found._replace(down=_product(grad.t(), active))
