@@ -144,9 +144,8 @@ def test_16_byte_accesses(baseline):
             assert "ld16" in row["widths"], row
             # Column sums, a float a thread; the router's last layer has two outputs; two statistics a row, where the
             # product normalises its own operand.
-            name = row["op"], row["kernel"]
-            few = row["kernel"] == "norm_parameters_kernel" or name == ("tile_router", "linear_kernel")
-            few |= row["kernel"] == "shuffle_norm_kernel" and row["widths"].get("st4") == 2
+            few = row["kernel"] in ("pixel_shuffle_mlp_norm_parameters_kernel", "tile_router_linear_kernel")
+            few |= row["kernel"] == "pixel_shuffle_mlp_norm_kernel" and row["widths"].get("st4") == 2
             assert few or "st16" in row["widths"], row
 
 

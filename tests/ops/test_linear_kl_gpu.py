@@ -33,7 +33,7 @@ def test_accuracy(dtype, weighted):
             check(v, torch.tensor(0.7), grad, backend="triton", temperature=0.7)
         else:
             check(v, grad, backend="triton", temperature=0.7)
-    assert {r.kernel for r in log} >= {"divergence_kernel", "merge_divergence_kernel", "divergence_gradient_kernel"}
+    assert {r.kernel for r in log} >= {"linear_kl_kernel", "linear_kl_merge_kernel", "linear_kl_gradient_kernel"}
     assert all(r.shared_races == 0 and r.global_atomics == 0 and r.shared_atomics == 0 for r in log)
 
 
@@ -41,7 +41,7 @@ def test_accuracy(dtype, weighted):
 def test_accuracy_on_newer_gpus(dtype, newer_gpu):
     with simulated_gpu() as log:
         check(operands(40, (64, 32), 300, dtype), torch.rand(40), backend="triton")
-    products = [r for r in log if r.kernel != "merge_divergence_kernel"]
+    products = [r for r in log if r.kernel != "linear_kl_merge_kernel"]
     assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in products) and all(r.shared_races == 0 for r in log)
 
 
@@ -96,8 +96,8 @@ def test_logits_are_not_in_memory_and_dead_blocks_are_not_computed(monkeypatch):
     grad = torch.rand(256)
     with simulated_gpu() as log:
         run(ours, v, grad)
-        full = [r for r in log if r.kernel == "divergence_gradient_kernel"]
-        forward = [r for r in log if r.kernel in ("divergence_kernel", "merge_divergence_kernel")]
+        full = [r for r in log if r.kernel == "linear_kl_gradient_kernel"]
+        forward = [r for r in log if r.kernel in ("linear_kl_kernel", "linear_kl_merge_kernel")]
         grad[128:] = 0
         begin = len(log)
         run(ours, v, grad)
@@ -105,5 +105,5 @@ def test_logits_are_not_in_memory_and_dead_blocks_are_not_computed(monkeypatch):
     assert sum(r.global_store_bytes for r in forward) < rows * words * 2 / 16
     assert sum(r.global_store_bytes for r in full) == rows * words * 2
     assert sum(r.mma_flops for r in forward) == sum(r.mma_flops for r in full) == 2 * 2 * rows * words * width
-    half = sum(r.mma_flops for r in log[begin:] if r.kernel == "divergence_gradient_kernel")
+    half = sum(r.mma_flops for r in log[begin:] if r.kernel == "linear_kl_gradient_kernel")
     assert half * 2 == sum(r.mma_flops for r in full)

@@ -39,7 +39,7 @@ def test_accuracy(dtype, small):
 def test_accuracy_on_newer_gpus(dtype, newer_gpu, small):
     with simulated_gpu() as log:
         check(operands(40, 64, 300, dtype), some_grads(40), backend="triton", save="nothing")
-    products = [r for r in log if r.kernel != "merge_kernel"]
+    products = [r for r in log if r.kernel != "linear_logprob_merge_kernel"]
     assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in products) and all(r.shared_races == 0 for r in log)
 
 
@@ -85,11 +85,11 @@ def test_blocks_without_a_gradient_are_not_computed(small):
     grad = torch.rand(256)
     with simulated_gpu() as log:
         run(functools.partial(linear_logprob, backend="triton"), v, [grad, None, None, None])
-        full = sum(r.mma_flops for r in log if r.kernel == "gradient_kernel")
+        full = sum(r.mma_flops for r in log if r.kernel == "linear_logprob_gradient_kernel")
         grad[128:] = 0
         del log[:]
         run(functools.partial(linear_logprob, backend="triton"), v, [grad, None, None, None])
-    assert sum(r.mma_flops for r in log if r.kernel == "gradient_kernel") * 2 == full > 0
+    assert sum(r.mma_flops for r in log if r.kernel == "linear_logprob_gradient_kernel") * 2 == full > 0
 
 
 def test_work_against_liger():
@@ -106,12 +106,12 @@ def test_work_against_liger():
         other = fused.LigerFusedLinearCrossEntropyFunction.apply(*leaves, v["targets"])[0]
         torch.autograd.grad(other, leaves)
     assert loss.item() == pytest.approx(other.item(), rel=1e-2) and grads[1].shape == leaves[1].shape
-    forward = [r for r in ours if r.kernel in ("logprob_kernel", "merge_kernel")]
+    forward = [r for r in ours if r.kernel in ("linear_logprob_kernel", "linear_logprob_merge_kernel")]
     logits = rows * vocabulary * 2
     assert sum(r.global_store_bytes for r in forward) < logits / 16
     # Theirs: the kernel reads and writes the logits, which a product of the vendor's has written.
     read_and_written = sum(r.global_load_bytes + r.global_store_bytes for r in theirs) + logits
-    backward = [r for r in ours if r.kernel == "gradient_kernel"]
+    backward = [r for r in ours if r.kernel == "linear_logprob_gradient_kernel"]
     assert sum(r.unique_load_bytes + r.unique_store_bytes for r in ours) <= read_and_written
     assert sum(r.global_store_bytes for r in backward) == logits
 

@@ -44,7 +44,7 @@ def test_accuracy(dtype, implicit):
 def test_accuracy_on_newer_gpus(dtype, implicit, newer_gpu):
     with simulated_gpu() as log:
         check(make(3, (8, 8), 40, (136, 72), 2, 0, dtype), "triton")
-    assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in log if r.kernel == "linear_kernel")
+    assert all(re.search(TENSOR_CORE[newer_gpu], r._ptx) for r in log if r.kernel == "pixel_shuffle_mlp_linear_kernel")
 
 
 def test_one_tf32_product_where_torch_may(implicit, tf32_setting):
@@ -84,15 +84,15 @@ def test_counters(dtype, implicit):
             pixel_shuffle_mlp(*args, out=target, out_rows=starts, backend="triton")
     x_bytes, tile_rows = rows * features * size, -(-rows // 64)
     expected = [
-        ("shuffle_norm_kernel", x_bytes),
-        ("linear_kernel", x_bytes + tile_rows * features * hidden * size),
-        ("gelu_backward_kernel", 2 * rows * hidden * size),
-        ("shuffle_norm_kernel", x_bytes),  # held for the statistics, then normalised
-        ("shuffle_norm_backward_kernel", 2 * x_bytes),
-        ("norm_parameters_kernel", 2 * x_bytes),
-        ("shuffle_norm_kernel", x_bytes),
-        ("linear_kernel", x_bytes + tile_rows * features * hidden * size),
-        ("linear_kernel", 2 * rows * hidden * size + tile_rows * hidden * out * size),
+        ("pixel_shuffle_mlp_norm_kernel", x_bytes),
+        ("pixel_shuffle_mlp_linear_kernel", x_bytes + tile_rows * features * hidden * size),
+        ("pixel_shuffle_mlp_gelu_backward_kernel", 2 * rows * hidden * size),
+        ("pixel_shuffle_mlp_norm_kernel", x_bytes),  # held for the statistics, then normalised
+        ("pixel_shuffle_mlp_norm_backward_kernel", 2 * x_bytes),
+        ("pixel_shuffle_mlp_norm_parameters_kernel", 2 * x_bytes),
+        ("pixel_shuffle_mlp_norm_kernel", x_bytes),
+        ("pixel_shuffle_mlp_linear_kernel", x_bytes + tile_rows * features * hidden * size),
+        ("pixel_shuffle_mlp_linear_kernel", 2 * rows * hidden * size + tile_rows * hidden * out * size),
     ]
     assert [report.kernel for report in log] == [name for name, _ in expected]
     for report, (name, least) in zip(log, expected):
@@ -155,7 +155,7 @@ def _launches(target, dtype=torch.bfloat16):
 def test_compiles_ahead_of_time(target, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "capability", lambda tensor: 0 if isinstance(target, str) else target)
     for key, (kernel, args, kwargs) in _launches(target, dtype).items():
-        linear = kernel.__name__ == "linear_kernel"
+        linear = kernel.__name__ == "pixel_shuffle_mlp_linear_kernel"
         if dtype == torch.float32 and not linear:
             continue
         compiled = aot.launch(kernel, target, *args, **kwargs).compile()

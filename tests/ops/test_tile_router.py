@@ -216,7 +216,7 @@ def test_triton_reads_each_tile_once():
     with simulated_gpu() as log:
         op._pool(Pool(z, u), "triton")
     pool = log[0]
-    assert pool.kernel == "pool_kernel"
+    assert pool.kernel == "tile_router_pool_kernel"
     read = pool.tensors["z"]
     assert read["load_bytes"] <= 1.05 * z.numel() * 2
     assert read["load_sectors"] * 32 == read["load_bytes"]
@@ -227,7 +227,11 @@ def test_triton_reads_each_tile_once():
     with simulated_gpu() as log:
         op._pool(Pool(z, u), "triton")
         op._pool_backward(PoolBackward(Pool(z, u), *saved, torch.randn_like(u), False), "triton")
-    assert [r.kernel for r in log] == ["scores_kernel", "weights_kernel", "weighted_sum_kernel"] * 2
+    assert [r.kernel for r in log] == [
+        "tile_router_scores_kernel",
+        "tile_router_weights_kernel",
+        "tile_router_weighted_sum_kernel",
+    ] * 2
     for report in log[::3] + log[2::3]:
         assert report.tensors["z"]["load_bytes"] == z.numel() * 2
         assert report.load_efficiency == 1 and report.store_efficiency == 1
@@ -240,7 +244,7 @@ def test_triton_streams_weights_once(dtype):
     with simulated_gpu() as log:
         op._linear(FewRows(x, w, None), "triton")
         op._linear_transposed(FewRowsTransposed(torch.randn(13, 4, 16), w), "triton")
-    assert [r.kernel for r in log] == ["linear_kernel", "linear_transposed_kernel"]
+    assert [r.kernel for r in log] == ["tile_router_linear_kernel", "tile_router_linear_transposed_kernel"]
     for report in log:
         read = report.tensors["w"]
         assert read["load_bytes"] == w.numel() * w.element_size() == read["load_sectors"] * 32
@@ -571,9 +575,15 @@ def test_triton_compiles_for(target, monkeypatch):
             kernels.few_rows_linear_transposed(
                 FewRowsTransposed(torch.empty(tiles, 16, width // 16, device="meta"), w[:width])
             )
-    used = {"scores_kernel", "weights_kernel", "weighted_sum_kernel", "linear_kernel", "linear_transposed_kernel"}
+    used = {
+        "tile_router_scores_kernel",
+        "tile_router_weights_kernel",
+        "tile_router_weighted_sum_kernel",
+        "tile_router_linear_kernel",
+        "tile_router_linear_transposed_kernel",
+    }
     if number:
-        used |= {"pool_kernel", "combine_kernel"}
+        used |= {"tile_router_pool_kernel", "tile_router_combine_kernel"}
     assert {c.kernel for c in log} == used
     for compiled in log:
         assert compiled.shared <= aot.SHARED_LIMIT[target], compiled.kernel

@@ -23,7 +23,7 @@ __all__ = ["linear_kl", "linear_kl_backward", "linear_logprob", "linear_logprob_
 
 @Kernel
 @triton.jit
-def logprob_kernel(
+def linear_logprob_kernel(
     x, w, bias, targets,  # [M, H] by rows, [V, H] by rows, [V], [M]
     partials, own,  # [runs, 4, M]: max, sum, moment but of the target, total; [M]: the target's logit
     kept,  # [M, V]: the logits; None: nowhere
@@ -76,7 +76,7 @@ def logprob_kernel(
 
 @Kernel
 @triton.jit
-def merge_kernel(
+def linear_logprob_merge_kernel(
     partials, own,  # as above
     logp, lse, entropy, mean,  # [M]
     M, V, runs, R: tl.constexpr,
@@ -118,7 +118,7 @@ def merge_kernel(
 
 @Kernel
 @triton.jit
-def gradient_kernel(
+def linear_logprob_gradient_kernel(
     x, w, bias, targets, logp, lse, entropy,  # as above
     grads,  # [4, M]: of logp, lse, entropy, mean logit
     kept,  # [M, V]: the logits; None: computed again
@@ -177,11 +177,11 @@ def linear_logprob(a: Logprob) -> LogprobResult:
     found = tuple(x.new_empty(count, dtype=torch.float32) for _ in range(4))
     kept = x.new_empty((count, vocabulary) if a.keep else (0, 0), dtype=torch.float32)
     if count:
-        logprob_kernel[(cdiv(count, options["BM"]) * runs,)](
+        linear_logprob_kernel[(cdiv(count, options["BM"]) * runs,)](
             x, weight, bias, a.targets.contiguous(), partials, own, kept if a.keep else None, count, vocabulary,
             x.stride(0), weight.stride(0), a.softcap, 1 / a.temperature, RUN=head.RUN, **options,
         )  # fmt: skip
-        merge_kernel[(cdiv(count, 128),)](
+        linear_logprob_merge_kernel[(cdiv(count, 128),)](
             partials, own, *found, count, vocabulary, runs, R=128, num_warps=4, enable_fp_fusion=False
         )
     return LogprobResult._make((*found, kept))
@@ -199,7 +199,7 @@ def linear_logprob_backward(a: LogprobBackward) -> Gradients:
     targets, kept = a.targets.contiguous(), a.kept if a.kept.numel() else None
 
     def launch(dz: Tensor, first: int, words: int) -> None:
-        gradient_kernel[(cdiv(count, options["BM"]) * cdiv(words, options["BN"]),)](
+        linear_logprob_gradient_kernel[(cdiv(count, options["BM"]) * cdiv(words, options["BN"]),)](
             x, weight, bias, targets, a.logp, a.lse, a.entropy, grads, kept, dz, count, vocabulary, first, words,
             x.stride(0), weight.stride(0), a.softcap, 1 / a.temperature, **options,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from .triton_head import LOWEST, expm1_series, gathered, head_gradients, logits,
 
 @Kernel
 @triton.jit
-def divergence_kernel(
+def linear_kl_kernel(
     x, w, y, u,  # [M, H] and [V, H] by rows: the student; [M, G] and [V, G]: the teacher
     partials,  # [runs, 5, M]: the student's max and sum, the teacher's, and the cross sum below
     M, V, x_row, w_row, y_row, u_row, scale,
@@ -74,7 +74,7 @@ def divergence_kernel(
 
 @Kernel
 @triton.jit
-def merge_divergence_kernel(
+def linear_kl_merge_kernel(
     partials,  # as above
     kl, lse, teacher_lse,  # [M]
     M, runs, R: tl.constexpr,
@@ -113,7 +113,7 @@ def merge_divergence_kernel(
 
 @Kernel
 @triton.jit
-def divergence_gradient_kernel(
+def linear_kl_gradient_kernel(
     x, w, y, u, lse, teacher_lse,  # as above
     grad,  # [M]
     dz,  # [M, words]: words [first, first + words) of the vocabulary
@@ -163,10 +163,10 @@ def linear_kl(a: Divergence) -> Diverged:
     kl, lse, teacher_lse = (heads[0].new_empty(count, dtype=torch.float32) for _ in range(3))
     if count:
         partials = heads[0].new_empty(runs, 5, count, dtype=torch.float32)
-        divergence_kernel[(cdiv(count, options["BM"]) * runs,)](
+        linear_kl_kernel[(cdiv(count, options["BM"]) * runs,)](
             *heads, partials, count, vocabulary, *strides, 1 / a.temperature, RUN=head.RUN, **options
         )
-        merge_divergence_kernel[(cdiv(count, 128),)](
+        linear_kl_merge_kernel[(cdiv(count, 128),)](
             partials, kl, lse, teacher_lse, count, runs, R=128, num_warps=4, enable_fp_fusion=False
         )
     weight = torch.ones_like(kl) if a.row_weight is None else a.row_weight
@@ -184,7 +184,7 @@ def linear_kl_backward(a: DivergenceBackward) -> DivergenceGradients:
     grad = a.grad.float().contiguous()
 
     def launch(dz: Tensor, first: int, words: int) -> None:
-        divergence_gradient_kernel[(cdiv(count, options["BM"]) * cdiv(words, options["BN"]),)](
+        linear_kl_gradient_kernel[(cdiv(count, options["BM"]) * cdiv(words, options["BN"]),)](
             *heads, a.lse, a.teacher_lse, grad, dz, count, vocabulary, first, words, *strides, 1 / a.temperature,
             **options,
         )  # fmt: skip

@@ -20,7 +20,7 @@ BLOCK = 1024  # columns of a program
 
 @Kernel
 @triton.jit
-def active_kernel(
+def mlp_active_kernel(
     pre,  # [R, INNER], or GATED [R, 2 * INNER]: gates, ups
     active,  # [R, INNER]
     INNER: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -40,7 +40,7 @@ def active_kernel(
 
 @Kernel
 @triton.jit
-def active_backward_kernel(
+def mlp_active_backward_kernel(
     pre,  # as above
     grad,  # [R, INNER], of `active`; `active` takes its place
     change,  # like `pre`: its gradient
@@ -86,7 +86,7 @@ def mlp(a: Mlp) -> MlpResult:
         torch.mm(a.x, a.gate.t(), out=pre[:, :inner])
         torch.mm(a.x, a.up.t(), out=pre[:, inner:])
     if active.numel():
-        active_kernel[_grid(rows, inner)](
+        mlp_active_kernel[_grid(rows, inner)](
             pre, active, INNER=inner, GATED=gated, BLOCK=BLOCK, enable_fp_fusion=False
         )  # fmt: skip
     out = functional.linear(active, a.down, a.down_bias)
@@ -99,7 +99,7 @@ def mlp_backward(b: MlpBackward) -> MlpGradients:
     active = b.grad @ b.down  # its gradient first
     change = torch.empty_like(b.pre, memory_format=torch.contiguous_format)
     if active.numel():
-        active_backward_kernel[_grid(rows, inner)](
+        mlp_active_backward_kernel[_grid(rows, inner)](
             b.pre.contiguous(), active, change, INNER=inner, GATED=gated, BLOCK=BLOCK, enable_fp_fusion=False
         )  # fmt: skip
     gates, ups = change.tensor_split(2, 1) if gated else (change, change)

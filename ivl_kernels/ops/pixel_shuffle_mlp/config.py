@@ -7,7 +7,7 @@ from ..._triton import next_power_of_2
 
 
 def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
-    """Tile sizes of `linear_kernel`: the largest tile that still gives most multiprocessors one."""
+    """Tile sizes of `pixel_shuffle_mlp_linear_kernel`: the largest tile that still gives most multiprocessors one."""
     # Three tf32 products need the registers of a wider tile; 64 x 128 spills on gfx942.
     shapes = [(64, 64)] if itemsize == 4 else [(128, 128), (64, 128), (64, 64)] if target else [(128, 128), (64, 64)]
     enough = 0.75 * limits(target).multiprocessors

@@ -94,10 +94,11 @@ def _row_statistics(base, stride_token, eps, R: tl.constexpr, C: tl.constexpr, M
 
 @Kernel
 @triton.jit
-def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, M, stride_tile, stride_token, eps,
-                        C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                        SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, R: tl.constexpr,
-                        BLOCK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+def pixel_shuffle_mlp_norm_kernel(
+    x, tiles, norm_weight, norm_bias, stats, rows, M, stride_tile, stride_token, eps, C: tl.constexpr,
+    MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr,
+    CHOSEN: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """stats [M, 2] = mean and scale of each shuffled row; rows [M, K] = the normalised rows. Either may be None."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     live = row < M
@@ -131,12 +132,13 @@ def shuffle_norm_kernel(x, tiles, norm_weight, norm_bias, stats, rows, M, stride
 
 @Kernel
 @triton.jit
-def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts, pre, M, stride_tile, stride_token,
-                  stride_out, stride_pre, C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr,
-                  WIDTH: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr,
-                  K: tl.constexpr, N: tl.constexpr, IMPLICIT: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-                  UPCAST: tl.constexpr):  # fmt: skip
+def pixel_shuffle_mlp_linear_kernel(
+    a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts, pre, M, stride_tile, stride_token, stride_out,
+    stride_pre, C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, IMPLICIT: tl.constexpr,
+    GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """out = act(a w^T + bias): `a` is [M, K], or when IMPLICIT the tokens, gathered and normalised tile by tile.
 
     pre: gets a w^T + bias, or None. starts: first row of `out` of each vision tile, or None.
@@ -202,8 +204,10 @@ def linear_kernel(a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts,
 
 @Kernel
 @triton.jit
-def gelu_backward_kernel(pre, grad, activated, sums, M, stride_pre: tl.constexpr, N: tl.constexpr, SLAB: tl.constexpr,
-                         BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def pixel_shuffle_mlp_gelu_backward_kernel(
+    pre, grad, activated, sums, M, stride_pre: tl.constexpr, N: tl.constexpr, SLAB: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     """activated = gelu(pre), grad *= gelu'(pre) in place, sums [slabs, N] = its column sums. Any may be None."""
     slab = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -238,10 +242,11 @@ def _centred_and_gradient(k, base, grad_rows, live, norm_weight, mean, scale, st
 
 @Kernel
 @triton.jit
-def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, M, stride_tile, stride_token, C: tl.constexpr,
-                                 MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
-                                 TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-                                 RUN: tl.constexpr):  # fmt: skip
+def pixel_shuffle_mlp_norm_backward_kernel(
+    x, tiles, norm_weight, stats, grad, dx, M, stride_tile, stride_token, C: tl.constexpr, MERGE: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """dx [K, SKIP + HEIGHT * WIDTH, C], without the skipped tokens, from the gradient [M, K] of the normalised rows."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     live = row < M
@@ -286,10 +291,11 @@ def shuffle_norm_backward_kernel(x, tiles, norm_weight, stats, grad, dx, M, stri
 
 @Kernel
 @triton.jit
-def norm_parameters_kernel(x, tiles, stats, grad, sums, M, stride_tile, stride_token, C: tl.constexpr,
-                           MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
-                           TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, SLAB: tl.constexpr, BM: tl.constexpr,
-                           BLOCK: tl.constexpr):  # fmt: skip
+def pixel_shuffle_mlp_norm_parameters_kernel(
+    x, tiles, stats, grad, sums, M, stride_tile, stride_token, C: tl.constexpr, MERGE: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr,
+    SLAB: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """sums [slabs, 2, K]: over a slab of rows, of grad * normalised row and of grad."""
     slab = tl.program_id(0)
     K: tl.constexpr = C * MERGE * MERGE
@@ -330,7 +336,7 @@ def _contiguous(a: Projector) -> Projector:
 
 def _shuffle_norm(a: Projector, stats: Tensor | None, values: Tensor | None, count: int) -> None:
     config = row_config(count, a.features, a.x.shape[2], a.x.element_size(), capability(a.x), 1)
-    shuffle_norm_kernel[(cdiv(count, config["R"]),)](
+    pixel_shuffle_mlp_norm_kernel[(cdiv(count, config["R"]),)](
         a.x, a.tiles, a.norm_weight, a.norm_bias, stats, values, count, a.x.stride(0), a.x.stride(1), a.eps,
         **_geometry(a), **config,
     )  # fmt: skip
@@ -344,7 +350,7 @@ def _linear(
     rows, w, target = a.selected * a.cells, a.weights[layer], capability(a.x)
     source, x_strides = (a.x, (a.x.stride(0), a.x.stride(1))) if stats is not None else (values, (0, 0))
     N, K = w.shape
-    linear_kernel[(cdiv(rows, config["BM"]) * cdiv(N, config["BN"]),)](
+    pixel_shuffle_mlp_linear_kernel[(cdiv(rows, config["BM"]) * cdiv(N, config["BN"]),)](
         source, a.tiles, stats, a.norm_weight, a.norm_bias, w, a.biases[layer], out, starts, pre, rows, *x_strides,
         out.stride(0), 0 if pre is None else pre.stride(0), **_geometry(a), K=K, N=N, IMPLICIT=stats is not None,
         GELU=activate, **config, **flags(w.element_size(), target),
@@ -396,7 +402,7 @@ def _gelu_backward(z: Tensor, da: Tensor | None, activated: Tensor | None, sums:
     config, block = slab_config(rows, columns)
     slabs = cdiv(rows, config["SLAB"])
     partial = z.new_empty(slabs, columns, dtype=torch.float32) if sums else None
-    gelu_backward_kernel[(slabs, cdiv(columns, block))](
+    pixel_shuffle_mlp_gelu_backward_kernel[(slabs, cdiv(columns, block))](
         z, da, activated, partial, rows, z.stride(0), N=columns, BN=block, **config
     )
     return None if partial is None else partial.sum(0)
@@ -442,7 +448,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
     if needs[0]:
         dx = x.new_empty(a.selected, *x.shape[1:])
         config = row_config(rows, features, x.shape[2], x.element_size(), capability(x), 2)
-        shuffle_norm_backward_kernel[(cdiv(rows, config["R"]),)](
+        pixel_shuffle_mlp_norm_backward_kernel[(cdiv(rows, config["R"]),)](
             x, a.tiles, a.norm_weight, stats, da, dx, rows, *strides, **geometry, **config
         )  # fmt: skip
         dx[:, : a.skip] = 0
@@ -451,7 +457,7 @@ def pixel_shuffle_mlp_backward(b: ProjectorBackward) -> list[Tensor]:
         config, block = slab_config(rows, features)
         slabs = cdiv(rows, config["SLAB"])
         partial = x.new_empty(slabs, 2, features, dtype=torch.float32)
-        norm_parameters_kernel[(slabs, cdiv(features, block))](
+        pixel_shuffle_mlp_norm_parameters_kernel[(slabs, cdiv(features, block))](
             x, a.tiles, stats, da, partial, rows, *strides, **geometry, BLOCK=block, **config
         )
         sums = partial.sum(0)

@@ -68,7 +68,7 @@ def _store_sums(base, sums, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.
 
 @Kernel
 @triton.jit
-def pool_kernel(
+def tile_router_pool_kernel(
     z, u, sums, largest, denominator, rows, width, tile_stride, row_stride, query_stride, heads, split_rows,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,7 +139,7 @@ def pool_kernel(
 
 @Kernel
 @triton.jit
-def combine_kernel(
+def tile_router_combine_kernel(
     sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One head of one tile: the splits' sums, rescaled to their common maximum and divided."""
@@ -165,7 +165,7 @@ def combine_kernel(
 
 @Kernel
 @triton.jit
-def scores_kernel(
+def tile_router_scores_kernel(
     z, u, grad, scores, slopes, rows, width, tile_stride, row_stride, query_stride, heads, part_width,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +204,7 @@ def _sum_parts(base, n, rows, parts, part_stride, BLOCK: tl.constexpr):
 
 @Kernel
 @triton.jit
-def weights_kernel(scores, slopes, lse, delta, rows, parts, part_stride, BLOCK: tl.constexpr):
+def tile_router_weights_kernel(scores, slopes, lse, delta, rows, parts, part_stride, BLOCK: tl.constexpr):
     """One head of one tile. Part 0 of the scores becomes softmax weights, of the slopes the gradients of the scores.
 
     slopes None: lse is computed and written, else both lse and delta are given.
@@ -230,9 +230,9 @@ def weights_kernel(scores, slopes, lse, delta, rows, parts, part_stride, BLOCK: 
 
 @Kernel
 @triton.jit
-def weighted_sum_kernel(
-    z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+def tile_router_weighted_sum_kernel(
+    z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums [T, splits, heads, width] = weight [T, heads, rows] z over a split's rows; a program owns CHUNK channels."""
     block, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -253,9 +253,9 @@ def weighted_sum_kernel(
 
 @Kernel
 @triton.jit
-def linear_kernel(
-    x, w, bias, out, rows, each, width, stride, outputs, blocks, split_width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+def tile_router_linear_kernel(
+    x, w, bias, out, rows, each, width, stride, outputs, blocks, split_width, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [splits, rows, outputs]: x [rows, groups, width] times the rows of w, cut along the width into splits."""
     pid, split, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
@@ -284,9 +284,9 @@ def linear_kernel(
 
 @Kernel
 @triton.jit
-def linear_transposed_kernel(
-    x, w, out, rows, each, width, stride, groups,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+def tile_router_linear_transposed_kernel(
+    x, w, out, rows, each, width, stride, groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [rows, groups, width]: out[:, g] = x [rows, groups, each][:, g] times block g of the rows of w."""
     group, m0 = tl.program_id(1), tl.program_id(2) * BLOCK_M
@@ -313,7 +313,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def fused(width: int, heads: int, itemsize: int, target: int) -> bool:
-    """Whether a program of `pool_kernel` can hold the sums of whole rows in registers and the queries in shared memory.
+    """Whether a program of the pool kernel can hold the sums of whole rows in registers and the queries in shared
+    memory.
 
     Not with three TF32 products for float32, nor in AMD's 64 KB of shared memory.
     """
@@ -321,7 +322,7 @@ def fused(width: int, heads: int, itemsize: int, target: int) -> bool:
 
 
 def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
-    """Launch of `pool_kernel`: pieces of at least 128 rows, enough of them to fill a GPU with few tiles."""
+    """Launch of `tile_router_pool_kernel`: pieces of at least 128 rows, enough of them to fill a GPU with few tiles."""
     splits = max(1, min(16, cdiv(256, tiles), rows // 128))
     chunk = min(CHUNK, max(16, next_power_of_2(width)))
     warps = 8 if width > CHUNK else 4
@@ -337,7 +338,7 @@ def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
 
 
 def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
-    """Launch of `scores_kernel`: many rows a program, as each reads the queries; channels in parts to fill a GPU."""
+    """Launch of the scores kernel: many rows a program, as each reads the queries; channels in parts to fill a GPU."""
     roomy = target and limits(target).large  # older Tritons keep several copies of z in shared memory
     block = min(256 if roomy else 128, max(16, next_power_of_2(rows)))
     chunk = min(128 // itemsize, max(16, next_power_of_2(width)))
@@ -352,7 +353,7 @@ def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int)
 
 
 def sum_config(rows: int, width: int, tiles: int, itemsize: int, target: int) -> dict[str, int]:
-    """Launch of `weighted_sum_kernel`: wide programs, as each reads the weights; rows in pieces to fill a GPU."""
+    """Launch of the weighted sum: wide programs, as each reads the weights; rows in pieces to fill a GPU."""
     chunk = min(512 // itemsize, max(16, next_power_of_2(width)))
     splits = max(1, min(128 // (cdiv(width, chunk) * tiles), rows // 128))
     return {
@@ -383,11 +384,11 @@ def _weights(z: Tensor, u: Tensor, lse: Tensor, grad: Tensor | None, delta: Tens
     parts = cdiv(width, config["part_width"])
     scores = u.new_empty(parts, tiles, heads, rows)
     slopes = None if grad is None else torch.empty_like(scores)
-    scores_kernel[cdiv(rows, config["BLOCK_N"]), parts, tiles](
+    tile_router_scores_kernel[cdiv(rows, config["BLOCK_N"]), parts, tiles](
         z, u, grad, scores, slopes, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
         HEADS=_head_block(heads), PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
-    weights_kernel[(tiles * heads,)](
+    tile_router_weights_kernel[(tiles * heads,)](
         scores, slopes, lse, delta, rows, parts, tiles * heads * rows, BLOCK=next_power_of_2(rows),
         num_warps=4 if rows <= 4096 else 16, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
@@ -399,7 +400,7 @@ def _weighted_sum(z: Tensor, weight: Tensor) -> Tensor:
     config = sum_config(rows, width, tiles, z.element_size(), capability(z))
     splits = cdiv(rows, config["split_rows"])
     sums = weight.new_empty(tiles, splits, heads, width)
-    weighted_sum_kernel[cdiv(width, config["CHUNK"]), splits, tiles](
+    tile_router_weighted_sum_kernel[cdiv(width, config["CHUNK"]), splits, tiles](
         z, weight, sums, rows, width, z.stride(0), z.stride(1), heads, HEADS=_head_block(heads),
         PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
@@ -420,11 +421,11 @@ def tile_pool(a: Pool) -> Pooled:
     splits = cdiv(rows, config["split_rows"])
     sums = u.new_empty(tiles, splits, heads, width)
     largest, denominator = u.new_empty(tiles, splits, heads), u.new_empty(tiles, splits, heads)
-    pool_kernel[splits, tiles](
+    tile_router_pool_kernel[splits, tiles](
         z, u, sums, largest, denominator, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
         HEADS=HEADS, PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
-    combine_kernel[heads, tiles](
+    tile_router_combine_kernel[heads, tiles](
         sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=next_power_of_2(splits),
         BLOCK=256, num_warps=2, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
@@ -442,7 +443,7 @@ def tile_pool_backward(b: PoolBackward) -> PoolGradients:
 
 
 def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, int]:
-    """Launch of `linear_kernel`: few outputs are cut along the width until about 256 programs stream the weights."""
+    """Launch of the linear kernel: few outputs are cut along the width until about 256 programs stream the weights."""
     block_n = 32 if each >= 32 else 16
     blocks = cdiv(each, block_n)
     splits = max(1, min(8, 256 // max(1, groups * blocks), width // 512))
@@ -467,7 +468,7 @@ def few_rows_linear(a: FewRows) -> Tensor:
     splits = cdiv(width, config["split_width"])
     out = x.new_empty(splits, rows, outputs)
     if rows:
-        linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BLOCK_M"])](
+        tile_router_linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BLOCK_M"])](
             x, w, bias, out, rows, each, width, w.stride(0), outputs, PRECISION=precision(w.dtype),
             enable_fp_fusion=True, **config,
         )  # fmt: skip
@@ -475,7 +476,7 @@ def few_rows_linear(a: FewRows) -> Tensor:
 
 
 def transposed_config(rows: int, each: int, itemsize: int) -> dict[str, int]:
-    """Launch of `linear_transposed_kernel`; fewer warps or longer steps spill."""
+    """Launch of `tile_router_linear_transposed_kernel`; fewer warps or longer steps spill."""
     depth = 32 if rows > 32 and itemsize == 4 else 64
     return {
         "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
@@ -492,7 +493,7 @@ def few_rows_linear_transposed(a: FewRowsTransposed) -> Tensor:
     out = x.new_empty(rows, groups, width)
     config = transposed_config(rows, each, w.element_size())
     if rows:
-        linear_transposed_kernel[cdiv(width, config["BLOCK_N"]), groups, cdiv(rows, config["BLOCK_M"])](
+        tile_router_linear_transposed_kernel[cdiv(width, config["BLOCK_N"]), groups, cdiv(rows, config["BLOCK_M"])](
             x, w, out, rows, each, width, w.stride(0), groups, PRECISION=precision(w.dtype), enable_fp_fusion=True,
             **config,
         )  # fmt: skip
