@@ -6,7 +6,8 @@ namespace ivl {
 namespace {
 
 // Of a tensor of any shape that is contiguous, or of rows [R, C].
-NormRows rows(const Tensor& t) { return {t.const_data_ptr(), t.dim() > 1 ? t.stride(t.dim() - 2) : t.numel()}; }
+// The strides of a contiguous tensor say nothing where a size is 1.
+NormRows rows(const Tensor& t) { return {t.const_data_ptr(), t.dim() == 2 ? t.stride(0) : t.size(t.dim() - 1)}; }
 NormRows rows(const OptionalTensor& t) { return t ? rows(*t) : NormRows{}; }
 
 NormVector vector(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Float}; }

@@ -358,7 +358,7 @@ def test_dispatched(family, change, before, served, tmp_path):
         theirs = not V5 and family == "qwen3_moe" and change is not spread
         details = [row.detail for row in rows(handle)]
         assert served() == (0 if theirs else 2)
-        words = "offloaded" if theirs else "native" if change is spread else "loaded for the call"
+        words = "offloaded" if theirs else "^cpu " if change is spread else "loaded for the call"
         assert all(re.search(words, detail) for detail in details), details
         close(got, plain)
         with warnings.catch_warnings():

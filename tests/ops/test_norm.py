@@ -84,6 +84,23 @@ def test_accurate(backend, kind, rows, width, dtype, residual, scale, bias, layo
 
 
 @BACKENDS
+@pytest.mark.parametrize("stride", [1, 7, 1 << 40])
+def test_strides_where_a_size_is_1(backend, stride):
+    """They mean nothing: such tensors are contiguous."""
+    values = make((3, 1, 72))
+    odd = [v.as_strided(v.shape, (72, stride, 1)) if v.dim() == 3 else v for v in values]
+    grad = torch.randn(3, 1, 72)
+    grads = []
+    for x, residual, *vectors in (values, odd):
+        leaves = [x.clone().as_strided(x.shape, x.stride()).requires_grad_() for x in (x, residual)]
+        y, total = ours("before_weight", *leaves, *vectors, backend=backend)
+        grads.append(
+            (y, total, *torch.autograd.grad([y, total], leaves, [grad.as_strided(grad.shape, x.stride())] * 2))
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [128, 1024, 2880, 3200])
