@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FLOAT_NAMES = ("float32", "bfloat16", "float16", "float64")
-# What kernels serve that compute in float32: all but float64.
+# What kernels serve that compute in float32, and all that ops take.
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+FLOAT_NAMES = (*KERNEL_DTYPES, "float64")
 KERNEL_FLOATS = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
+FLOATS = (*KERNEL_FLOATS, torch.float64)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

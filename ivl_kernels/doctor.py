@@ -20,7 +20,6 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers", "pillow", "flash-attn", "peft")
 DEVICES = ("cpu", "cuda")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def collect() -> dict[str, Any]:
@@ -121,12 +120,13 @@ def _environment() -> dict[str, str]:
 def _backends() -> dict[str, Any]:
     importlib.import_module("ivl_kernels.ops")
     from . import _dispatch, _library
+    from ._checks import FLOAT_NAMES
 
     table: dict[str, Any] = {}
     for name, op in _library.OPS.items():
         rows = table[name] = {}
         served = {dtype for implementation in op.implementations for dtype in implementation.dtypes}
-        dtypes = DTYPES if not served or served & set(DTYPES) else sorted(served)
+        dtypes = FLOAT_NAMES if not served or served & set(FLOAT_NAMES) else sorted(served)
         for device in DEVICES:
             for dtype in dtypes:
                 try:

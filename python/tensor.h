@@ -22,17 +22,21 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
+template <class T>
+inline constexpr std::optional<ScalarType> kScalarType = std::nullopt;
+template <> inline constexpr std::optional<ScalarType> kScalarType<float> = ScalarType::Float;
+template <> inline constexpr std::optional<ScalarType> kScalarType<double> = ScalarType::Double;
+template <> inline constexpr std::optional<ScalarType> kScalarType<bfloat16> = ScalarType::BFloat16;
+template <> inline constexpr std::optional<ScalarType> kScalarType<float16> = ScalarType::Half;
+template <> inline constexpr std::optional<ScalarType> kScalarType<int32_t> = ScalarType::Int;
+template <> inline constexpr std::optional<ScalarType> kScalarType<int64_t> = ScalarType::Long;
+
 // A kernel that reads or writes another type than the tensor's would leave its memory. Bytes are anything's.
 template <class T>
 void check_type(const Tensor& t) {
-  ScalarType expected = t.scalar_type();
-  if constexpr (std::is_same_v<T, float>) expected = ScalarType::Float;
-  if constexpr (std::is_same_v<T, double>) expected = ScalarType::Double;
-  if constexpr (std::is_same_v<T, bfloat16>) expected = ScalarType::BFloat16;
-  if constexpr (std::is_same_v<T, float16>) expected = ScalarType::Half;
-  if constexpr (std::is_same_v<T, int32_t>) expected = ScalarType::Int;
-  if constexpr (std::is_same_v<T, int64_t>) expected = ScalarType::Long;
-  STD_TORCH_CHECK(t.scalar_type() == expected || t.numel() == 0, "got a tensor of another dtype than the kernel's");
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == kScalarType<T>.value_or(type) || t.numel() == 0,
+                  "got a tensor of another dtype than the kernel's");
 }
 
 template <class T>
@@ -66,14 +70,14 @@ T* wanted(const Tensor& t) {
 
 inline int64_t itemsize(const Tensor& t) { return t.element_size(); }
 
-// Calls f with a value of the tensor's element type: float, double, ivl::bfloat16 or ivl::float16.
+#define IVL_CASE(T) \
+  case *kScalarType<T>: return f(T{});
+
+// Calls f with a value of the tensor's element type.
 template <class F>
 auto dispatch_float(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(bfloat16{});
-    case ScalarType::Half: return f(float16{});
+    IVL_FLOAT_TYPES(IVL_CASE)
     default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
 }
@@ -82,9 +86,7 @@ auto dispatch_float(ScalarType type, F&& f) {
 template <class F>
 auto dispatch_widened(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(bfloat16{});
-    case ScalarType::Half: return f(float16{});
+    IVL_WIDENED_TYPES(IVL_CASE)
     default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
   }
 }

@@ -18,11 +18,9 @@ void attention_backward(const AttentionArgs& args, const AttentionGrads& grads) 
   IVL_CALL(attention_backward<T>, args, grads);
 }
 
-template void attention<float>(const AttentionArgs&, float*, float*);
-template void attention<bfloat16>(const AttentionArgs&, bfloat16*, float*);
-template void attention<float16>(const AttentionArgs&, float16*, float*);
-template void attention_backward<float>(const AttentionArgs&, const AttentionGrads&);
-template void attention_backward<bfloat16>(const AttentionArgs&, const AttentionGrads&);
-template void attention_backward<float16>(const AttentionArgs&, const AttentionGrads&);
+#define IVL_INSTANTIATE(T) \
+  template void attention<T>(const AttentionArgs&, T*, float*); \
+  template void attention_backward<T>(const AttentionArgs&, const AttentionGrads&);
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

@@ -10,8 +10,8 @@ void matmul(const Product<T>& product) {
   if (product.m > 0 && product.n > 0) IVL_CALL(matmul, product);
 }
 
-template void matmul(const Product<float>&);
-template void matmul(const Product<bfloat16>&);
-template void matmul(const Product<float16>&);
+#define IVL_INSTANTIATE(T) \
+  template void matmul(const Product<T>&);
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

@@ -15,15 +15,12 @@ void linear_kl_backward(const KlBackwardArgs& args) {
   if (args.student.rows > 0) IVL_CALL(linear_kl_backward<E>, args);
 }
 
-template void linear_kl<Elements<float, float>>(const KlArgs&);
-template void linear_kl<Elements<bfloat16, bfloat16>>(const KlArgs&);
-template void linear_kl<Elements<bfloat16, float>>(const KlArgs&);
-template void linear_kl<Elements<float16, float16>>(const KlArgs&);
-template void linear_kl<Elements<float16, float>>(const KlArgs&);
-template void linear_kl_backward<Elements<float, float>>(const KlBackwardArgs&);
-template void linear_kl_backward<Elements<bfloat16, bfloat16>>(const KlBackwardArgs&);
-template void linear_kl_backward<Elements<bfloat16, float>>(const KlBackwardArgs&);
-template void linear_kl_backward<Elements<float16, float16>>(const KlBackwardArgs&);
-template void linear_kl_backward<Elements<float16, float>>(const KlBackwardArgs&);
+#define IVL_INSTANTIATE(T, W)                                \
+  template void linear_kl<Elements<T, W>>(const KlArgs&); \
+  template void linear_kl_backward<Elements<T, W>>(const KlBackwardArgs&);
+#define IVL_SAME(T) IVL_INSTANTIATE(T, T)
+#define IVL_WIDE_WEIGHT(T) IVL_INSTANTIATE(T, float)
+IVL_WIDENED_TYPES(IVL_SAME)
+IVL_NARROW_TYPES(IVL_WIDE_WEIGHT)
 
 }  // namespace ivl

@@ -15,15 +15,12 @@ void linear_logprob_backward(const LogprobBackwardArgs& args) {
   if (args.head.rows > 0) IVL_CALL(linear_logprob_backward<E>, args);
 }
 
-template void linear_logprob<Elements<float, float>>(const LogprobArgs&);
-template void linear_logprob<Elements<bfloat16, bfloat16>>(const LogprobArgs&);
-template void linear_logprob<Elements<bfloat16, float>>(const LogprobArgs&);
-template void linear_logprob<Elements<float16, float16>>(const LogprobArgs&);
-template void linear_logprob<Elements<float16, float>>(const LogprobArgs&);
-template void linear_logprob_backward<Elements<float, float>>(const LogprobBackwardArgs&);
-template void linear_logprob_backward<Elements<bfloat16, bfloat16>>(const LogprobBackwardArgs&);
-template void linear_logprob_backward<Elements<bfloat16, float>>(const LogprobBackwardArgs&);
-template void linear_logprob_backward<Elements<float16, float16>>(const LogprobBackwardArgs&);
-template void linear_logprob_backward<Elements<float16, float>>(const LogprobBackwardArgs&);
+#define IVL_INSTANTIATE(T, W)                                \
+  template void linear_logprob<Elements<T, W>>(const LogprobArgs&); \
+  template void linear_logprob_backward<Elements<T, W>>(const LogprobBackwardArgs&);
+#define IVL_SAME(T) IVL_INSTANTIATE(T, T)
+#define IVL_WIDE_WEIGHT(T) IVL_INSTANTIATE(T, float)
+IVL_WIDENED_TYPES(IVL_SAME)
+IVL_NARROW_TYPES(IVL_WIDE_WEIGHT)
 
 }  // namespace ivl

@@ -21,8 +21,6 @@ void gated_backward(const T* pre, const T* grad, int64_t rows, int64_t inner, T*
 #define IVL_INSTANTIATE(T)         \
   template void mlp(const Mlp<T>&); \
   template void gated_backward(const T*, const T*, int64_t, int64_t, T*, T*);
-IVL_INSTANTIATE(float)
-IVL_INSTANTIATE(bfloat16)
-IVL_INSTANTIATE(float16)
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

@@ -19,8 +19,6 @@ void experts_backward(const BlockArgs<T>& args, const T* grad, const T* pre, con
 #define IVL_INSTANTIATE(T)                                   \
   template void experts_forward(const BlockArgs<T>&, T*, T*); \
   template void experts_backward(const BlockArgs<T>&, const T*, const T*, const ExpertGradients<T>&);
-IVL_INSTANTIATE(float)
-IVL_INSTANTIATE(bfloat16)
-IVL_INSTANTIATE(float16)
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

@@ -21,9 +21,7 @@ void route_backward(RoutingOptions options, const T* grad, const T* logits, cons
 #define IVL_INSTANTIATE(T)                                                      \
   template void route(RoutingOptions, const T*, const T*, int64_t*, T*);        \
   template void route_backward(RoutingOptions, const T*, const T*, const T*, const int64_t*, T*);
-IVL_INSTANTIATE(float)
-IVL_INSTANTIATE(bfloat16)
-IVL_INSTANTIATE(float16)
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 void sort_by_expert(const int64_t* ids, int64_t slots, int64_t experts, int32_t* permutation, int32_t* inverse,
                     int32_t* counts, int32_t* offsets) {

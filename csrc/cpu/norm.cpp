@@ -32,11 +32,9 @@ void norm_backward(const NormBackwardArgs& args) {
   IVL_CALL(norm_backward<T>, args);
 }
 
-template void norm<float>(const NormArgs&);
-template void norm<bfloat16>(const NormArgs&);
-template void norm<float16>(const NormArgs&);
-template void norm_backward<float>(const NormBackwardArgs&);
-template void norm_backward<bfloat16>(const NormBackwardArgs&);
-template void norm_backward<float16>(const NormBackwardArgs&);
+#define IVL_INSTANTIATE(T) \
+  template void norm<T>(const NormArgs&); \
+  template void norm_backward<T>(const NormBackwardArgs&);
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

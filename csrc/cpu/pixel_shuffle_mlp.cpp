@@ -38,12 +38,7 @@ void project(ShuffledTokens<const T> tokens, int64_t rows, const T* norm_weight,
 #define IVL_INSTANTIATE_PRODUCTS(T)                                                                                  \
   template void project(ShuffledTokens<const T>, int64_t, const T*, const T*, double, const LinearLayer<T>*, int64_t, \
                         RowMap<T>, T*, int64_t);
-IVL_INSTANTIATE(float)
-IVL_INSTANTIATE(double)
-IVL_INSTANTIATE(bfloat16)
-IVL_INSTANTIATE(float16)
-IVL_INSTANTIATE_PRODUCTS(float)
-IVL_INSTANTIATE_PRODUCTS(bfloat16)
-IVL_INSTANTIATE_PRODUCTS(float16)
+IVL_FLOAT_TYPES(IVL_INSTANTIATE)
+IVL_WIDENED_TYPES(IVL_INSTANTIATE_PRODUCTS)
 
 }  // namespace ivl

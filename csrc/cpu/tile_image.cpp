@@ -29,8 +29,8 @@ void tile_image(const TileImageArgs& args) {
   IVL_CALL(tile_image<T>, args);
 }
 
-template void tile_image<float>(const TileImageArgs&);
-template void tile_image<bfloat16>(const TileImageArgs&);
-template void tile_image<float16>(const TileImageArgs&);
+#define IVL_INSTANTIATE(T) \
+  template void tile_image<T>(const TileImageArgs&);
+IVL_WIDENED_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

@@ -173,9 +173,6 @@ void few_rows_linear_transposed(const Sum<T>* x, const GroupedWeights<T>& weight
   template void few_rows_linear(const Sum<T>*, const GroupedWeights<T>&, const T*, Sum<T>*); \
   template void few_rows_linear_transposed(const Sum<T>*, const GroupedWeights<T>&, Sum<T>*);
 
-IVL_INSTANTIATE(float)
-IVL_INSTANTIATE(double)
-IVL_INSTANTIATE(bfloat16)
-IVL_INSTANTIATE(float16)
+IVL_FLOAT_TYPES(IVL_INSTANTIATE)
 
 }  // namespace ivl

@@ -15,14 +15,10 @@ void v2pe_rope_norm_backward(const RopeArgs& args) {
   IVL_CALL(rope_norm_backward<T>, args);
 }
 
-template void v2pe_rope<float>(const RopeArgs&);
-template void v2pe_rope<double>(const RopeArgs&);
-template void v2pe_rope<bfloat16>(const RopeArgs&);
-template void v2pe_rope<float16>(const RopeArgs&);
-template void v2pe_rope_norm_backward<float>(const RopeArgs&);
-template void v2pe_rope_norm_backward<double>(const RopeArgs&);
-template void v2pe_rope_norm_backward<bfloat16>(const RopeArgs&);
-template void v2pe_rope_norm_backward<float16>(const RopeArgs&);
+#define IVL_INSTANTIATE(T) \
+  template void v2pe_rope<T>(const RopeArgs&); \
+  template void v2pe_rope_norm_backward<T>(const RopeArgs&);
+IVL_FLOAT_TYPES(IVL_INSTANTIATE)
 
 void v2pe_positions(const PositionArgs& args) { IVL_CALL(positions, args); }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+from .._checks import FLOAT_NAMES
 
 
 @dataclass
@@ -58,7 +58,7 @@ def correctness(device: str, pattern: str) -> Iterator[Result]:
         master = case.inputs(Numbers())
         floats = has_floats(master)
         backends = [i.backend for i in _library.OPS[case.op].implementations if not i.devices or kind in i.devices]
-        for dtype in DTYPES if floats else DTYPES[:1]:
+        for dtype in FLOAT_NAMES if floats else FLOAT_NAMES[:1]:
             subject = Checked(case, cast(master, getattr(torch, dtype), device), device)
             for backend in backends:
                 title = f"{case.title}, {backend}, {dtype}"

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._checks import KERNEL_DTYPES
 from ..models.families import Family, family_of
 from . import CommandError
 
 PROMPT = "Please describe the image in detail."
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="PATH_OR_ID", help="checkpoint, transformers-native or remote code; default: a random model")
     add("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
     add("--tiles", type=int, default=12, metavar="N", help="most tiles an image is cut into (default 12)")
-    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    add("--dtype", choices=KERNEL_DTYPES, default="float32", help="default: float32")
     add("--device", default=None, help="default: cuda if there is a GPU, else cpu")
     add("--tokens", type=int, default=16, metavar="N", help="tokens to generate (default 16)")
     add("--rounds", type=int, default=3, metavar="N", help="timed rounds, plain and patched in turn (default 3)")
