@@ -198,6 +198,8 @@ def totals(log):
         mma=sum(r.mma_flops for r in log),
         loads=sum(r.global_load_bytes for r in log),
         stores=sum(r.global_store_bytes + 4 * r.global_atomics for r in log),
+        moved=sum(r.global_load_bytes + r.global_store_bytes + 4 * r.global_atomics for r in log),
+        sectors=sum(r.global_load_sectors + r.global_store_sectors for r in log),
     )
 
 
@@ -246,6 +248,42 @@ def test_counters_against_liger(tokens, direction, record_property):
         assert mine.mma <= 110e6
         assert mine.loads < 3.80e6
         assert mine.stores < 0.364e6
+
+
+def zipf(tokens, experts, top_k):
+    """Ids, the first experts most often."""
+    odds = 1 / torch.arange(1, experts + 1).float()
+    return torch.multinomial(odds.expand(tokens, experts), top_k, generator=torch.Generator().manual_seed(1))
+
+
+# Tokens, widths, experts and choices, and ids where they are not even.
+OTHERS = {
+    "odd tokens, tiny widths": ((77, 64, 32, 128, 8), None),
+    "odd widths": ((37, 200, 72, 16, 2), None),
+    "zipf": ((193, 256, 128, 16, 4), zipf(193, 16, 4)),
+    "four hot experts": ((65, 256, 128, 16, 4), torch.tensor([3, 7, 8, 12]).expand(65, 4)),
+    "one token of 128 experts": ((1, 256, 128, 128, 8), None),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_more_than_liger_however_tokens_choose(name, monkeypatch):
+    """Forward: launches, instructions, tensor-core work, bytes and sectors."""
+    monkeypatch.setenv("LIGER_FUSED_MOE_AUTOTUNE", "0")
+    liger = pytest.importorskip("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    sizes, ids = OTHERS[name]
+    case = make(*sizes, dtype=BF16)
+    case.ids = case.ids if ids is None else ids.contiguous()
+    outs, found = [], []
+    for run in (case.run, lambda: liger.apply(case.hidden, case.gate_up, case.down, case.ids.int(), case.weights)):
+        with simulated_gpu(preferred=True) as log, torch.no_grad():
+            outs.append(run())
+        found.append(totals(log))
+    torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
+    ours, theirs = found
+    assert ours.launches == (2 if sizes[0] == 1 else 4) < theirs.launches
+    for counter in ("instructions", "mma", "moved", "sectors"):
+        assert getattr(ours, counter) <= getattr(theirs, counter), (counter, ours, theirs)
 
 
 def launch_on_meta(shape, tokens, target, monkeypatch, dtype=BF16, backward=True, stored=""):
@@ -331,21 +369,14 @@ def test_compiles_for(model, tokens, target, backward, dtype, monkeypatch):
         if target != "gfx942":
             assert kernel.count(r"cp\.async\.cg\.shared\.global.* 0x10|(ld|st)\.global.*\.v4\.b32") > 0, kernel.kernel
             if "weight_grad" not in kernel.kernel:  # whose row numbers, 4 bytes each, are copied ahead too
-                assert kernel.count(r"cp\.async\.ca\.shared\.global") == 0, kernel.kernel
+                assert kernel.count(r"cp\.async\.ca\.shared\.global.* 0x4,") == 0, kernel.kernel
 
 
 @pytest.mark.parametrize(
     "model, stored, tokens, target, backward",
     [
         ("InternVL3.5-GPT-OSS-20B-A4B", "mxfp4", 1, 90, False),
-        pytest.param(
-            "InternVL3.5-GPT-OSS-20B-A4B",
-            "mxfp4",
-            1024,
-            90,
-            True,
-            marks=pytest.mark.xfail(reason="moe_rows_kernel spills 96 bytes a thread", strict=True),
-        ),
+        ("InternVL3.5-GPT-OSS-20B-A4B", "mxfp4", 1024, 90, True),
         ("InternVL3.5-GPT-OSS-20B-A4B", "mxfp4", 64, 80, True),
         ("InternVL3.5-GPT-OSS-20B-A4B", "mxfp4", 4096, 100, False),
         ("InternVL3.5-30B-A3B", "fp8", 1, 80, True),
@@ -359,9 +390,7 @@ def test_experts_in_few_bits_compile_for(model, stored, tokens, target, backward
     for kernel in log:
         assert kernel.spills <= SPILL_LIMIT and kernel.shared <= SHARED_LIMIT[target], kernel.kernel
         if kernel.kernel in ("moe_gate_up_kernel", "moe_rows_kernel", "moe_down_backward_kernel"):
-            # The narrow tiles of decode have no 64 columns for Hopper's instruction.
-            products = kernel.count(TENSOR_CORES[target]) + kernel.count(TENSOR_CORES[80])
-            assert products > 0, kernel.kernel
+            assert kernel.count(TENSOR_CORES[target]) > 0, kernel.kernel
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
@@ -372,14 +401,14 @@ def test_configurations_fit(target, itemsize):
     for shape in MODELS.values():
         for tokens in (1, 7, 64, 320, 1024, 4096, 65536) if shape.experts else ():
             slots = tokens * shape.top_k
-            rows, bound, busy = kernels._plan(slots, shape.experts)
-            assert busy <= bound <= slots // rows + shape.experts
+            rows, bound = kernels._plan(slots, shape.experts)
+            assert bound <= slots // rows + shape.experts
             for columns, inner, pairs in (
                 (shape.intermediate, shape.hidden, True),
                 (shape.hidden, shape.intermediate, False),
                 (shape.hidden, 2 * shape.intermediate, False),
             ):
-                config = kernels.gemm_config(rows, busy, columns, inner, itemsize, number, pairs=pairs)
+                config = kernels.gemm_config(rows, columns, inner, itemsize, number, pairs=pairs)
                 width = config["BN"] * (2 if pairs else 1)
                 assert config["num_stages"] * (rows + width) * config["BK"] * itemsize <= SHARED_LIMIT[target]
                 assert 1 <= config["num_stages"] <= 4 and config["BK"] >= 16

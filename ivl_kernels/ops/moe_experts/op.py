@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _env, _gpu
 from ..._checks import (
     FLOATS,
     KERNEL_DTYPES,
+    KERNEL_FLOATS,
     autocast_dtype,
     check_dtype,
     check_same,
@@ -25,6 +27,8 @@ from . import formats
 
 ACTIVATIONS = ("silu", "gpt_oss")
 LAYOUTS = ("concatenated", "interleaved")
+# Up to so many tokens and slots, and without gradients, GPUs run kernels that nobody sorts for.
+FEW_TOKENS, FEW_SLOTS = 8, 64
 
 
 class Experts(NamedTuple):
@@ -67,6 +71,30 @@ class Experts(NamedTuple):
     def inner(self) -> int:
         """I, the width between the two matrices."""
         return self.gate_up.shape[1 if self.in_rows else 2] // 2
+
+
+class FewTokens(NamedTuple):
+    """As `Experts` of at most FEW_TOKENS tokens, which nobody sorted."""
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate_up_scales: Tensor | None
+    down_scales: Tensor | None
+    activation: str
+    alpha: float
+    limit: float
+    layout: str
+
+    def placed(self, permutation: Tensor, inverse: Tensor, offsets: Tensor, tiles: Tensor) -> Experts:
+        """The same with the slots sorted."""
+        fields = self._asdict()
+        del fields["ids"]
+        return Experts(permutation=permutation, inverse=inverse, offsets=offsets, tiles=tiles, **fields)
 
 
 class ExpertsList(NamedTuple):
@@ -129,9 +157,8 @@ class ListGradients(NamedTuple):
 
 
 def tile_rows(slots: int, experts: int) -> int:
-    """Rows of a tile of the GPU kernels: about twice the mean of an expert, so that most read their weights once."""
-    mean = slots / experts
-    return 16 if mean <= 8 else 32 if mean <= 24 else 64 if mean <= 192 else 128
+    """Rows of a tall tile of the GPU kernels, which run at a half or a quarter of them where an expert has so few."""
+    return 64 if slots <= 48 * experts else 128
 
 
 def empty_output(a: Experts | ExpertsList) -> Output:
@@ -157,6 +184,12 @@ def empty_list_gradients(b: ListBackward) -> ListGradients:
     return ListGradients(hidden, weights, *([t.new_empty(t.shape) for t in each] if n else [] for each, n in lists))
 
 
+def _few_on_triton(a: FewTokens) -> Tensor:
+    from .triton_few import moe_experts_few
+
+    return moe_experts_few(a)
+
+
 _BACKENDS = (
     Implementation("cpu", KERNEL_DTYPES),
     Implementation("triton", KERNEL_DTYPES),
@@ -173,6 +206,15 @@ _experts_backward = Op(
     key="hidden",
     implementations=_BACKENDS,
     fake=empty_gradients,
+)
+
+_few = Op(
+    "moe_experts_few",
+    FewTokens,
+    Tensor,
+    key="hidden",
+    implementations=(Implementation("triton", KERNEL_DTYPES, function=_few_on_triton), Implementation("reference")),
+    fake=lambda a: a.hidden.new_empty(a.hidden.shape),
 )
 
 _list = Op("moe_experts_list", ExpertsList, Output, key="hidden", implementations=_LIST_BACKENDS, fake=empty_output)
@@ -281,6 +323,18 @@ def _check_scales(name: str, values: Tensor, scales: Tensor | None, shape: tuple
             raise ValueError(f"{part}: got a tensor that requires gradients, and quantised weights have none")
 
 
+def _are_few(hidden: Tensor, ids: Tensor, backend: str) -> bool:
+    """Whether a GPU's kernels for few tokens serve the call, or are forced to."""
+    forced = backend or _env.BACKEND.get()
+    on_gpu = forced == "triton" if forced else hidden.is_cuda or _gpu.preferred()
+    few = 0 < hidden.shape[0] <= FEW_TOKENS and 0 < ids.numel() <= FEW_SLOTS
+    return on_gpu and few and hidden.dtype in KERNEL_FLOATS
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def moe_experts(
     hidden: Tensor,
     ids: Tensor,
@@ -309,26 +363,13 @@ def moe_experts(
             gate_up, down = gate_up.to(dtype), down.to(dtype)
         gate_up_bias, down_bias = (b if b is None else b.to(dtype) for b in (gate_up_bias, down_bias))
     experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, layout)
+    tensors = (gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales)
+    options = (activation, float(alpha), float(limit), layout)
+    if _are_few(hidden, ids, backend) and not _wants_gradients(hidden, weights, *tensors):
+        return _few(FewTokens(hidden, ids, weights, *tensors, *options), backend)
     tile = tile_rows(ids.numel(), experts)
     permutation, inverse, _, offsets, tiles = moe_dispatch(Sorting(ids, experts, tile), backend)
-    a = Experts(
-        hidden,
-        weights,
-        permutation,
-        inverse,
-        offsets,
-        tiles,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        gate_up_scales,
-        down_scales,
-        activation,
-        float(alpha),
-        float(limit),
-        layout,
-    )
+    a = Experts(hidden, weights, permutation, inverse, offsets, tiles, *tensors, *options)
     return _differentiable(a, backend).out
 
 

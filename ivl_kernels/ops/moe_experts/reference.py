@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..moe_routing.op import Sorting
+from ..moe_routing.reference import moe_dispatch
 from . import formats
 from .op import (
     Experts,
     ExpertsBackward,
     ExpertsList,
+    FewTokens,
     Gradients,
     ListBackward,
     ListGradients,
@@ -92,6 +95,11 @@ def moe_experts(a: Experts) -> Output:
         rows[group] = value
     out = (rows[a.inverse].view(tokens, top_k, x.shape[1]) * a.weights.to(x.dtype).unsqueeze(-1)).sum(1)
     return Output(out.to(a.hidden.dtype), pre)
+
+
+def moe_experts_few(a: FewTokens) -> Tensor:
+    found = moe_dispatch(Sorting(a.ids, a.gate_up.shape[0], 0))
+    return moe_experts(a.placed(found.permutation, found.inverse, found.offsets, found.tiles)).out
 
 
 def moe_experts_backward(b: ExpertsBackward) -> Gradients:

@@ -7,7 +7,8 @@ both weight gradients, gate_up GEMM transposed, gather-sum.
 Rows are assignments (token, choice) in expert order; they are never copied: `permutation` is followed in the operand
 loads. A tile is up to BM rows of one expert, listed by the dispatch. The grid is the largest number of tiles that the
 shapes allow, so nothing is read back to the host; the programs of tiles that do not exist leave at once. A tile that
-is at most half full is computed at half height.
+is at most half or a quarter full is computed at that height: an expert's tiles are tall while its rows last, however
+unevenly tokens chose, and the last one is as short as they leave it.
 
 In the accumulator gate and up are interleaved (gate in even columns), whatever the layout of the weights: a pair then
 sits in one thread, and one GEMM serves both.
@@ -32,7 +33,7 @@ from .triton_formats import of_expert, stored_tile
 
 
 @triton.jit
-def _tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, GROUP: tl.constexpr):
+def _tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
     """This program's expert (E: nothing to do), first row, end row and column tile.
 
     GROUP row tiles go through the column tiles together: neighbours in time read the same weights. The grid is padded
@@ -43,7 +44,7 @@ def _tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, GROUP
     t = pid // (GROUP * NUM_N) * GROUP + inside % GROUP
     expert = tl.load(tiles + 2 * t, mask=t < num_tiles, other=E)
     first = tl.load(tiles + 2 * t + 1, mask=t < num_tiles, other=0)
-    end = tl.load(offsets + tl.minimum(expert + 1, E))
+    end = tl.minimum(tl.load(offsets + tl.minimum(expert + 1, E)), first + BM)
     return expert, first, end, inside // GROUP
 
 
@@ -85,7 +86,8 @@ def _plain_product(
     a_rows, a_mask, w_columns, w_mask, EVEN: tl.constexpr, STEP_K: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
     N: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    SWAP: tl.constexpr = TALL and BM < 64
+    # Hopper's tf32 operands lie along K: others would be copied 4 bytes at a time.
+    SWAP: tl.constexpr = TALL and BM < 64 and (STEP_K == 1 or a_rows.dtype.element_ty.primitive_bitwidth == 16)
     acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
@@ -210,20 +212,15 @@ def moe_gate_up_kernel(
     BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
+    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
     if expert == E:
         return
-    if BM >= 32 and end - first <= BM // 2:
-        _gate_up_tile(
-            x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA,
-            LIMIT, BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-        )  # fmt: skip
-    else:
-        end = tl.minimum(end, first + BM)
-        _gate_up_tile(
-            x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA,
-            LIMIT, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-        )  # fmt: skip
+    for part in tl.static_range(3):
+        if (end - first <= BM // 4 * 2**part) & ((part == 0) | (end - first > BM // 8 * 2**part)):
+            _gate_up_tile(
+                x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS,
+                ALPHA, LIMIT, BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -259,20 +256,15 @@ def moe_rows_kernel(
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), GROUP)
+    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), BM, GROUP)
     if expert == E:
         return
-    if BM >= 32 and end - first <= BM // 2:
-        _rows_tile(
-            a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-            BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-        )  # fmt: skip
-    else:
-        end = tl.minimum(end, first + BM)
-        _rows_tile(
-            a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-            BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-        )  # fmt: skip
+    for part in tl.static_range(3):
+        if (end - first <= BM // 4 * 2**part) & ((part == 0) | (end - first > BM // 8 * 2**part)):
+            _rows_tile(
+                a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+                BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+            )  # fmt: skip
 
 
 @Kernel
@@ -409,20 +401,16 @@ def moe_down_backward_kernel(
     BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), GROUP)
+    expert, first, end, n = _tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
     if expert == E:
         return
-    if BM >= 32 and end - first <= BM // 2:
-        _down_backward_tile(
-            grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
-            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 2, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-        )  # fmt: skip
-    else:
-        end = tl.minimum(end, first + BM)
-        _down_backward_tile(
-            grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end, n,
-            H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-        )  # fmt: skip
+    for part in tl.static_range(3):
+        if (end - first <= BM // 4 * 2**part) & ((part == 0) | (end - first > BM // 8 * 2**part)):
+            _down_backward_tile(
+                grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end,
+                n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION,
+                UPCAST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -528,14 +516,13 @@ def _pipeline(rows: int, columns: int, steps: int, depth: int, itemsize: int, ta
 
 
 def gemm_config(
-    rows: int, tiles: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False,
-    epilogue: bool = False, stored: bool = False,
+    rows: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False, epilogue: bool = False,
+    stored: bool = False,
 ) -> dict:  # fmt: skip
     """Tile sizes of a grouped GEMM.
 
     Args:
         rows: rows of a tile.
-        tiles: tiles with work, about.
         columns: columns of the result; gate and up count as one column when `pairs`.
         inner: length of the sums.
         itemsize: bytes of an element.
@@ -547,11 +534,9 @@ def gemm_config(
     width = 256 if target and itemsize < 4 else 128
     while width > 32 and width // 2 >= columns * wide:
         width //= 2
-    # Decode: a column tile for every multiprocessor rather than reuse of the rows.
-    while rows == 16 and width > 32 and tiles * -(-columns * wide // width) < 256:
-        width //= 2
     if itemsize < 4:
-        large = rows * width > (64 * 128 if target == 100 else 64 * 256)  # there accumulators are not in registers
+        # On 100 accumulators are not in registers; stored values are expanded in registers.
+        large = rows * width > (64 * 128 if target == 100 or stored else 64 * 256)
         # Small ones: registers spill before stages fit.
         depth = 128 // itemsize if limits(target).large else 64 // itemsize
     else:
@@ -583,11 +568,10 @@ def combine_config(tokens: int, columns: int) -> dict:
     return dict(BT=(256 if few else 2048) // width, BH=width, num_warps=1 if few else 4, enable_fp_fusion=True)
 
 
-def _plan(slots: int, experts: int) -> tuple[int, int, int]:
-    """Rows of a tile, the most tiles that can have work, and about how many do."""
+def _plan(slots: int, experts: int) -> tuple[int, int]:
+    """Rows of a tile, and the most tiles that can have work."""
     rows = tile_rows(slots, experts)
-    some = min(experts, slots)
-    return rows, (slots + (rows - 1) * some) // rows, max(some, slots // rows)
+    return rows, (slots + (rows - 1) * min(experts, slots)) // rows
 
 
 def _contiguous(a: Experts) -> tuple[Any, ...]:
@@ -610,17 +594,17 @@ def moe_experts(a: Experts) -> Output:
         return result
     hidden, weights, gate_up, down, gate_up_scales, down_scales, gate_up_bias, down_bias = _contiguous(a)
     target, size = capability(hidden), hidden.element_size()
-    rows, num_tiles, busy = _plan(S * K, E)
+    rows, num_tiles = _plan(S * K, E)
     common = flags(size, target) | dict(E=E, FORMAT=a.format, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
-    config = gemm_config(rows, busy, I, H, size, target, pairs=True, stored=bool(a.format))
+    config = gemm_config(rows, I, H, size, target, pairs=True, stored=bool(a.format))
     moe_gate_up_kernel[_grid(num_tiles, I, config)](
         hidden, gate_up, gate_up_scales, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets,
         a.tiles, num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss",
         ALPHA=a.alpha, LIMIT=a.limit, **config, **common,
     )  # fmt: skip
     y = hidden.new_empty(S * K, H)
-    config = gemm_config(rows, busy, H, I, size, target, stored=bool(a.format))
+    config = gemm_config(rows, H, I, size, target, stored=bool(a.format))
     moe_rows_kernel[_grid(num_tiles, H, config)](
         act, down, down_scales, down_bias, y, a.offsets, a.tiles, num_tiles, K=I, N=H, STEP_K=1 if in_rows else H,
         STEP_N=I if in_rows else 1, **config, **common,
@@ -645,7 +629,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     grad = b.grad.contiguous()
     hidden, weights, gate_up, down, gate_up_scales, down_scales, _, down_bias = _contiguous(a)
     target, size = capability(hidden), hidden.element_size()
-    rows, num_tiles, busy = _plan(S * K, E)
+    rows, num_tiles = _plan(S * K, E)
     common = flags(size, target)
     gemm = common | dict(E=E, FORMAT=a.format, TALL=target >= 90)
 
@@ -654,9 +638,11 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
 
     need_up, need_down = needs.gate_up or needs.gate_up_bias, needs.down or needs.down_bias
 
-    config = gemm_config(rows, busy, I, H, size, target, pairs=True, epilogue=True, stored=bool(a.format))
-    if target == 120 and common["PRECISION"] == "tf32":
-        config |= dict(num_warps=4, num_stages=2)  # with more of either ptxas takes so few registers that it spills
+    config = gemm_config(rows, I, H, size, target, pairs=True, epilogue=True, stored=bool(a.format))
+    # With more warps or stages ptxas takes so few registers that it spills.
+    few_registers = target == 120 and common["PRECISION"] == "tf32"
+    if few_registers:
+        config |= dict(num_warps=4, num_stages=2)
     column_tiles = cdiv(I, config["BN"])
     grad_pre = torch.empty_like(pre)
     weighted = pre.new_empty(S * K, I) if need_down else None
@@ -680,7 +666,9 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
         expanded = None
         if needs.hidden:
             expanded = hidden.new_empty(S * K, H)
-            config = gemm_config(rows, busy, H, 2 * I, size, target, stored=bool(a.format))
+            config = gemm_config(rows, H, 2 * I, size, target, stored=bool(a.format))
+            if few_registers and rows == 64:
+                config |= dict(num_warps=4)
             moe_rows_kernel[_grid(num_tiles, H, config)](
                 grad_pre, gate_up, gate_up_scales, None, expanded, a.offsets, a.tiles, num_tiles, K=2 * I, N=H,
                 STEP_K=H if in_rows else 1, STEP_N=1 if in_rows else 2 * I, **config, **gemm,

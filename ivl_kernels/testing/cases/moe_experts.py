@@ -95,6 +95,13 @@ def case(tokens: int, width: int, inner: int, experts: int, top_k: int, gpt_oss:
     )
 
 
+def few_case(tokens: int, width: int, inner: int, experts: int, top_k: int) -> Case:
+    """So few tokens that GPUs serve them unsorted, where nobody wants gradients."""
+    one = case(tokens, width, inner, experts, top_k, False)
+    name = f"{tokens} tokens, {top_k} of {experts}"
+    return Case("moe_experts_few", name, one.inputs, one.call, (), one.plain, one.cost, graph=True)
+
+
 MATRICES = ("gate_up", "down")
 
 
@@ -167,6 +174,7 @@ def cases(large: bool) -> Iterator[Case]:
     tokens, *_, experts, k = sizes
     for gpt_oss in (False, True):
         yield case(*sizes, gpt_oss)
+    yield few_case(1, *sizes[1:])
     yield stored_case(*((64, 2880, 2880, 8, 4) if large else (13, 64, 96, 6, 2)))
     yield Case(
         "moe_experts_list",
