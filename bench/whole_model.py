@@ -3,9 +3,11 @@
     python -m bench.whole_model prefill --tiles 1 5 13 --dtype float32 --rounds 3
     python -m bench.whole_model decode --past 1344 3392 --compile
     python -m bench.whole_model training --tiles 2 --frozen
+    python -m bench.whole_model flash --tiles 13
 
 Random weights at the released sizes. Plain and patched (with --compile, also the plain model under `torch.compile`) run
-in turns in one process; a row is printed only if the answers are close. Prints Markdown tables: medians, and ratios
+in turns in one process; a row is printed only if the answers are close (of Flash, which is another model, none is
+compared). Prints Markdown tables: medians, and ratios
 over the patched model with their range. `--memory` measures growth of the resident set instead of time.
 """
 
@@ -15,7 +17,7 @@ import argparse
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 
 import ivl_kernels
 from bench.runner import environment
+from ivl_kernels.flash import FlashVision
 from ivl_kernels.integrations import _stages
 from ivl_kernels.integrations._stages import stage_times
 from ivl_kernels.testing import MODELS, tiny
@@ -68,12 +71,14 @@ def differs(ours: torch.Tensor, plain: torch.Tensor) -> str:
     return "" if error <= limit and (same or plain.dtype != torch.float32) else f"error {error:.1e}, same {same}"
 
 
-def in_turns(model: Any, rounds: int, names: tuple[str, ...], run: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+def in_turns(
+    model: Any, rounds: int, names: tuple[str, ...], run: Callable[[str], Any], features: Mapping[str, Any] = FEATURES
+) -> Iterator[tuple[str, Any]]:
     """(name, what `run` gives) of every variant, every round in another order; `patched` with the model patched."""
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             gc.collect()
-            handle = ivl_kernels.patch(model, **FEATURES) if name == "patched" else None
+            handle = ivl_kernels.patch(model, **features) if name == "patched" else None
             yield name, run(name)
             if handle is not None:
                 handle.undo()
@@ -100,8 +105,6 @@ def prefill(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace
     batch = prompt(tiles, dtype)
     names = ("plain", "patched", "compiled") if args.compile else ("plain", "patched")
     twin = compiled(model) if args.compile else None
-    if twin is not None:
-        twin(**batch, logits_to_keep=1, use_cache=False)
     logits = {}
 
     def run(name: str) -> float:
@@ -116,6 +119,8 @@ def prefill(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace
         print(f"<!-- {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in stages.items()) + " -->", flush=True)
         return sum(stages.values())
 
+    if twin is not None:
+        run("compiled")  # compiles, as called below
     found: Seconds = {name: [] for name in names}
     for name, value in in_turns(model, args.rounds, names, run):
         found[name].append(value)
@@ -153,6 +158,8 @@ def decode(model: Any, past: int, dtype: torch.dtype, args: argparse.Namespace) 
             seconds.append(time.perf_counter() - start)
         return sum(seconds[1:]) / (steps - 1), logits  # the first also makes room in the cache
 
+    if twin is not None:
+        run("compiled")  # compiles, as called below
     logits: dict[str, torch.Tensor] = {}
     found: Seconds = {name: [] for name in names}
     for name, (seconds, last) in in_turns(model, args.rounds, names, run):
@@ -162,6 +169,28 @@ def decode(model: Any, past: int, dtype: torch.dtype, args: argparse.Namespace) 
     if wrong:
         return f"| next token after {past} | answers differ: {wrong} |"
     return row(f"next token after {past}", found, " ms", 1e3)
+
+
+@torch.no_grad()
+def flash(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace) -> str:
+    """Pixels and prompt to the first token of the plain model, and patched with Flash, about half of it compressed."""
+    batch = prompt(tiles, dtype)
+    # An offset a tile keeps the scores of random tiles apart.
+    batch["pixel_values"] += torch.randn(tiles, 1, 1, 1, generator=torch.Generator().manual_seed(1)).to(dtype)
+    FlashVision(SHAPE.vision, SHAPE.hidden, 0.45, 0.0, dtype=dtype).attach(model.requires_grad_(False))
+
+    def run(name: str) -> float:
+        start = time.perf_counter()
+        model.generate(**batch, max_new_tokens=1, do_sample=False)
+        return time.perf_counter() - start
+
+    found: Seconds = {name: [] for name in ("plain", "patched")}
+    for name, seconds in in_turns(model, args.rounds, ("plain", "patched"), run, {}):
+        found[name].append(seconds)
+    with ivl_kernels.patched(model) as handle:
+        model.generate(**batch, max_new_tokens=1, do_sample=False)
+        small = sum(int(flag) for image in handle.last_routing().images for flag in image.compressed)
+    return row(f"Flash, {small} of {tiles} tiles compressed, first token", found, " s", 1.0)
 
 
 def training(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace) -> str:
@@ -208,9 +237,12 @@ def row(label: str, found: Seconds, unit: str, scale: float) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+PARTS = {"prefill": prefill, "decode": decode, "training": training, "flash": flash}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["prefill", "decode", "training"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1])
     parser.add_argument("--past", type=int, nargs="+", default=[320, 1344, 3392])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
@@ -230,9 +262,7 @@ def main() -> None:
         dtype = getattr(torch, name)
         model = build(dtype)
         for size in args.past if args.part == "decode" else args.tiles:
-            print(
-                f"{ {'prefill': prefill, 'decode': decode, 'training': training}[args.part](model, size, dtype, args) }"
-            )
+            print(PARTS[args.part](model, size, dtype, args))
 
 
 if __name__ == "__main__":
