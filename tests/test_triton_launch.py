@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 from ivl_kernels import ops
 from ivl_kernels._triton import Kernel, cdiv, next_power_of_2
@@ -56,6 +57,18 @@ def test_the_compiled_kernel_that_triton_would_take():
         launched(idle, scale_kernel, CALLS["another value"])
         assert len(scale_kernel._compiled) == before  # found
         assert idle.launches == 3 * len(CALLS) + 1
+
+
+def test_profilers_hear_of_launches(monkeypatch):
+    hook = knobs.HookChain()
+    hook.add(print)
+    with idle_gpu() as idle:
+        launched(idle, scale_kernel, CALLS["plain"])
+        launched(idle, scale_kernel, CALLS["plain"])
+        assert idle.last[7:10] == (None, None, None)  # metadata and hooks
+        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+        launched(idle, scale_kernel, CALLS["plain"])
+        assert hook in idle.last
 
 
 def test_a_keyword_that_is_no_constant_is_left_to_triton():

@@ -7,11 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_kernels.ops.tile_router import Attention, Block, Gate, op, reference, select_tiles, tile_router
+from ivl_kernels import _gpu
+from ivl_kernels.ops.tile_router import Attention, Block, Gate, op, reference, select_tiles, tile_router, triton_router
 from ivl_kernels.ops.tile_router.op import FewRows, FewRowsTransposed, Pool, PoolBackward
 from ivl_kernels.testing import assert_accurate, poisoned
 from ivl_kernels.testing.shipped import ShippedRouter, shipped_decision
+from tests.simulator import aot
 from tests.simulator.gpu import OLD_TRITON, backends, simulated_gpu
+from tests.simulator.idle import idle_gpu, no_host_reads
 
 ALL = backends("cpu", "triton", "reference")
 CPU = backends("cpu", "reference")
@@ -208,6 +211,73 @@ def test_triton_router_as_accurate_as_shipped(dtype, target):
         got = tile_router(z, **parameters(eager), skip=1, backend="triton")
     with torch.no_grad():
         assert_accurate(got, copy.deepcopy(eager).double()(z.double()), eager(z))
+
+
+@pytest.mark.parametrize(
+    "dtype, width, heads, tiles, tokens, blocks",
+    [
+        (torch.float32, 40, 4, 2, 9, 4),  # pooled in three launches
+        (torch.bfloat16, 272, 16, 17, 20, 1),  # more tiles than a block of rows
+        (torch.float16, 64, 16, 1, 300, 0),
+        (torch.bfloat16, 48, 3, 2, 5, 5),  # a second launch for the fifth block
+    ],
+)
+def test_triton_router_in_few_launches(dtype, width, heads, tiles, tokens, blocks):
+    p = parameters(shipped(width, heads, dtype))
+    p["blocks"] = (p["blocks"] * 2)[:blocks]
+    z = torch.randn(tiles, tokens, width).to(dtype)
+    exact = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in p.items()}
+    exact |= {n: [type(part)(*(t.double() for t in part)) for part in p[n]] for n in ("attentions", "blocks")}
+    exact["gate"] = Gate(*(t.double() for t in p["gate"]))
+    with torch.no_grad():
+        _, truth = tile_router(z.double(), **exact, return_logits=True, backend="reference")
+        with simulated_gpu() as log, poisoned():
+            probabilities, logits = tile_router(z, **p, return_logits=True, backend="triton")
+    assert len(log) == (5 + max(1, -(-blocks // 4)) + 4 * (3 if dtype == torch.float32 else 1))
+    roundings = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(logits.double(), truth, rtol=roundings, atol=roundings)
+    torch.testing.assert_close(probabilities.float(), logits.softmax(-1), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_triton_router_takes_parameters_that_lie_anyhow():
+    p = parameters(shipped(32, 4, torch.bfloat16))
+    apart = [t.mT.contiguous().mT if t.dim() == 2 else torch.zeros(len(t), 2).to(t)[:, 0].copy_(t) for t in p["gate"]]
+    z = torch.randn(2, 9, 64).to(torch.bfloat16)[..., ::2]
+    with torch.no_grad(), simulated_gpu():
+        expected = tile_router(z.contiguous(), **p, backend="triton")
+        assert torch.equal(tile_router(z, **(p | {"gate": Gate(*apart)}), backend="triton"), expected)
+
+
+@pytest.mark.parametrize("target", [t for t in aot.TARGETS if isinstance(t, int)])
+@pytest.mark.parametrize(
+    "dtype, width, tiles", [(torch.bfloat16, 1024, 13), (torch.bfloat16, 3200, 40), (torch.float32, 3200, 40)]
+)
+def test_triton_router_compiles_without_spills(target, width, tiles, dtype):
+    def empty(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    matrices = ((3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,))
+    gating = ((4 * width, width), (4 * width,), (width, 4 * width), (width,), (width,), (width,))
+    tensors = [empty(*s) for s in (*matrices * 2, *gating * 4, (width,), (width,), (2, width), (2,))]
+    seen = {}
+
+    def compiled(launch):
+        if "attend" in launch.key or "gate" in launch.key:  # the pooling's are those of its op
+            seen.setdefault(launch.key, launch)
+
+    with _gpu.stand_in("compiler", capability=target), aot.compiling(target, make=compiled):
+        triton_router.tile_router(op.Route(empty(tiles, 1024, width), empty(1, width), tensors, 16, 1e-5))
+    limit = 96 if dtype == torch.float32 else 0  # the float32 query's spills a few registers
+    for launch in seen.values():
+        found = launch.compile()
+        assert found.spills <= limit and found.shared <= aot.SHARED_LIMIT[target], found.kernel
+
+
+def test_triton_router_is_few_launches_on_the_host():
+    p, z = parameters(shipped(64, 4, torch.bfloat16)), torch.zeros(13, 33, 64, dtype=torch.bfloat16)
+    with idle_gpu() as idle, no_host_reads():
+        tile_router(z, **p, skip=1)
+    assert idle.launches + 1 <= 12  # and the counters' zeros
 
 
 def test_triton_reads_each_tile_once():

@@ -2,17 +2,22 @@
 
 import math
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_kernels.ops import v2pe_position_ids
+from ivl_kernels.ops.v2pe_rope import op, triton_positions
 from ivl_kernels.testing import poisoned
-from tests.simulator.gpu import backends
+from tests.simulator import aot
+from tests.simulator.gpu import backends, simulated_gpu
+from tests.simulator.idle import idle_gpu, no_host_reads
 
-BACKENDS = backends("cpu", "reference")
+BACKENDS = backends("cpu", "triton", "reference")
+CPU = backends("cpu", "reference")
 IMAGE, TEXT, TILE, SMALL = 9, 1, 8, 2  # small tiles keep the cases short
 TILES = dict(tile_tokens=TILE, compressed_tokens=SMALL)
 
@@ -64,12 +69,28 @@ ROW = st.lists(
 ).map(lambda pairs: [piece for pair in pairs for piece in pair] + [2])
 
 
-@BACKENDS
+@CPU
 @given(
     rows=st.lists(ROW, min_size=1, max_size=3), left=st.booleans(), compress=st.booleans(), same=st.booleans(),
     deltas=st.lists(st.sampled_from([1, 1 / 2, 1 / 16, 1 / 256, 0.1]), min_size=1, max_size=12),
 )  # fmt: skip
 def test_against_exact_arithmetic(backend, rows, left, compress, same, deltas):
+    as_exact_arithmetic(backend, rows, left, compress, same, deltas)
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+@settings(max_examples=6)
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=3), left=st.booleans(), compress=st.booleans(), same=st.booleans(),
+    deltas=st.lists(st.sampled_from([1, 1 / 2, 1 / 16, 1 / 256, 0.1]), min_size=1, max_size=12),
+)  # fmt: skip
+def test_triton_against_exact_arithmetic(target, rows, left, compress, same, deltas):
+    with mock.patch.object(triton_positions, "BLOCK", 256), simulated_gpu(target=target) as log:
+        as_exact_arithmetic("triton", rows, left, compress, same, deltas)
+        assert len(log) == 1
+
+
+def as_exact_arithmetic(backend, rows, left, compress, same, deltas):
     ids, mask, tiles = ids_of(rows, compress, left)
     images = sum(not isinstance(piece, int) for row in rows for piece in row)
     deltas = (deltas * images)[:images]
@@ -212,3 +233,23 @@ def test_wrong_input(change, error, message):
     for backend in ("cpu", "reference"):
         with pytest.raises(error, match=message):
             v2pe_position_ids(**{**dict(input_ids=ids, token_id=IMAGE, delta=0.5), **TILES, **change}, backend=backend)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_compiles_without_spills(target):
+    ids, mask, tiles = ids_of([[3, [True, False], 2]], True, False)
+    for compress, cu_seqlens in ((tiles, torch.tensor([0, len(ids[0])])), (None, None)):
+        a = op.Positions(ids, mask.bool(), cu_seqlens, IMAGE, torch.ones(1).double(), False, compress, TILE, SMALL, 4)
+        with aot.compiling(target) as log:
+            triton_positions.v2pe_position_ids(a)
+        assert [c.spills for c in log] == [0] or target == "gfx942" and log[0].spills < 64  # one program, of one pass
+
+
+def test_nothing_is_read_from_the_device():
+    """One scan; on a GPU, torch has one launch more for the step."""
+    ids = torch.tensor([[TEXT, IMAGE, IMAGE, TEXT]])
+    with idle_gpu() as idle, no_host_reads():
+        v2pe_position_ids(ids, IMAGE, 0.5, attention_mask=torch.ones_like(ids), check=False)
+        assert idle.launches == 1
+        with pytest.raises(AssertionError, match="reads from the device"):
+            v2pe_position_ids(ids, IMAGE, 0.5)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -38,7 +39,8 @@ class Idle:
         return GPUTarget("cuda", CAPABILITY, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *args: self.launch(metadata, *args)
+        # Triton keeps compiled kernels, and with them this, for idle GPUs to come.
+        return lambda *args: driver.active.launch(metadata, *args)
 
     def launch(self, *args: Any) -> None:
         self.launches += 1
@@ -55,3 +57,22 @@ def idle_gpu() -> Iterator[Idle]:
             yield idle
     finally:
         driver._active = before
+
+
+READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
+
+
+@contextlib.contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Inside `idle_gpu`, where tensors only seem to be on a GPU: what would wait for the device raises."""
+
+    def forbidden(name: str) -> Callable[..., Any]:
+        def raising(*args: Any, **options: Any) -> Any:
+            raise AssertionError(f"Tensor.{name} reads from the device")
+
+        return raising
+
+    with contextlib.ExitStack() as stack:
+        for name in READS:
+            stack.enter_context(mock.patch.object(torch.Tensor, name, forbidden(name)))
+        yield

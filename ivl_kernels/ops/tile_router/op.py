@@ -46,6 +46,21 @@ class FewRowsTransposed(NamedTuple):
     w: Tensor
 
 
+class Route(NamedTuple):
+    """The whole router, without dropout."""
+
+    z: Tensor
+    query: Tensor
+    parameters: list[Tensor]  # of two attentions and any number of blocks, six each, then the gate's four
+    heads: int
+    eps: float
+
+
+class Routed(NamedTuple):
+    probabilities: Tensor
+    logits: Tensor
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for the rest: what the router computes in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._checks import FLOATS, check_dtype, check_same, check_shape
-from ..._dispatch import BackendError
-from .op import FewRows, FewRowsTransposed, Pool, linear, linear_transposed, pool, sum_dtype
+from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
+from ..._dispatch import BackendError, Implementation
+from ..._gpu import interpreting
+from ..._library import Op
+from .op import FewRows, FewRowsTransposed, Pool, Route, Routed, linear, linear_transposed, pool, sum_dtype
 
 
 class Attention(NamedTuple):
@@ -122,6 +124,26 @@ def tile_router(
     if not folded and backend not in ("", "reference"):
         raise BackendError(f"backend: got '{backend}', but folded=False is computed by the reference only")
     z = z[:, skip:]
+    tensors = (query, *(t for part in (*attentions, *blocks, gate) for t in part))
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors))
+    if folded and not graded and not dropout and not interpreting():
+        return _route(Route(z, query, [*tensors[1:]], heads, eps), backend)
+    return _composed(z, query, attentions, blocks, gate, heads, eps, dropout, folded, backend)
+
+
+def _composed(
+    z: Tensor,
+    query: Tensor,
+    attentions: Sequence[Attention],
+    blocks: Sequence[Block],
+    gate: Gate,
+    heads: int,
+    eps: float,
+    dropout: float,
+    folded: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The router of ops that have gradients."""
     first, second = attentions
     y = query.to(sum_dtype(z.dtype)) if folded else query.expand(z.shape[0], -1)
     for attention in (first, second, second, second):
@@ -138,3 +160,35 @@ def tile_router(
     logits = layer(_norm(y, gate.norm_weight, gate.norm_bias, eps), gate.weight, gate.bias)
     probabilities = logits.softmax(-1).to(z.dtype)
     return probabilities, logits.to(sum_dtype(z.dtype))
+
+
+def _composed_of(backend: str) -> Callable[[Route], Any]:
+    def route(a: Route) -> Any:
+        parts = [a.parameters[i : i + 6] for i in range(0, len(a.parameters) - 4, 6)]
+        attentions, blocks = [Attention(*p) for p in parts[:2]], [Block(*p) for p in parts[2:]]
+        gate = Gate(*a.parameters[-4:])
+        return _composed(a.z, a.query, attentions, blocks, gate, a.heads, a.eps, 0.0, True, backend)
+
+    return route
+
+
+def _fused(a: Route) -> Any:
+    from . import triton_router
+
+    if torch.version.hip:  # barriers between programs are for NVIDIA GPUs
+        return _composed_of("triton")(a)
+    return triton_router.tile_router(a)
+
+
+_route = Op(
+    "tile_router",
+    Route,
+    Routed,
+    key="z",
+    implementations=(
+        Implementation("cpu", FLOAT_NAMES, function=_composed_of("cpu")),
+        Implementation("triton", KERNEL_DTYPES, function=_fused),
+        Implementation("reference", function=_composed_of("reference")),
+    ),
+    fake=lambda a: (a.z.new_empty(a.z.shape[0], 2), a.z.new_empty(a.z.shape[0], 2, dtype=sum_dtype(a.z.dtype))),
+)

@@ -15,7 +15,10 @@ from torch import Tensor
 from ..._gpu import capability
 from ..._targets import limits
 from ..._triton import Kernel, cdiv, next_power_of_2
-from .op import FewRows, FewRowsTransposed, Pool, PoolBackward, Pooled, PoolGradients
+from .op import Pool, PoolBackward, Pooled, PoolGradients
+from .triton_linear import few_rows_linear, few_rows_linear_transposed, precision, rows_last
+
+__all__ = ["few_rows_linear", "few_rows_linear_transposed", "tile_pool", "tile_pool_backward"]
 
 HEADS = 16  # least size of a side of tl.dot
 CHUNK = 256  # channels a fused program holds in one register tensor
@@ -137,13 +140,11 @@ def tile_router_pool_kernel(
     tl.store(denominator + part * heads + h, total, mask=h < heads)
 
 
-@Kernel
 @triton.jit
-def tile_router_combine_kernel(
-    sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def combine(
+    sums, largest, denominator, pooled, lse, t, h, splits, width, heads, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One head of one tile: the splits' sums, rescaled to their common maximum and divided."""
-    h, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s = tl.arange(0, SPLITS)
     place = (t * splits + s) * heads + h
     top = tl.load(largest + place, mask=s < splits, other=-float("inf"))
@@ -151,7 +152,8 @@ def tile_router_combine_kernel(
     factor = tl.exp(top - most)
     total = tl.sum(factor * tl.load(denominator + place, mask=s < splits, other=0.0), 0)
     out = t * heads + h
-    tl.store(lse + out, most + tl.log(total))
+    if lse is not None:
+        tl.store(lse + out, most + tl.log(total))
     for c0 in range(0, width, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
         inside = c < width
@@ -161,6 +163,15 @@ def tile_router_combine_kernel(
             share = tl.exp(tl.load(largest + part) - most)
             result += share * tl.load(sums + part * width + c, mask=inside, other=0.0)
         tl.store(pooled + out * width + c, result / total, mask=inside)
+
+
+@Kernel
+@triton.jit
+def tile_router_combine_kernel(
+    sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    h, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    combine(sums, largest, denominator, pooled, lse, t, h, splits, width, heads, SPLITS, BLOCK)
 
 
 @Kernel
@@ -231,8 +242,8 @@ def tile_router_weights_kernel(scores, slopes, lse, delta, rows, parts, part_str
 @Kernel
 @triton.jit
 def tile_router_weighted_sum_kernel(
-    z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums [T, splits, heads, width] = weight [T, heads, rows] z over a split's rows; a program owns CHUNK channels."""
     block, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -249,67 +260,6 @@ def tile_router_weighted_sum_kernel(
         total = tl.dot(w, x.to(tl.float32), total, input_precision=PRECISION)
     sums += (t * tl.num_programs(1) + split) * heads * width
     _store_sums(sums, total, heads, block * CHUNK, width, HEADS, CHUNK)
-
-
-@Kernel
-@triton.jit
-def tile_router_linear_kernel(
-    x, w, bias, out, rows, each, width, stride, outputs, blocks, split_width, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out [splits, rows, outputs]: x [rows, groups, width] times the rows of w, cut along the width into splits."""
-    pid, split, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
-    group, block = pid // blocks, pid % blocks
-    groups = outputs // each
-    inside = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = group * each + inside
-    n_mask = inside < each
-    m = m0 + tl.arange(0, BLOCK_M)
-    m_mask = m < rows
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    last = tl.minimum((split + 1) * split_width, width)
-    x_rows = x + (m[:, None].to(tl.int64) * groups + group) * width
-    w_rows = w + n[None, :].to(tl.int64) * stride
-    for k0 in range(split * split_width, last, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        a = tl.load(x_rows + k[None, :], mask=m_mask[:, None] & (k[None, :] < width), other=0.0)
-        b = tl.load(w_rows + k[:, None], mask=n_mask[None, :] & (k[:, None] < width), other=0.0)
-        total = tl.dot(a, b.to(tl.float32), total, input_precision=PRECISION)
-    if bias is not None:
-        b = tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)
-        total += tl.where(split == 0, b, 0.0)[None, :]
-    place = out + (split.to(tl.int64) * rows + m[:, None]) * outputs + n[None, :]
-    tl.store(place, total, mask=m_mask[:, None] & n_mask[None, :])
-
-
-@Kernel
-@triton.jit
-def tile_router_linear_transposed_kernel(
-    x, w, out, rows, each, width, stride, groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out [rows, groups, width]: out[:, g] = x [rows, groups, each][:, g] times block g of the rows of w."""
-    group, m0 = tl.program_id(1), tl.program_id(2) * BLOCK_M
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c_mask = c < width
-    m = m0 + tl.arange(0, BLOCK_M)
-    m_mask = m < rows
-    row = m[:, None].to(tl.int64) * groups + group
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for d0 in range(0, each, BLOCK_K):
-        d = d0 + tl.arange(0, BLOCK_K)
-        a = tl.load(x + row * each + d[None, :], mask=m_mask[:, None] & (d[None, :] < each), other=0.0)
-        place = w + (group * each + d[:, None]).to(tl.int64) * stride + c[None, :]
-        b = tl.load(place, mask=(d[:, None] < each) & c_mask[None, :], other=0.0)
-        total = tl.dot(a, b.to(tl.float32), total, input_precision=PRECISION)
-    tl.store(out + row * width + c[None, :], total, mask=m_mask[:, None] & c_mask[None, :])
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: AMD GPUs have float32 matrix units, NVIDIA's take TF32 (three for float32 inputs)."""
-    if torch.version.hip:
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def fused(width: int, heads: int, itemsize: int, target: int) -> bool:
@@ -365,10 +315,6 @@ def sum_config(rows: int, width: int, tiles: int, itemsize: int, target: int) ->
     }
 
 
-def _rows_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _queries(u: Tensor) -> Tensor:
     return u if u[0:1].is_contiguous() else u.contiguous()
 
@@ -407,94 +353,52 @@ def _weighted_sum(z: Tensor, weight: Tensor) -> Tensor:
     return sums[:, 0] if splits == 1 else sums.sum(1)
 
 
-def tile_pool(a: Pool) -> Pooled:
-    z, u = _rows_last(a.z), _queries(a.u)
+def pool_parts(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [T, splits, H, C] over pieces of a tile's rows, with their maxima and denominators [T, splits, H].
+
+    `z` [T, N, C] with adjacent channels, `u` [T, H, C] or one for all tiles, by strides; `fused` shapes only.
+    """
     (tiles, rows, width), heads = z.shape, u.shape[1]
-    lse = u.new_empty(u.shape[:2])
-    if tiles == 0:
-        return Pooled(u.new_empty(u.shape), lse)
-    if not fused(width, heads, z.element_size(), capability(z)):
-        weight, _ = _weights(z, u, lse, None, None)
-        return Pooled(_weighted_sum(z, weight), lse)
-    pooled = u.new_empty(u.shape)
     config = pool_config(rows, width, tiles)
     splits = cdiv(rows, config["split_rows"])
     sums = u.new_empty(tiles, splits, heads, width)
     largest, denominator = u.new_empty(tiles, splits, heads), u.new_empty(tiles, splits, heads)
     tile_router_pool_kernel[splits, tiles](
-        z, u, sums, largest, denominator, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
-        HEADS=HEADS, PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
+        z, u, sums, largest, denominator, rows, width, z.stride(0), z.stride(1), u.stride(0), heads, HEADS=HEADS,
+        PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
+    return sums, largest, denominator
+
+
+def tile_pool(a: Pool) -> Pooled:
+    z, u = rows_last(a.z), _queries(a.u)
+    (tiles, _, width), heads = z.shape, u.shape[1]
+    lse = u.new_empty(u.shape[:2])
+    if tiles == 0:
+        return Pooled(u.new_empty(u.shape), lse)
+    if not fused(width, heads, z.element_size(), capability(z)):
+        return Pooled(pool_unfused(z, u, lse), lse)
+    pooled = u.new_empty(u.shape)
+    sums, largest, denominator = pool_parts(z, u)
+    splits = sums.shape[1]
     tile_router_combine_kernel[heads, tiles](
-        sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=next_power_of_2(splits),
-        BLOCK=256, num_warps=2, num_stages=1, enable_fp_fusion=True,
+        sums, largest, denominator, pooled, lse, splits, width, heads, SPLITS=next_power_of_2(splits), BLOCK=256,
+        num_warps=2, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return Pooled(pooled, lse)
 
 
+def pool_unfused(z: Tensor, u: Tensor, lse: Tensor) -> Tensor:
+    """What `pool_parts` cannot hold at once: [T, H, C], writing lse [T, H]."""
+    weight, _ = _weights(z, u, lse, None, None)
+    return _weighted_sum(z, weight)
+
+
 def tile_pool_backward(b: PoolBackward) -> PoolGradients:
-    z, u = _rows_last(b.forward.z), _queries(b.forward.u)
+    z, u = rows_last(b.forward.z), _queries(b.forward.u)
     grad, lse = b.grad.contiguous(), b.lse.contiguous()
     if z.shape[0] == 0:
         return PoolGradients(z.new_empty(z.shape if b.need_z else 0), u.new_empty(u.shape))
     weight, slope = _weights(z, u, lse, grad, (grad * b.pooled).sum(-1))
     grad_z = torch.baddbmm(weight.mT @ grad, slope.mT, u).to(z.dtype) if b.need_z else z.new_empty(0)
     return PoolGradients(grad_z, _weighted_sum(z, slope))
-
-
-def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, int]:
-    """Launch of the linear kernel: few outputs are cut along the width until about 256 programs stream the weights."""
-    block_n = 32 if each >= 32 else 16
-    blocks = cdiv(each, block_n)
-    splits = max(1, min(8, 256 // max(1, groups * blocks), width // 512))
-    block_k = min(64, max(16, next_power_of_2(width)))
-    return {
-        "blocks": blocks,
-        "split_width": cdiv(cdiv(width, splits), block_k) * block_k,
-        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
-
-
-def few_rows_linear(a: FewRows) -> Tensor:
-    x, w = a.x.contiguous(), _rows_last(a.w)
-    (rows, groups, width), outputs = x.shape, w.shape[0]
-    each = outputs // groups
-    bias = None if a.bias is None else a.bias.contiguous()
-    config = linear_config(rows, groups, each, width)
-    splits = cdiv(width, config["split_width"])
-    out = x.new_empty(splits, rows, outputs)
-    if rows:
-        tile_router_linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BLOCK_M"])](
-            x, w, bias, out, rows, each, width, w.stride(0), outputs, PRECISION=precision(w.dtype),
-            enable_fp_fusion=True, **config,
-        )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
-
-
-def transposed_config(rows: int, each: int, itemsize: int) -> dict[str, int]:
-    """Launch of `tile_router_linear_transposed_kernel`; fewer warps or longer steps spill."""
-    depth = 32 if rows > 32 and itemsize == 4 else 64
-    return {
-        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-        "BLOCK_N": 64,
-        "BLOCK_K": min(depth, max(16, next_power_of_2(each))),
-        "num_warps": 4 if rows <= 16 else 8,
-        "num_stages": 2,
-    }
-
-
-def few_rows_linear_transposed(a: FewRowsTransposed) -> Tensor:
-    x, w = a.x.contiguous(), _rows_last(a.w)
-    (rows, groups, each), width = x.shape, w.shape[1]
-    out = x.new_empty(rows, groups, width)
-    config = transposed_config(rows, each, w.element_size())
-    if rows:
-        tile_router_linear_transposed_kernel[cdiv(width, config["BLOCK_N"]), groups, cdiv(rows, config["BLOCK_M"])](
-            x, w, out, rows, each, width, w.stride(0), groups, PRECISION=precision(w.dtype), enable_fp_fusion=True,
-            **config,
-        )  # fmt: skip
-    return out

@@ -24,6 +24,7 @@ def v2pe_position_ids(
     compressed_tokens: int = 64,
     compressed_step: str = "span",
     generator: torch.Generator | None = None,
+    check: bool = True,
     backend: str = "",
 ) -> torch.Tensor:
     """Position of every token: text advances by 1, a visual token by `delta`, and text after an image is integer again.
@@ -54,6 +55,8 @@ def v2pe_position_ids(
         tile_tokens, compressed_tokens: tokens of a tile and of a compressed one.
         compressed_step: "span" or "same", see above.
         generator: for "random"; the default generator when None.
+        check: raise for images and tiles that do not fit, which reads five numbers from the device; False waits for
+            nothing (unless delta is "random" or on the device) and leaves the positions of such an input undefined.
         backend: force a backend; empty picks the best.
 
     Returns:
@@ -65,8 +68,8 @@ def v2pe_position_ids(
             beyond that an error; other steps are rounded by at most delta / 32, else an error.
         TypeError: a dtype does not fit.
 
-    No gradients. Deterministic; positions are p + k * delta rounded once, never accumulated. Reads a few numbers from
-    the device for the checks (not while compiling: then nothing is checked).
+    No gradients. Deterministic; positions are p + k * delta rounded once, never accumulated. Nothing is checked while
+    compiling.
     Source: V2PE (OpenGVLab/V2PE `get_rope_pos_id`; InternVL3, section on variable visual position encoding), without
     its loss of a token from position 65536 on. Text starts at 0, so an image with no text before it starts at
     -1 + delta. Compressed tiles are not defined there; "span" is this package's choice.
@@ -78,7 +81,7 @@ def v2pe_position_ids(
     """
     return op.position_ids(
         input_ids, token_id, delta, attention_mask, cu_seqlens, compress, tile_tokens, compressed_tokens,
-        compressed_step, generator, backend,
+        compressed_step, generator, check, backend,
     )  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def empty_gradients(b: NormBackward) -> Gradients:
 
 
 def empty_located(a: Positions) -> Located:
-    info = torch.empty(5, dtype=torch.float64, device="cpu")
-    return Located(a.input_ids.new_empty(a.input_ids.shape, dtype=torch.float32), info)
+    positions, info = ((a.input_ids.shape, torch.float32), ((5,), torch.float64))
+    return Located(*(a.input_ids.new_empty(shape, dtype=dtype) for shape, dtype in (positions, info)))
 
 
 _BACKENDS = (
@@ -104,13 +104,19 @@ _norm_backward = Op(
     "v2pe_rope_norm_backward", NormBackward, Gradients, key="q", implementations=_BACKENDS, fake=empty_gradients
 )
 
+
+def _scan(a: Positions) -> Located:
+    from . import triton_positions
+
+    return triton_positions.v2pe_position_ids(a)
+
+
 _position_ids = Op(
     "v2pe_position_ids",
     Positions,
     Located,
     key="input_ids",
-    reads_host=True,
-    implementations=(Implementation("cpu"), Implementation("reference")),
+    implementations=(Implementation("cpu"), Implementation("triton", function=_scan), Implementation("reference")),
     fake=empty_located,
 )
 
@@ -324,6 +330,7 @@ def position_ids(
     compressed_tokens: int,
     compressed_step: str,
     generator: torch.Generator | None,
+    check: bool,
     backend: str,
 ) -> Tensor:
     check_shape("input_ids", input_ids, ("B", "N"))
@@ -349,16 +356,20 @@ def position_ids(
     images = None
     if isinstance(delta, str) and delta == "random":
         images = count_images(input_ids, token_id, mask, cu_seqlens)
-    deltas, per_row = _deltas(delta, images, generator)
+    if images is None and isinstance(delta, (str, int, float)):  # nothing is copied to the device
+        steps = torch.full((1,), parse_delta(delta), dtype=torch.float64, device=input_ids.device)
+        deltas, per_row, scalar = steps, False, True
+    else:
+        deltas, per_row = _deltas(delta, images, generator)
+        steps = (deltas if len(deltas) else deltas.new_ones(1)).to(input_ids.device, non_blocking=True)
+        scalar = not per_row and _one_for_all(delta, deltas)
     if per_row and len(deltas) != input_ids.shape[0]:
         raise ValueError(f"delta: got {len(deltas)} rows, expected {input_ids.shape[0]} as input_ids")
-    scalar = not per_row and _one_for_all(delta, deltas)
     units = tile_tokens // compressed_tokens if compressed_step == "span" else 1
-    steps = _padded(deltas).to(input_ids.device)
     tokens = (tile_tokens, compressed_tokens, units)
     a = Positions(input_ids, mask, cu_seqlens, token_id, steps, per_row, compress, *tokens)
     positions, info = _position_ids(a, backend)
-    if torch.compiler.is_compiling():
+    if not check or torch.compiler.is_compiling():
         return positions
     found, visual, tiles, bad, end = info.tolist()
     if not per_row and not scalar and found != len(deltas):
@@ -374,10 +385,6 @@ def position_ids(
             "larger delta or a shorter input"
         )
     return positions
-
-
-def _padded(deltas: Tensor) -> Tensor:
-    return deltas if len(deltas) else deltas.new_ones(1)
 
 
 def count_images(input_ids: Tensor, token_id: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:

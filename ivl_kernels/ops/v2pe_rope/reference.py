@@ -145,4 +145,4 @@ def v2pe_position_ids(a: Positions) -> Located:
         bad = (ends_at > position_limit(per_image)).nonzero()
         if len(bad):
             info[3:] = torch.stack((bad[0, 0].double(), ends_at[bad[0, 0]])).cpu()
-    return Located(positions, info)
+    return Located(positions, info.to(device))
