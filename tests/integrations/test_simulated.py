@@ -30,26 +30,28 @@ MODELS = {
     "native": (
         lambda: (native_model(), inputs([[1]])),
         {},
-        {"place_rows", "rope_kernel", "norm_kernel", "mlp_active_kernel", "pixel_shuffle_mlp_linear_kernel"},
+        {"place_rows", "v2pe_rope_kernel", "norm_kernel", "mlp_active_kernel", "pixel_shuffle_mlp_linear_kernel"},
         True,
     ),
-    "native without norm": (lambda: (native_model("qwen2"), inputs([[1]])), {}, {"place_rows", "rope_kernel"}, True),
-    "native, Qwen3-MoE": (lambda: (native_model("qwen3_moe"), inputs([[1]])), {}, {"moe_gate_up_kernel"}, True),
-    "native, GPT-OSS": (lambda: (native_model("gpt_oss"), inputs([[1]])), {}, {"moe_gate_up_kernel"}, True),
-    "native, V2PE": (lambda: (native_model("qwen3"), inputs([[1]])), {"v2pe": 1 / 16}, {"rope_kernel"}, False),
+    "native without norm": (
+        lambda: (native_model("qwen2"), inputs([[1]])), {}, {"place_rows", "v2pe_rope_kernel"}, True,
+    ),
+    "native, Qwen3-MoE": (lambda: (native_model("qwen3_moe"), inputs([[1]])), {}, {"moe_experts_gate_up_kernel"}, True),
+    "native, GPT-OSS": (lambda: (native_model("gpt_oss"), inputs([[1]])), {}, {"moe_experts_gate_up_kernel"}, True),
+    "native, V2PE": (lambda: (native_model("qwen3"), inputs([[1]])), {"v2pe": 1 / 16}, {"v2pe_rope_kernel"}, False),
     "native Flash": (
         lambda: (native_flash(), inputs([[2]])), {}, {"tile_router_scores_kernel", "pack_write", "embed_text"}, False,
     ),
     "remote code, repository": (lambda: chat("repo"), {}, {"place_rows", "pixel_shuffle_mlp_linear_kernel"}, True),
     "remote code, checkpoint": (
-        lambda: chat("hub"), {}, {"place_rows", "rope_kernel", "pixel_shuffle_mlp_linear_kernel"}, True,
+        lambda: chat("hub"), {}, {"place_rows", "v2pe_rope_kernel", "pixel_shuffle_mlp_linear_kernel"}, True,
     ),
-    "remote code, V2PE": (lambda: chat("hub"), {"v2pe": "1/4"}, {"rope_kernel"}, False),
-    "remote code, Qwen3-MoE": (lambda: chat("hub", family="qwen3_moe"), {}, {"moe_gate_up_kernel"}, True),
+    "remote code, V2PE": (lambda: chat("hub"), {"v2pe": "1/4"}, {"v2pe_rope_kernel"}, False),
+    "remote code, Qwen3-MoE": (lambda: chat("hub", family="qwen3_moe"), {}, {"moe_experts_gate_up_kernel"}, True),
     "remote code, Flash": (
         lambda: chat("hub", ((2,),), flash=(0.3, 0.1)),
         {},
-        {"tile_router_scores_kernel", "pack_write", "rope_kernel"},
+        {"tile_router_scores_kernel", "pack_write", "v2pe_rope_kernel"},
         True,
     ),
 }  # fmt: skip

@@ -68,7 +68,7 @@ def test_accurate_from_ptx(options):
 def test_accurate_on_newer_gpus(options, newer_gpu):
     log = check_accurate(options)
     name = {90: "wgmma.mma_async", 100: "tcgen05.mma"}[newer_gpu]
-    assert all(name in r._ptx for r in log if r.kernel in ("moe_gate_up_kernel", "moe_rows_kernel"))
+    assert all(name in r._ptx for r in log if r.kernel in ("moe_experts_gate_up_kernel", "moe_experts_rows_kernel"))
 
 
 def test_one_tf32_product_where_torch_may(tf32_setting):
@@ -117,8 +117,11 @@ def check_accurate(options):
         out, grads = gradients(case, lambda leaves: leaves.run())
         again, grads_again = gradients(case, lambda leaves: leaves.run())
     assert len(log) == 16 and {r.kernel for r in log[:4]} == {
-        "moe_dispatch_place_int64", "moe_gate_up_kernel", "moe_rows_kernel", "moe_combine_kernel"
-    }  # fmt: skip
+        "moe_dispatch_place_int64",
+        "moe_experts_gate_up_kernel",
+        "moe_experts_rows_kernel",
+        "moe_experts_combine_kernel",
+    }
     truth, true_grads = gradients(case.to(torch.float64), lambda leaves: leaves.run("reference"))
     plain, plain_grads = gradients(case, eager) if options.get("outside") != 1.0 else (truth.to(out.dtype), true_grads)
     assert_accurate(out, truth, plain)
@@ -389,7 +392,11 @@ def test_experts_in_few_bits_compile_for(model, stored, tokens, target, backward
     log = launch_on_meta(MODELS[model], tokens, target, monkeypatch, BF16, backward, stored)
     for kernel in log:
         assert kernel.spills <= SPILL_LIMIT and kernel.shared <= SHARED_LIMIT[target], kernel.kernel
-        if kernel.kernel in ("moe_gate_up_kernel", "moe_rows_kernel", "moe_down_backward_kernel"):
+        if kernel.kernel in (
+            "moe_experts_gate_up_kernel",
+            "moe_experts_rows_kernel",
+            "moe_experts_down_backward_kernel",
+        ):
             assert kernel.count(TENSOR_CORES[target]) > 0, kernel.kernel
 
 

@@ -287,7 +287,9 @@ def test_accurate_from_ptx(shape, kind, gpt_oss, dtype):
     case = stored(kind, gpt_oss, dtype, bias=True, **shape)
     with simulated_gpu(preferred=True) as log:
         check(case, "", dtype)
-    assert {"moe_gate_up_kernel", "moe_rows_kernel", "moe_down_backward_kernel"} <= {r.kernel for r in log}
+    assert {"moe_experts_gate_up_kernel", "moe_experts_rows_kernel", "moe_experts_down_backward_kernel"} <= {
+        r.kernel for r in log
+    }
 
 
 @pytest.mark.parametrize("kind, most", [("mxfp4", 0.28), ("fp8", 0.52)])
@@ -303,7 +305,11 @@ def test_bytes_and_bits_of_decode(kind, most):
     if kind == "mxfp4":
         assert torch.equal(got, same)
     read, plainly = (
-        sum(r.unique_load_bytes for r in reports if r.kernel in ("moe_gate_up_kernel", "moe_rows_kernel"))
+        sum(
+            r.unique_load_bytes
+            for r in reports
+            if r.kernel in ("moe_experts_gate_up_kernel", "moe_experts_rows_kernel")
+        )
         for reports in (log, expanded)
     )
     assert read <= most * plainly

@@ -199,7 +199,7 @@ def _gate_up_tile(
 
 @Kernel
 @triton.jit(do_not_specialize=["num_tiles"])
-def moe_gate_up_kernel(
+def moe_experts_gate_up_kernel(
     x,  # [S, H]
     w,  # [E, 2I, H] or [E, H, 2I], or bytes of values
     scales,  # None, or those of the values
@@ -245,7 +245,7 @@ def _rows_tile(
 
 @Kernel
 @triton.jit(do_not_specialize=["num_tiles"])
-def moe_rows_kernel(
+def moe_experts_rows_kernel(
     a,  # [rows, K]
     w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N; one of the steps is 1
     scales,  # None, or those of the values
@@ -269,7 +269,7 @@ def moe_rows_kernel(
 
 @Kernel
 @triton.jit(do_not_specialize=["S"])
-def moe_combine_kernel(
+def moe_experts_combine_kernel(
     y,  # [rows, H]
     weights,  # [S, TOP_K], or None: 1
     inverse, offsets,
@@ -385,7 +385,7 @@ def _down_backward_tile(
 
 @Kernel
 @triton.jit(do_not_specialize=["rows", "num_tiles"])
-def moe_down_backward_kernel(
+def moe_experts_down_backward_kernel(
     grad,  # [S, H]
     w,  # [E, H, I] or [E, I, H], or bytes of values
     scales,  # None, or those of the values
@@ -458,7 +458,7 @@ def _outer_tile(
 
 @Kernel
 @triton.jit
-def moe_weight_grad_kernel(
+def moe_experts_weight_grad_kernel(
     grad_pre, x, grad_gate_up, grad_gate_up_bias, weighted, grad, grad_down, grad_down_bias, weights, permutation,
     offsets, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, NUM_UP: tl.constexpr,
     BR: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -482,7 +482,7 @@ def moe_weight_grad_kernel(
 
 @Kernel
 @triton.jit(do_not_specialize=["S"])
-def moe_combine_backward_kernel(
+def moe_experts_combine_backward_kernel(
     y,  # [rows, H]: gradient of each row's token; or None
     inverse, offsets,
     out,  # [S, H], written
@@ -598,19 +598,19 @@ def moe_experts(a: Experts) -> Output:
     common = flags(size, target) | dict(E=E, FORMAT=a.format, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
     config = gemm_config(rows, I, H, size, target, pairs=True, stored=bool(a.format))
-    moe_gate_up_kernel[_grid(num_tiles, I, config)](
+    moe_experts_gate_up_kernel[_grid(num_tiles, I, config)](
         hidden, gate_up, gate_up_scales, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets,
         a.tiles, num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss",
         ALPHA=a.alpha, LIMIT=a.limit, **config, **common,
     )  # fmt: skip
     y = hidden.new_empty(S * K, H)
     config = gemm_config(rows, H, I, size, target, stored=bool(a.format))
-    moe_rows_kernel[_grid(num_tiles, H, config)](
+    moe_experts_rows_kernel[_grid(num_tiles, H, config)](
         act, down, down_scales, down_bias, y, a.offsets, a.tiles, num_tiles, K=I, N=H, STEP_K=1 if in_rows else H,
         STEP_N=I if in_rows else 1, **config, **common,
     )  # fmt: skip
     config = combine_config(S, H)
-    moe_combine_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
+    moe_experts_combine_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
         y, weights, a.inverse, a.offsets, result.out, S, E=E, H=H, TOP_K=K, **config
     )
     return result
@@ -648,7 +648,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     weighted = pre.new_empty(S * K, I) if need_down else None
     direct = column_tiles == 1 and needs.weights
     partial = result.weights if direct else weights.new_empty(column_tiles, S * K, dtype=torch.float32)
-    moe_down_backward_kernel[_grid(num_tiles, I, config)](
+    moe_experts_down_backward_kernel[_grid(num_tiles, I, config)](
         grad, down, down_scales, down_bias, weights, pre, weighted, grad_pre, partial, a.permutation, a.offsets,
         a.tiles, S * K, num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss",
         ALPHA=a.alpha, LIMIT=a.limit, **config, **gemm,
@@ -657,7 +657,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
         config = weight_grad_config(S * K, E, size, target)
         up = cdiv(2 * I, config["BP"]) * cdiv(H, config["BG"]) if need_up else 0
         both = up + (cdiv(I, config["BP"]) * cdiv(H, config["BG"]) if need_down else 0)
-        moe_weight_grad_kernel[(both, E)](
+        moe_experts_weight_grad_kernel[(both, E)](
             grad_pre, hidden, wanted("gate_up"), wanted("gate_up_bias"), weighted, grad, wanted("down"),
             wanted("down_bias"), weights, a.permutation, a.offsets,
             H=H, I=I, TOP_K=K, CONCATENATED=concatenated, NUM_UP=up, **config, **common,
@@ -669,12 +669,12 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
             config = gemm_config(rows, H, 2 * I, size, target, stored=bool(a.format))
             if few_registers and rows == 64:
                 config |= dict(num_warps=4)
-            moe_rows_kernel[_grid(num_tiles, H, config)](
+            moe_experts_rows_kernel[_grid(num_tiles, H, config)](
                 grad_pre, gate_up, gate_up_scales, None, expanded, a.offsets, a.tiles, num_tiles, K=2 * I, N=H,
                 STEP_K=H if in_rows else 1, STEP_N=1 if in_rows else 2 * I, **config, **gemm,
             )  # fmt: skip
         config = combine_config(S, H)
-        moe_combine_backward_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
+        moe_experts_combine_backward_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
             expanded, a.inverse, a.offsets, result.hidden, partial, wanted("weights"), S, E=E, H=H, TOP_K=K,
             NUM_PARTIAL=0 if direct else column_tiles, **config,
         )  # fmt: skip

@@ -194,7 +194,7 @@ def _heads(
 
 @Kernel
 @triton.jit
-def rope_kernel(
+def v2pe_rope_kernel(
     q, k, q_out, k_out, q_weight, k_weight, first, second, tokens, angle_batch, angle_token, scale, eps,
     q_batch, q_head, q_token, k_batch, k_head, k_token, qo_batch, qo_head, qo_token, ko_batch, ko_head, ko_token,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
@@ -307,7 +307,7 @@ def _heads_backward(
 
 @Kernel
 @triton.jit
-def norm_backward_kernel(
+def v2pe_rope_backward_kernel(
     grad_q, grad_k, q, k, q_out, k_out, q_weight, k_weight, partial, first, second, tokens, angle_batch, angle_token,
     scale, eps, gq_batch, gq_head, gq_token, gk_batch, gk_head, gk_token, q_batch, q_head, q_token, k_batch, k_head,
     k_token, qo_batch, qo_head, qo_token, ko_batch, ko_head, ko_token,
@@ -393,7 +393,7 @@ def _launch(a: Rope, out: Rotated) -> None:
         options = few_config(fixed["HALF"], fixed["Q_HEADS"], fixed["K_HEADS"], fixed["REST"])
     else:
         options = config(batch, tokens, fixed["HALF"]) | dict(Q_BLOCK=0, K_BLOCK=0)
-    rope_kernel[(cdiv(tokens, options["TOKENS"]), batch)](
+    v2pe_rope_kernel[(cdiv(tokens, options["TOKENS"]), batch)](
         q, k, *into, a.q_weight, a.k_weight, *_angles_of(a), *_strides(a.heads_dim, q, k, *into), **fixed,
         NORM=a.q_weight is not None, INVERSE=a.inverse, PACKED=_packed(q), **options, enable_fp_fusion=False,
     )  # fmt: skip
@@ -421,7 +421,7 @@ def v2pe_rope_norm_backward(b: NormBackward) -> Gradients:
     blocks = cdiv(tokens, options["TOKENS"])
     partial = q.new_empty(batch * blocks, 2, width, dtype=torch.float32)
     if q.numel() + k.numel():
-        norm_backward_kernel[(blocks, batch)](
+        v2pe_rope_backward_kernel[(blocks, batch)](
             grad_q, grad_k, q, k, *out, a.q_weight, a.k_weight, partial, *_angles_of(a),
             *_strides(a.heads_dim, grad_q, grad_k, q, k, *out), **constants(a), **options, enable_fp_fusion=False,
         )  # fmt: skip
