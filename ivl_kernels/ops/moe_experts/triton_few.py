@@ -21,8 +21,9 @@ from ..._triton import Kernel, cdiv, next_power_of_2
 from ..common.activations import gated
 from ..common.matmul import flags
 from .op import FEW_TOKENS, FewTokens
-from .triton import _contiguous, _mma, _pipeline, _product
+from .triton import _contiguous, _pipeline
 from .triton_formats import of_expert, stored_tile
+from .triton_tiles import mma, product
 
 ROWS = tl.constexpr(16)  # of a tile, the least that tensor cores take
 TOKENS = tl.constexpr(FEW_TOKENS)
@@ -89,7 +90,7 @@ def moe_experts_few_gate_up_kernel(
     both = n * (2 * BN) + j < 2 * I
     column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
     IN_ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
-    acc = _product(
+    acc = product(
         hidden + t.to(tl.int64) * H, live, w, scales, expert, column, both, I % BN == 0, H if IN_ROWS else 1,
         1 if IN_ROWS else 2 * I, 2 * I, H, ROWS, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def moe_experts_few_down_kernel(
             row = tl.load(entry + t, mask=t < S, other=-1)
             from_row = act + row.to(tl.int64)[:, None] * I + i[None, :]
             left = tl.load(from_row, mask=(row >= 0)[:, None] & (i < I)[None, :], other=0.0)
-            acc = _mma(left, right, acc, TALL, PRECISION, UPCAST)
+            acc = mma(left, right, acc, TALL, PRECISION, UPCAST)
     if ONE:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [ROWS, BN])
     elif TALL:
