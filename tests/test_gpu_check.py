@@ -11,6 +11,7 @@ from ivl_kernels import _library, cli
 from ivl_kernels.commands import _gpu_checks, gpu_check
 from ivl_kernels.testing.cases import Numbers, all_cases, cast, forward_backward
 from tests.simulator.gpu import simulated_gpu
+from tests.simulator.idle import idle_gpu
 
 
 def test_rehearsal(tmp_path, capsys):
@@ -54,6 +55,12 @@ def test_every_op_has_a_case():
         inputs = cast(case.inputs(Numbers()), torch.float32, "cpu")
         with Spy():
             forward_backward(case, inputs, "")
+    with idle_gpu():  # what serves on GPUs only, without gradients
+        for case in all_cases():
+            if case.graph:
+                inputs = cast(case.inputs(Numbers()), torch.bfloat16, "cpu")
+                with Spy():
+                    case.call(inputs, "")
     missing = set(_library.OPS) - reached
     assert not missing, f"ops that no case reaches: {sorted(missing)}"
 
