@@ -51,7 +51,10 @@ def _write_plan(
     tl.store(entry + TOKENS, tl.where(leads, expert, E).to(tl.int32), mask=inside)
     for t in tl.static_range(TOKENS):
         here = t * TOP_K + tl.arange(0, K_POW2)
-        chosen = tl.load(ids + here, mask=(here < (t + 1) * TOP_K) & (t < S), other=-1)[None, :] == expert[:, None]
+        chosen = (
+            tl.load(ids + here, mask=(here < (t + 1) * TOP_K) & (here < S * TOP_K), other=-1)[None, :]
+            == expert[:, None]
+        )
         row = tl.min(tl.where(chosen, here[None, :], TOKENS * TOP_K), 1)
         tl.store(entry + t, tl.where(row < S * TOP_K, row, -1), mask=inside)
 
@@ -167,7 +170,8 @@ def moe_experts_few_down_kernel(
 def gate_up_config(slots: int, columns: int, inner: int, itemsize: int, target: int, stored: bool) -> dict[str, int]:
     """Columns of gates, and as many of ups: 64 where that leaves a program for every multiprocessor."""
     width = 64 if slots * cdiv(columns, 64) >= 128 else 32
-    depth = min((256 if target else 128) // itemsize, max(32 if stored else 16, next_power_of_2(inner)))
+    # Three tf32 products take registers.
+    depth = min(128 if itemsize == 2 and target else 128 // itemsize, max(32 if stored else 16, next_power_of_2(inner)))
     depth, stages = _pipeline(ROWS.value, 2 * width, inner, depth, itemsize, target)
     return dict(BN=width, BK=depth, num_warps=width // 16, num_stages=stages)
 
