@@ -32,7 +32,7 @@ HEADLINES = (
     "v2pe_rope: (q/k norm . )?rotary, in place, 1344 tokens",
     "v2pe_rope: q/k norm . rotary, backward, 1344 tokens, float32",
     "v2pe_rope: positions",
-    "linear: (1|16|1025|5125) rows K=1024 N=4096",
+    "linear: (1|16|1025) rows K=1024 N=4096",
     "moe_experts: InternVL3.5-30B-A3B tokens=(1|64|320|3400) even",
     "moe_experts_quantised: .* tokens=(1|16|320) mxfp4",
 )
