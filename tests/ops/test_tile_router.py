@@ -216,7 +216,6 @@ def test_triton_router_as_accurate_as_shipped(dtype, target):
 @pytest.mark.parametrize(
     "dtype, width, heads, tiles, tokens, blocks",
     [
-        (torch.float32, 40, 4, 2, 9, 4),  # pooled in three launches
         (torch.bfloat16, 272, 16, 17, 20, 1),  # more tiles than a block of rows
         (torch.float16, 64, 16, 1, 300, 0),
         (torch.bfloat16, 48, 3, 2, 5, 5),  # a second launch for the fifth block
@@ -233,9 +232,8 @@ def test_triton_router_in_few_launches(dtype, width, heads, tiles, tokens, block
         _, truth = tile_router(z.double(), **exact, return_logits=True, backend="reference")
         with simulated_gpu() as log, poisoned():
             probabilities, logits = tile_router(z, **p, return_logits=True, backend="triton")
-    assert len(log) == (5 + max(1, -(-blocks // 4)) + 4 * (3 if dtype == torch.float32 else 1))
-    roundings = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(logits.double(), truth, rtol=roundings, atol=roundings)
+    assert len(log) == 5 + max(1, -(-blocks // 4)) + 4
+    torch.testing.assert_close(logits.double(), truth, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(probabilities.float(), logits.softmax(-1), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -249,12 +247,10 @@ def test_triton_router_takes_parameters_that_lie_anyhow():
 
 
 @pytest.mark.parametrize("target", [t for t in aot.TARGETS if isinstance(t, int)])
-@pytest.mark.parametrize(
-    "dtype, width, tiles", [(torch.bfloat16, 1024, 13), (torch.bfloat16, 3200, 40), (torch.float32, 3200, 40)]
-)
-def test_triton_router_compiles_without_spills(target, width, tiles, dtype):
+@pytest.mark.parametrize("width, tiles", [(1024, 13), (3200, 40)])
+def test_triton_router_compiles_without_spills(target, width, tiles):
     def empty(*shape):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
     matrices = ((3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,))
     gating = ((4 * width, width), (4 * width,), (width, 4 * width), (width,), (width,), (width,))
@@ -267,10 +263,9 @@ def test_triton_router_compiles_without_spills(target, width, tiles, dtype):
 
     with _gpu.stand_in("compiler", capability=target), aot.compiling(target, make=compiled):
         triton_router.tile_router(op.Route(empty(tiles, 1024, width), empty(1, width), tensors, 16, 1e-5))
-    limit = 96 if dtype == torch.float32 else 0  # the float32 query's spills a few registers
     for launch in seen.values():
         found = launch.compile()
-        assert found.spills <= limit and found.shared <= aot.SHARED_LIMIT[target], found.kernel
+        assert found.spills == 0 and found.shared <= aot.SHARED_LIMIT[target], found.kernel
 
 
 def test_triton_router_is_few_launches_on_the_host():
