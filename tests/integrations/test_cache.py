@@ -155,7 +155,7 @@ def test_one_piece_for_all_layers():
     with pytest.raises(Stop):
         step(model, one, (1, 2, 3))
     hook.remove()
-    one.layers[0].reset()
+    one.layers[0] = type(one.layers[0])()
     other = copy.copy(one)
     other.layers = [copy.copy(layer) for layer in one.layers]
     theirs = None
