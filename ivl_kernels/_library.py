@@ -295,6 +295,11 @@ def _in_order(record: Any, found: Mapping[str, Any]) -> list[Tensor | None]:
     return each
 
 
+def needs_grad(values: Iterable[Any]) -> bool:
+    """Whether autograd wants to hear of a call with these arguments, tensors in lists and records among them."""
+    return torch.is_grad_enabled() and _requires_grad(values)
+
+
 def _requires_grad(record: Iterable[Any]) -> bool:
     for value in record:
         if isinstance(value, Tensor):
@@ -353,7 +358,7 @@ def differentiable(
             return None, None, *(grad if want else None for grad, want in zip(each, wanted))
 
     def call(arguments: A, backend: str) -> R:
-        if not (torch.is_grad_enabled() and _requires_grad(arguments)):
+        if not needs_grad(arguments):
             return op(arguments, backend)
         tensors: list[Tensor] = []
         rest = _split(arguments if prepare is None else prepare(arguments), tensors)

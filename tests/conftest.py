@@ -4,6 +4,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test processes share the cores: a thread that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Liger-Kernel reads it once, at its import: its own single configuration.
+os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
 # The results of the BLAS, bit by bit, unless a test asks for the package's own product.
 os.environ.setdefault("IVL_CPU_LINEAR", "blas")
 

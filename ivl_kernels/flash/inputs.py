@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import ops
 from .._checks import autocast_dtype
+from .._library import needs_grad
 from ..models.plain import LinearStack, linear_stack, not_plain
 from ..nn.router import TileRouter
 from .router import probabilities_of
@@ -236,8 +237,7 @@ def _project(
     projector: Projector,
     parts: VisionParts,
 ) -> torch.Tensor:
-    trained = (vit, rows, *projector.module.parameters())
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    differentiable = needs_grad((vit, rows, *projector.module.parameters()))
     stack = _readable(projector, vit)
     if stack is None:
         features = projector.module(shuffled(vit.index_select(0, tiles)[:, 1:], projector.merge, parts.order))

@@ -19,7 +19,7 @@ from ..._checks import (
     describe,
 )
 from ..._dispatch import Implementation
-from ..._library import Op, differentiable
+from ..._library import Op, differentiable, needs_grad
 
 SAVES = ("auto", "nothing", "logits")
 
@@ -376,10 +376,6 @@ def _check_bias(bias: Tensor, weight: Tensor) -> None:
     _check_wider("bias", bias, "weight", weight)
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, bias: Tensor | None, temperature: float,
     softcap: float, save: str, backend: str,
@@ -390,7 +386,7 @@ def linear_logprob(
         raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, SAVES))}")
     hidden, weight = _cast(hidden, weight)
     fits = targets.shape[0] * _wide(hidden).itemsize <= hidden.shape[1] * weight.element_size()
-    keep = _needs_grad(hidden, weight, bias) and (save == "logits" or save == "auto" and fits)
+    keep = needs_grad((hidden, weight, bias)) and (save == "logits" or save == "auto" and fits)
     made = Logprob(hidden, weight, bias, targets, rows, temperature, softcap, keep)
     return _differentiable_logprob(made, backend)[:4]
 
@@ -408,7 +404,7 @@ def linear_ce(
     if row_weight is not None:
         _check_row_weight(row_weight, targets.shape[0], hidden)
     hidden, weight = _cast(hidden, weight)
-    if _needs_grad(hidden, weight, bias) and _one_pass(hidden, weight):
+    if needs_grad((hidden, weight, bias)) and _one_pass(hidden, weight):
         return _LinearCE.apply(hidden, weight, bias, targets, rows, row_weight, (softcap, backend))
     logp = linear_logprob(hidden, weight, targets, rows, bias, 1.0, softcap, "auto", backend)[0]
     return -(logp if row_weight is None else logp * row_weight.to(logp.dtype)).sum()
@@ -438,7 +434,7 @@ def linear_kl(
     _check_number("temperature", temperature, zero=False)
     if row_weight is not None:
         _check_row_weight(row_weight, count, hidden)
-    if _needs_grad(teacher_hidden, teacher_weight):
+    if needs_grad((teacher_hidden, teacher_weight)):
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
     hidden, weight = _cast(hidden, weight)
     teacher_hidden, teacher_weight = _cast(teacher_hidden, teacher_weight)

@@ -21,7 +21,7 @@ from ..._checks import (
     describe,
 )
 from ..._dispatch import Implementation
-from ..._library import Op, differentiable
+from ..._library import Op, differentiable, needs_grad
 from ..moe_routing.op import Sorting, moe_dispatch
 from . import formats
 
@@ -331,10 +331,6 @@ def _are_few(hidden: Tensor, ids: Tensor, backend: str) -> bool:
     return on_gpu and few and hidden.dtype in KERNEL_FLOATS
 
 
-def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def moe_experts(
     hidden: Tensor,
     ids: Tensor,
@@ -365,7 +361,7 @@ def moe_experts(
     experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, layout)
     tensors = (gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales)
     options = (activation, float(alpha), float(limit), layout)
-    if _are_few(hidden, ids, backend) and not _wants_gradients(hidden, weights, *tensors):
+    if _are_few(hidden, ids, backend) and not needs_grad((hidden, weights, *tensors)):
         return _few(FewTokens(hidden, ids, weights, *tensors, *options), backend)
     tile = tile_rows(ids.numel(), experts)
     permutation, inverse, _, offsets, tiles = moe_dispatch(Sorting(ids, experts, tile), backend)

@@ -8,7 +8,7 @@ import triton.language as tl
 from ..._triton import Kernel
 from ..common.activations import gated_backward
 from .triton_forward import combine_tile
-from .triton_tiles import halves, mma, product, tile
+from .triton_tiles import halves, mma, product, runs_at, tile
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def moe_experts_down_backward_kernel(
     if expert == E:
         return
     for part in tl.static_range(3):
-        if (end - first <= BM // 4 * 2**part) & ((part == 0) | (end - first > BM // 8 * 2**part)):
+        if runs_at(part, end - first, BM):
             _down_backward_tile(
                 grad, w, scales, bias, weights, pre, weighted, grad_pre, partial, permutation, rows, expert, first, end,
                 n, H, I, TOP_K, CONCATENATED, GPT_OSS, ALPHA, LIMIT, BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION,

@@ -23,7 +23,7 @@ from ..common.matmul import flags
 from .op import FEW_TOKENS, FewTokens
 from .triton import _contiguous, _pipeline
 from .triton_formats import of_expert, stored_tile
-from .triton_tiles import mma, product
+from .triton_tiles import gates_and_ups, mma
 
 ROWS = tl.constexpr(16)  # of a tile, the least that tensor cores take
 TOKENS = tl.constexpr(FEW_TOKENS)
@@ -89,13 +89,9 @@ def moe_experts_few_gate_up_kernel(
 
     live = row < ROWS * TOP_K
     weight = tl.sum(tl.where(chosen, _of_tokens(weights, S, TOP_K, K_POW2, 0.0).to(tl.float32), 0.0), 1)
-    j = tl.arange(0, 2 * BN)
-    both = n * (2 * BN) + j < 2 * I
-    column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
-    IN_ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
-    acc = product(
-        hidden + t.to(tl.int64) * H, live, w, scales, expert, column, both, I % BN == 0, H if IN_ROWS else 1,
-        1 if IN_ROWS else 2 * I, 2 * I, H, ROWS, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+    acc, column, both = gates_and_ups(
+        hidden + t.to(tl.int64) * H, live, w, scales, expert, n, H, I, CONCATENATED, ROWS, BN, BK, FORMAT, TALL,
+        PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + expert * (2 * I) + column, mask=both, other=0.0).to(tl.float32)[None, :]

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..._triton import Kernel
 from ..common.activations import gated
-from .triton_tiles import halves, product, tile
+from .triton_tiles import gates_and_ups, halves, product, runs_at, tile
 
 
 @triton.jit
@@ -56,13 +56,9 @@ def _gate_up_tile(
     row = first + tl.arange(0, BM)
     live = row < end
     token = tl.load(permutation + row, mask=live, other=0) // TOP_K
-    j = tl.arange(0, 2 * BN)
-    both = n * (2 * BN) + j < 2 * I
-    column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
-    ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
-    acc = product(
-        x + token.to(tl.int64) * H, live, w, scales, expert, column, both, I % BN == 0, H if ROWS else 1,
-        1 if ROWS else 2 * I, 2 * I, H, BM, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+    acc, _, _ = gates_and_ups(
+        x + token.to(tl.int64) * H, live, w, scales, expert, n, H, I, CONCATENATED, BM, BN, BK, FORMAT, TALL,
+        PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         bias += expert * (2 * I)
@@ -89,7 +85,7 @@ def moe_experts_gate_up_kernel(
     if expert == E:
         return
     for part in tl.static_range(3):
-        if (end - first <= BM // 4 * 2**part) & ((part == 0) | (end - first > BM // 8 * 2**part)):
+        if runs_at(part, end - first, BM):
             _gate_up_tile(
                 x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS,
                 ALPHA, LIMIT, BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
@@ -133,7 +129,7 @@ def moe_experts_rows_kernel(
     if expert == E:
         return
     for part in tl.static_range(3):
-        if (end - first <= BM // 4 * 2**part) & ((part == 0) | (end - first > BM // 8 * 2**part)):
+        if runs_at(part, end - first, BM):
             _rows_tile(
                 a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
                 BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION, UPCAST,

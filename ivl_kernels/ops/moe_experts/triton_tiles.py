@@ -112,3 +112,27 @@ def halves(acc):
     """The left and right half of the columns: an epilogue on half a tile at a time needs half the registers."""
     HALF: tl.constexpr = acc.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), [0, 2, 1]))
+
+
+@triton.jit
+def gates_and_ups(
+    rows, live, w, scales, expert, n, H: tl.constexpr, I: tl.constexpr, CONCATENATED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Column tile n, [BM, 2 BN]: gates and ups in turns. With the weight's columns, and which of them exist."""
+    j = tl.arange(0, 2 * BN)
+    both = n * (2 * BN) + j < 2 * I
+    column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
+    IN_ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
+    acc = product(
+        rows, live, w, scales, expert, column, both, I % BN == 0, H if IN_ROWS else 1, 1 if IN_ROWS else 2 * I, 2 * I,
+        H, BM, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+    )  # fmt: skip
+    return acc, column, both
+
+
+@triton.jit
+def runs_at(part: tl.constexpr, rows, BM: tl.constexpr):
+    """Whether a tile of so many rows is computed BM / 4 * 2^part rows tall: a quarter, half or all of its height."""
+    return (rows <= BM // 4 * 2**part) & ((part == 0) | (rows > BM // 8 * 2**part))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import BackendError, Implementation
 from ..._gpu import interpreting
-from ..._library import Op
+from ..._library import Op, needs_grad
 from .op import FewRows, FewRowsTransposed, Pool, Route, Routed, linear, linear_transposed, pool, sum_dtype
 
 
@@ -125,8 +125,7 @@ def tile_router(
         raise BackendError(f"backend: got '{backend}', but folded=False is computed by the reference only")
     z = z[:, skip:]
     tensors = (query, *(t for part in (*attentions, *blocks, gate) for t in part))
-    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors))
-    if folded and not graded and not dropout and not interpreting():
+    if folded and not needs_grad((z, *tensors)) and not dropout and not interpreting():
         return _route(Route(z, query, [*tensors[1:]], heads, eps), backend)
     return _composed(z, query, attentions, blocks, gate, heads, eps, dropout, folded, backend)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton import Kernel, cdiv, next_power_of_2
+from ..common.activations import gelu
 from .op import FewRows, FewRowsTransposed
 
 
@@ -39,7 +40,7 @@ def linear_tile(
     if scale is not None:
         total *= scale
     if GELU:
-        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+        total = gelu(total)
     place = out + (split.to(tl.int64) * rows + m[:, None]) * outputs + n[None, :]
     tl.store(place, total, mask=m_mask[:, None] & n_mask[None, :])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
 from ..._dispatch import Implementation
-from ..._library import Op, differentiable
+from ..._library import Op, differentiable, needs_grad
 
 MAX_HEAD_DIM = 1024
 
@@ -253,8 +253,7 @@ def rope(a: Rope, backend: str) -> Rotated:
 
 
 def rope_(a: Rope, backend: str) -> Rotated:
-    differentiable = (a.q, a.k, a.q_weight, a.k_weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+    if needs_grad((a.q, a.k, a.q_weight, a.k_weight)):
         raise RuntimeError("v2pe_rope_: q, k or a weight requires gradients; use v2pe_rope, or torch.no_grad()")
     for name, x in (("q", a.q), ("k", a.k)):
         if 0 in x.stride() and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
