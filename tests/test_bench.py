@@ -1,11 +1,12 @@
 """The benchmark runner: a wrong result gets no speed-up, comparisons find regressions."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from bench import from_cases, report
+from bench import from_cases, report, whole_model
 from bench.measure import Case, Work
 from bench.runner import run, write
 from ivl_kernels.testing.cases import Case as OpCase
@@ -104,3 +105,43 @@ def test_what_a_call_changes_is_restored():
 
     rows = run([timed(in_place, exact=True, mutates=("x",)), timed(in_place, exact=True)], quick=True)["rows"]
     assert [row["ok"] for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prefill"],
+        ["prefill", "--memory", "living"],
+        ["decode", "--past", "40"],
+        ["flash", "--tiles", "2"],
+        ["training"],
+        ["training", "--memory", "living", "--frozen", "--consumed"],
+    ],
+    ids=" ".join,
+)
+def test_whole_model(arguments, monkeypatch, capsys):
+    """Every part runs, at small sizes, and prints a row of its own."""
+    small = dict(vision=64, hidden=32, layers=2, q_heads=4, kv_heads=2, head_dim=16, intermediate=48)
+    monkeypatch.setattr(whole_model, "SHAPE", dataclasses.replace(whole_model.SHAPE, **small))
+    vision = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    monkeypatch.setattr(whole_model, "VISION", whole_model.VISION | vision)
+    monkeypatch.setattr(whole_model, "VOCABULARY", 300)
+    whole_model.main([*arguments, "--rounds", "1"])
+    row = capsys.readouterr().out.strip().splitlines()[-1]
+    assert row.count("|") == 5 and "differ" not in row, row
+
+
+def test_whole_model_prints_no_time_of_other_answers(monkeypatch):
+    monkeypatch.setattr(whole_model, "TOLERANCE", {torch.float32: 1e-4})
+    logits = torch.randn(1, 1, 8)
+    assert whole_model.differs(logits, logits) == ""
+    assert whole_model.differs(logits + 0.1, logits) and whole_model.differs(logits.flip(-1), logits)
+
+
+def test_peak_of_living_tensors():
+    def run():
+        a = torch.empty(1000, dtype=torch.float64)
+        del a
+        torch.empty(500, dtype=torch.float64)
+
+    assert whole_model.peak(run, "living") == pytest.approx(8000, abs=200)
