@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import from_cases, report, whole_model
+from bench import from_cases, layers, report, whole_model
 from bench.measure import Case, Work
 from bench.runner import run, write
 from ivl_kernels.testing.cases import Case as OpCase
@@ -145,3 +145,27 @@ def test_peak_of_living_tensors():
         torch.empty(500, dtype=torch.float64)
 
     assert whole_model.peak(run, "living") == pytest.approx(8000, abs=200)
+
+
+def test_launches_and_bytes_of_operators():
+    x = torch.randn(4, 8)
+    out = torch.empty(4, 4)
+    with layers.Counted() as counted:
+        y = x.view(8, 4).t()[:2] + 1.0
+        torch.mm(x, x.t(), out=out)
+        y.mul_(2.0)
+        torch.empty(5)
+    assert counted.launches == {"add": 1, "mm": 1, "mul_": 1}
+    assert counted.bytes == {"add": 4 * (16 + 16), "mm": 4 * (32 + 32 + 16), "mul_": 4 * (16 + 16)}
+
+
+def test_a_layer_of_ours_has_fewer_launches(monkeypatch):
+    small = dict(vision=64, hidden=64, q_heads=4, kv_heads=2, head_dim=16, intermediate=96)
+    monkeypatch.setattr(layers, "SHAPE", dataclasses.replace(whole_model.SHAPE, **small))
+    vision = dict(hidden_size=64, num_attention_heads=4, intermediate_size=96)
+    monkeypatch.setattr(layers, "VISION", whole_model.VISION | vision)
+    found = layers.layers("patched", 20), layers.layers("eager", 20)
+    ours, plain = ({k: sum(n for n, _ in cost.values()) for k, cost in each.items()} for each in found)
+    assert ours == {k: 14 for k in plain} and all(ours[k] <= plain[k] for k in plain)
+    patched = found[0]["language layer, 1 x 20 tokens"]
+    assert patched["norm_kernel"][0] == 2 and patched["v2pe_rope_kernel"][0] == patched["mlp_active_kernel"][0] == 1
