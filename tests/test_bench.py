@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import from_cases, layers, report, whole_model
+from bench import against, from_cases, layers, report, whole_model
 from bench.measure import Case, Work
 from bench.runner import run, write
 from ivl_kernels.testing.cases import Case as OpCase
@@ -169,3 +169,35 @@ def test_a_layer_of_ours_has_fewer_launches(monkeypatch):
     assert ours == {k: 14 for k in plain} and all(ours[k] <= plain[k] for k in plain)
     patched = found[0]["language layer, 1 x 20 tokens"]
     assert patched["norm_kernel"][0] == 2 and patched["v2pe_rope_kernel"][0] == patched["mlp_active_kernel"][0] == 1
+
+
+class FakeSide:
+    """Answers as a side does, without a process."""
+
+    def __init__(self, bits, seconds, titles=("op: a", "op: b")):
+        self.bits, self.seconds, self.titles = bits, seconds, titles
+
+    def ask(self, kind, *rest):
+        if kind == "titles":
+            return dict.fromkeys(self.titles, False)
+        return (self.bits, self.seconds) if kind == "choose" else self.seconds
+
+
+def test_against_another_commit():
+    sides = [FakeSide("x", 0.2), FakeSide("y", 0.1, ("op: a",))]
+    found = dict(against.rows(sides, "", ["float32"], 3, 0.97))
+    assert found["op: a, float32"] == {"here": 0.2, "there": 0.1, "ratio": 0.5, "equal": False}
+    assert found["op: b, float32"] == "not there"
+
+
+def test_the_process_of_a_side():
+    side = against.Side(against.ROOT)
+    try:
+        title = next(t for t in side.ask("titles") if t.startswith("moe_routing"))
+        assert side.ask("choose", title, "float32", True)[0] == side.ask("choose", title, "float32", True)[0]
+        assert side.ask("choose", title, "float32", False)[0] != side.ask("choose", title, "bfloat16", False)[0]
+        assert side.ask("sample", 2) > 0
+        with pytest.raises(RuntimeError, match="KeyError"):
+            side.ask("choose", "no such case", "float32", False)
+    finally:
+        side.close()
