@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = 0.02  # seconds, at least
+ROW = 10.0  # seconds, beyond three rounds
 
 
 def build(ref: str) -> Path:
@@ -119,7 +120,7 @@ def compare(sides: list[Side], title: str, dtype: str, training: bool, rounds: i
     bits, seconds = zip(*(side.ask("choose", title, dtype, training) for side in sides))
     calls = max(1, round(SAMPLE / max(seconds)))
     times: list[list[float]] = [[], []]
-    for i in range(rounds):
+    for i in range(min(rounds, max(3, int(ROW / (calls * sum(seconds)))))):
         for k in (0, 1) if i % 2 else (1, 0):
             times[k].append(sides[k].ask("sample", calls))
     ratio = median(b / a for a, b in zip(*times))
