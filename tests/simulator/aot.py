@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ivl_kernels._targets import TARGETS as LIMITS
 from tests.simulator.gpu import OLD_TRITON
@@ -45,6 +46,9 @@ def _signature(fn, bound):
         specialize = not getattr(parameter, "do_not_specialize", False)
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            dtype = TRITON_DTYPES[str(value.base.dtype).removeprefix("torch.")]
+            signature[parameter.name] = f"tensordesc<{dtype}{[*value.block_shape]}>"
         elif hasattr(value, "dtype"):
             signature[parameter.name] = "*" + TRITON_DTYPES[str(value.dtype).removeprefix("torch.")]
             if specialize:

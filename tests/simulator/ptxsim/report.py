@@ -10,7 +10,7 @@ class Report:
     KNOWN = {f'{sp}_{k}_bytes' for sp in ('global', 'shared', 'local') for k in ('load', 'store')} | \
         {f'global_{k}_{w}' for k in ('load', 'store') for w in ('sectors', 'bytes_unique_in_warp')} | \
         {'shared_wavefronts', 'shared_wavefronts_ideal', 'uninit_shared_reads', 'uninit_global_reads', 'global_atomics', 'shared_atomics',
-         'atomic_same_address', 'divergent_branches', 'shfl_from_inactive_lane', 'cta_load_sectors', 'cta_store_sectors'}
+         'atomic_same_address', 'bulk_load_bytes', 'bulk_store_bytes', 'divergent_branches', 'shfl_from_inactive_lane', 'cta_load_sectors', 'cta_store_sectors'}
     def __init__(self, L):
         p, c = L.prog, L.c
         w, t = np.cumsum(L.cnt_w)[:-1], np.cumsum(L.cnt_t)[:-1]

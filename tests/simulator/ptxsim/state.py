@@ -3,6 +3,7 @@ import numpy as np
 from .parse import PtxError, BITS, GBASE, SHWIN, LOWIN
 from .mem import (Shared, SimError, U, MAPPED, INIT, LOADED, STORED, CONST, rep, rows, bank_wavefronts)
 from .ops import RAW, u64, i64
+from .bulk import Bulk
 from .tcgen05 import TensorMemory
 from .wgmma import Products
 
@@ -32,7 +33,9 @@ class State:
         self.products = Products(self) if 'wgmma' in L.asynchronous else None
         self.tensor = TensorMemory(self) if 'tcgen05' in L.asynchronous else None
         self.proxy = bool(L.asynchronous)
+        self.barriers = {}                                   # mbarriers, by (CTA, address)
         if self.proxy: self.S.reading, self.S.unfenced = np.zeros(len(self.S.mem) // 16, np.int32), np.zeros(len(self.S.mem) // 16, bool)
+        self.bulk = Bulk(self) if 'bulk' in L.asynchronous else None
 
     # ---- masks
     def push(self, m):
@@ -150,6 +153,7 @@ class State:
         if bad.any(): self.fault(f'misaligned {total}-byte shared access at offset {int(addr[bad][0])}', bad, lanes, ins)
         ct = self.cta if lanes is None else self.cta[lanes]
         i = (addr + ct * S.pitch) // total
+        if self.bulk and self.bulk.flights: self.bulk.touch(i * total // 16, lanes, ins)
         if read:
             ini = S.iv[total][i]; one = rep(1, total)
             if (ini != one).any():

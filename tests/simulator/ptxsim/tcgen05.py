@@ -1,8 +1,9 @@
-"""Tensor memory and its products (tcgen05, sm_100), and the mbarriers that tell when they are done. One CTA alone."""
+"""Tensor memory and its products (tcgen05, sm_100); mbarriers tell when they are done. One CTA alone."""
 import re
 import numpy as np
 from .parse import PtxError
 from .mem import SimError, FULL, LANES
+from .mbarrier import barrier_at, one_a_cta
 from .warpgroup import IN_FLIGHT, read_operand
 
 u32, i64 = np.uint32, np.int64
@@ -18,7 +19,6 @@ class TensorMemory:
         self.used = np.zeros(X.C, i64)                       # columns allocated
         self.issued = np.zeros(X.C, i64)                     # products, by CTA
         self.queue = []
-        self.barriers = {}                                   # (CTA, address) -> Barrier
 
     def place(self, taddr, rows, columns, ins):
         """Row and column of an address; the rectangle must be allocated."""
@@ -43,46 +43,11 @@ class TensorMemory:
         self.queue = [e for e in self.queue if not e['done'].all()]
 
 
-class Barrier:
-    def __init__(self, count): self.count = self.left = count; self.phase, self.upto = 0, {}
+class Products:
+    """The products of a CTA up to a number, as what the end of a phase makes visible."""
+    def __init__(self, tensor, cta, upto): self.tensor, self.cta, self.upto, self.done = tensor, cta, upto, True
 
-
-def one_a_cta(X, ins):
-    """Active lanes, one of each CTA."""
-    lanes = np.arange(X.T) if X.m is None else np.flatnonzero(X.m)
-    if len(np.unique(X.cta[lanes])) != len(lanes): raise SimError(f'several threads of a CTA at {ins}')
-    return lanes
-
-
-def compile_mbarrier(compiler, a):
-    ins = compiler.i; kind = ins.parts[1]; ins.cls = 'mbarrier'
-    if kind not in ('init', 'inval', 'try_wait', 'test_wait') or kind.endswith('wait') and 'parity' not in ins.parts:
-        raise PtxError(f'unsupported instruction {ins}')
-    g = compiler.addr(a[1 if kind.endswith('wait') else 0])[0]
-    value = compiler.src(a[-1], 'u32') if kind != 'inval' else None
-    put = compiler.dst(a[0], 'pred') if kind.endswith('wait') else None
-
-    def run(X):
-        T = X.tensor
-        if T is None: raise PtxError(f'mbarrier without tcgen05, {ins}')
-        lanes, ad = X.active(g(X)); lanes = np.arange(X.T) if lanes is None else lanes
-        ctas = X.cta[lanes]; keys, where = np.unique(np.stack([ctas, ad.astype(i64)]), axis=1, return_inverse=True)
-        where = where.reshape(-1)
-        if kind in ('init', 'inval'):
-            lanes = one_a_cta(X, ins)
-            n = np.broadcast_to(value(X), X.T)[lanes] if value else lanes
-            for key, count in zip(zip(ctas.tolist(), ad.tolist()), n.tolist()):
-                if kind == 'init': T.barriers[key] = Barrier(count)
-                elif T.barriers.pop(key, None) is None: raise SimError(f'inval of what is no mbarrier at {ins}')
-            return
-        parity = np.broadcast_to(value(X), X.T)[lanes]; out = np.zeros(X.T, bool)
-        for k, key in enumerate(zip(*keys.tolist())):
-            mine = np.flatnonzero(where == k); barrier = T.barriers.get(key)
-            if barrier is None: raise SimError(f'wait for what is no mbarrier at {ins}')
-            done = (barrier.phase & 1) != parity[mine]; out[lanes[mine]] = done
-            if done.any(): T.complete(key[0], barrier.upto.get(barrier.phase - 1, 0))
-        put(X, out)
-    return run
+    def observe(self, warps): self.tensor.complete(self.cta, self.upto); return False
 
 
 def compile_tcgen05(compiler, a, decode):
@@ -97,7 +62,8 @@ def compile_tcgen05(compiler, a, decode):
             if len(np.unique(cta)) != len(cta): raise SimError(f'several warps of a CTA at {ins}')
             base = T.used[cta]; T.used[cta] += size
             if (T.used > COLUMNS).any(): raise SimError(f'more than {COLUMNS} columns of tensor memory at {ins}')
-            X.store_shared(np.broadcast_to(g(X), X.T)[first].astype(i64), first, base.astype(u32), 4, ins)
+            at = np.broadcast_to(g(X), X.T)[first].astype(i64); X.store_shared(at, first, base.astype(u32), 4, ins)
+            X.S.unfenced[(at + cta * X.S.pitch) // 16] = False   # taken to be the asynchronous proxy's own
         return alloc
     if kind == 'dealloc':
         ins.sync = full; n = compiler.src(a[1], 'u32')
@@ -109,10 +75,7 @@ def compile_tcgen05(compiler, a, decode):
         def commit(X):
             T, lanes = X.tensor, one_a_cta(X, ins); ad = np.broadcast_to(g(X), X.T)[lanes]
             for cta, at in zip(X.cta[lanes].tolist(), ad.tolist()):
-                barrier = T.barriers.get((cta, at))
-                if barrier is None: raise SimError(f'arrival at what is no mbarrier at {ins}')
-                barrier.left -= 1; barrier.upto[barrier.phase] = int(T.issued[cta])
-                if barrier.left == 0: barrier.left = barrier.count; barrier.phase += 1
+                barrier = barrier_at(X, cta, at, ins); barrier.until(Products(T, cta, int(T.issued[cta]))); barrier.arrive(ins)
         return commit
     if kind in ('ld', 'st'): return compile_access(compiler, a, kind, ins)
     if kind == 'mma': return compile_product(compiler, a, decode, ins, name)
