@@ -136,7 +136,13 @@ def _argument(value: Any) -> Any:
 
 
 def launch(
-    source: str, kernel: str, grid: Sequence[int], block: int, args: Sequence[Any], shared_bytes: int = 0
+    source: str,
+    kernel: str,
+    grid: Sequence[int],
+    block: int,
+    args: Sequence[Any],
+    shared_bytes: int = 0,
+    device: int | None = None,
 ) -> None:
     """Launch `kernel` of `csrc/cuda/<source>.cu` on the current stream of the tensors' device.
 
@@ -148,25 +154,35 @@ def launch(
         args: in parameter order; a tensor passes its address, None a null pointer, int an int64, float a float,
             bool a bool.
         shared_bytes: dynamic shared memory of a block, up to 48 KB.
+        device: of the tensors, where addresses take their places in `args`.
     """
     grid = (*grid, 1, 1)[:3]
     if 0 in grid:
         return
     if shared_bytes > 48 * 1024:  # before a stand-in too, so that tests see what a GPU would refuse
         raise ValueError(f"{kernel}: got {shared_bytes} bytes of dynamic shared memory, expected at most 49152")
+    from . import _gpu, _plan
+
+    recorder, stand_in = _plan.recorder(), _gpu.standing()
+    if recorder is not None:
+        recorder.launch(
+            launch, (source, kernel, grid, block), ([*args], shared_bytes, recorder.device.index), {},
+            addresses=stand_in is None or stand_in.kind == "idle",
+        )  # fmt: skip
     if launcher is not None:
         launcher(source, kernel, grid, block, args, shared_bytes)
         return
     import torch
 
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device is None:
+        device = next(a.device.index for a in args if isinstance(a, torch.Tensor))
     with torch.cuda.device(device):
-        _enter(device.index)
+        _enter(device)
         stream = torch.cuda.current_stream().cuda_stream
         values = [_argument(a) for a in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         size = [ctypes.c_uint(n) for n in (*grid, block, 1, 1, shared_bytes)]
         status = _driver().cuLaunchKernel(
-            _function(source, kernel, device.index), *size, ctypes.c_void_p(stream), pointers, None
+            _function(source, kernel, device), *size, ctypes.c_void_p(stream), pointers, None
         )
     _check(status, f"launching {kernel} with grid {grid}, block {block}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
+from ..._plan import planned
 
 
 class Projector(NamedTuple):
@@ -151,6 +152,7 @@ def _check_indices(name: str, indices: Tensor, limit: int, what: str) -> None:
         raise ValueError(f"{name}: got values from {low} to {high}, expected 0 to {limit - 1} ({what})")
 
 
+@planned
 def pixel_shuffle_mlp(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], merge: int,
     grid: tuple[int, int] | None, skip: int, order: str, eps: float, tile_indices: Tensor | None, out: Tensor | None,
