@@ -109,7 +109,12 @@ def _device(stand_in: _gpu.StandIn | None) -> torch.device | None:
 
 
 def _describe(
-    values: Iterable[Any], device: torch.device, graded: bool, key: list[Any], tensors: list[Tensor], pointers: list[int]
+    values: Iterable[Any],
+    device: torch.device,
+    graded: bool,
+    key: list[Any],
+    tensors: list[Tensor],
+    pointers: list[int],
 ) -> bool:
     """Into `key` what a call depends on; False: it is not to be planned."""
     for value in values:
@@ -283,7 +288,9 @@ class Recorder(TorchDispatchMode):
             self._alias(result, self._ref(args[0]).value)
         elif function in _VIEWS:
             root = self.values[self._ref(args[0]).value].root
-            outputs = [self._add(t, root) for t in result] if isinstance(result, (list, tuple)) else self._add(result, root)
+            outputs = (
+                [self._add(t, root) for t in result] if isinstance(result, (list, tuple)) else self._add(result, root)
+            )
             self.steps.append(_Step(_VIEWS[function], self._refs(args), self._refs(kwargs), outputs, view=True))
         elif function in _CALLS:
             arguments, keywords = self._refs(args), self._refs(kwargs)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _gpu
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
@@ -145,7 +146,8 @@ _differentiable_into = differentiable(
 
 def _check_indices(name: str, indices: Tensor, limit: int, what: str) -> None:
     """On the CPU only: elsewhere it would wait for the device."""
-    if indices.device.type != "cpu" or torch.compiler.is_compiling() or indices.numel() == 0:
+    on_gpu = indices.device.type != "cpu" or _gpu.preferred()
+    if on_gpu or torch.compiler.is_compiling() or indices.numel() == 0:
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < 0 or high >= limit:
