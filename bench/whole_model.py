@@ -8,7 +8,8 @@
 Random weights at the released sizes. Plain and patched (with --compile, also the plain model under `torch.compile`) run
 in turns in one process; a row is printed only if the answers are close (of Flash, which is another model, none is
 compared). Prints Markdown tables: medians, and ratios
-over the patched model with their range. `--memory` measures growth of the resident set instead of time.
+over the patched model with their range. `--memory` measures bytes at their peak over the loaded model instead of time:
+`resident` of the process, `living` in torch's tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
@@ -31,6 +33,10 @@ from ivl_kernels.integrations._stages import stage_times
 from ivl_kernels.testing import MODELS, tiny
 
 SHAPE = MODELS["InternVL3.5-1B"]
+VISION = dict(
+    hidden_size=SHAPE.vision, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+    image_size=(448, 448), patch_size=(14, 14),
+)  # fmt: skip
 VOCABULARY = 151_936
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # root mean square, relative
 FEATURES = {"flash": False}
@@ -42,16 +48,12 @@ Seconds = dict[str, list[float]]
 def build(dtype: torch.dtype) -> Any:
     from transformers import InternVLForConditionalGeneration
 
-    vision = tiny.vision_config(
-        hidden_size=SHAPE.vision, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        image_size=(448, 448), patch_size=(14, 14),
-    )  # fmt: skip
     text = tiny.text_config(
         "qwen3", hidden_size=SHAPE.hidden, num_hidden_layers=SHAPE.layers, num_attention_heads=SHAPE.q_heads,
         num_key_value_heads=SHAPE.kv_heads, head_dim=SHAPE.head_dim, intermediate_size=SHAPE.intermediate,
         vocab_size=VOCABULARY, max_position_embeddings=40960, rope_theta=1e6,
     )  # fmt: skip
-    model = InternVLForConditionalGeneration(tiny.native_config(vision=vision, text=text))
+    model = InternVLForConditionalGeneration(tiny.native_config(vision=tiny.vision_config(**VISION), text=text))
     return tiny.randomize(model).to(dtype).eval().requires_grad_(False)
 
 
@@ -84,11 +86,16 @@ def in_turns(
                 handle.undo()
 
 
-def peak(run: Callable[[], None]) -> float:
-    """Bytes by which the resident set grew at most."""
-    before = _stages._reset_peak(False)
-    run()
-    return _stages._peak(False) - before
+def peak(run: Callable[[], None], what: str) -> float:
+    """Bytes by which the resident set, or the living tensors, grew at most."""
+    if what == "resident":
+        before = _stages._reset_peak(False)
+        run()
+        return _stages._peak(False) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
 
 
 def compiled(model: Any) -> Any:
@@ -114,7 +121,7 @@ def prefill(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace
             logits[name] = subject(**batch, logits_to_keep=1, use_cache=True).logits
 
         if args.memory:
-            return peak(forward)
+            return peak(forward, args.memory)
         stages = stage_times(subject, forward, CPU)
         print(f"<!-- {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in stages.items()) + " -->", flush=True)
         return sum(stages.values())
@@ -129,7 +136,7 @@ def prefill(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespace
     if wrong:
         return f"| {label} | answers differ: {wrong} |"
     if args.memory:
-        return row(f"peak memory, {label}", found, " MB", 2**-20)
+        return row(f"{args.memory} memory, {label}", found, " MB", 2**-20)
     return row(f"first token, {label}", found, " s", 1.0)
 
 
@@ -200,35 +207,43 @@ def training(model: Any, tiles: int, dtype: torch.dtype, args: argparse.Namespac
     model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(not args.frozen)
 
+    gradients = {}
+    layer = model.model.language_model.layers[0]
+    watched = (layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight)
+
+    def consume(parameter: torch.nn.Parameter) -> None:
+        if args.consumed and not any(parameter is w for w in watched):
+            parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(consume) for p in model.parameters() if p.requires_grad]
+
     def step() -> None:
-        model.zero_grad(set_to_none=True)
         model(**batch, use_cache=False).loss.backward()
 
-    gradients = {}
-
     def run(name: str) -> float:
+        model.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        value = peak(step) if args.memory else step() or time.perf_counter() - start
-        layer = model.model.language_model.layers[0]
-        gradients[name] = torch.cat(
-            [layer.mlp.up_proj.weight.grad.flatten(), layer.self_attn.q_proj.weight.grad.flatten()]
-        )
+        value = peak(step, args.memory) if args.memory else step() or time.perf_counter() - start
+        gradients[name] = torch.cat([w.grad.flatten() for w in watched])
         return value
 
     found: Seconds = {name: [] for name in ("plain", "patched")}
     for name, value in in_turns(model, args.rounds, ("plain", "patched"), run):
         found[name].append(value)
+    for hook in hooks:
+        hook.remove()
     error = float((gradients["patched"] - gradients["plain"]).norm() / gradients["plain"].norm())
-    label = f"training step, {tiles} tiles" + (", vision frozen" if args.frozen else "")
+    label = f"training step, {tiles} tiles" + ", vision frozen" * args.frozen + ", gradients consumed" * args.consumed
     if error > 10 * TOLERANCE[dtype]:
         return f"| {label} | gradients differ: {error:.1e} |"
-    return row(f"{label}, memory", found, " MB", 2**-20) if args.memory else row(label, found, " s", 1.0)
+    return row(f"{label}, {args.memory} memory", found, " MB", 2**-20) if args.memory else row(label, found, " s", 1.0)
 
 
 def row(label: str, found: Seconds, unit: str, scale: float) -> str:
     cells = [label]
     for name, values in found.items():
-        cells.append(f"{scale * median(values):.3g}{unit}")
+        middle = scale * median(values)
+        cells.append(f"{middle:,.0f}{unit}" if middle >= 100 else f"{middle:.3g}{unit}")
         if name == "patched":
             for other in found:
                 if other != name:
@@ -240,7 +255,7 @@ def row(label: str, found: Seconds, unit: str, scale: float) -> str:
 PARTS = {"prefill": prefill, "decode": decode, "training": training, "flash": flash}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1])
@@ -248,9 +263,10 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="also the plain model under torch.compile")
-    parser.add_argument("--memory", action="store_true", help="peak memory over the loaded model")
+    parser.add_argument("--memory", choices=["resident", "living"], help="bytes at their peak over the loaded model")
     parser.add_argument("--frozen", action="store_true", help="training: the vision transformer is frozen")
-    args = parser.parse_args()
+    parser.add_argument("--consumed", action="store_true", help="training: a gradient is freed as soon as it is there")
+    args = parser.parse_args(argv)
     found = environment()
     print(
         ", ".join(f"{key} {found[key]}" for key in ("device", "threads", "torch", "transformers", "allocator")) + "\n"

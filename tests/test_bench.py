@@ -1,11 +1,12 @@
 """The benchmark runner: a wrong result gets no speed-up, comparisons find regressions."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from bench import from_cases, report
+from bench import against, from_cases, layers, report, whole_model
 from bench.measure import Case, Work
 from bench.runner import run, write
 from ivl_kernels.testing.cases import Case as OpCase
@@ -104,3 +105,99 @@ def test_what_a_call_changes_is_restored():
 
     rows = run([timed(in_place, exact=True, mutates=("x",)), timed(in_place, exact=True)], quick=True)["rows"]
     assert [row["ok"] for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prefill"],
+        ["prefill", "--memory", "living"],
+        ["decode", "--past", "40"],
+        ["flash", "--tiles", "2"],
+        ["training"],
+        ["training", "--memory", "living", "--frozen", "--consumed"],
+    ],
+    ids=" ".join,
+)
+def test_whole_model(arguments, monkeypatch, capsys):
+    """Every part runs, at small sizes, and prints a row of its own."""
+    small = dict(vision=64, hidden=32, layers=2, q_heads=4, kv_heads=2, head_dim=16, intermediate=48)
+    monkeypatch.setattr(whole_model, "SHAPE", dataclasses.replace(whole_model.SHAPE, **small))
+    vision = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    monkeypatch.setattr(whole_model, "VISION", whole_model.VISION | vision)
+    monkeypatch.setattr(whole_model, "VOCABULARY", 300)
+    whole_model.main([*arguments, "--rounds", "1"])
+    row = capsys.readouterr().out.strip().splitlines()[-1]
+    assert row.count("|") == 5 and "differ" not in row, row
+
+
+def test_whole_model_prints_no_time_of_other_answers(monkeypatch):
+    monkeypatch.setattr(whole_model, "TOLERANCE", {torch.float32: 1e-4})
+    logits = torch.randn(1, 1, 8)
+    assert whole_model.differs(logits, logits) == ""
+    assert whole_model.differs(logits + 0.1, logits) and whole_model.differs(logits.flip(-1), logits)
+
+
+def test_peak_of_living_tensors():
+    def run():
+        a = torch.empty(1000, dtype=torch.float64)
+        del a
+        torch.empty(500, dtype=torch.float64)
+
+    assert whole_model.peak(run, "living") == pytest.approx(8000, abs=200)
+
+
+def test_launches_and_bytes_of_operators():
+    x = torch.randn(4, 8)
+    out = torch.empty(4, 4)
+    with layers.Counted() as counted:
+        y = x.view(8, 4).t()[:2] + 1.0
+        torch.mm(x, x.t(), out=out)
+        y.mul_(2.0)
+        torch.empty(5)
+    assert counted.launches == {"add": 1, "mm": 1, "mul_": 1}
+    assert counted.bytes == {"add": 4 * (16 + 16), "mm": 4 * (32 + 32 + 16), "mul_": 4 * (16 + 16)}
+
+
+def test_a_layer_of_ours_has_fewer_launches(monkeypatch):
+    small = dict(vision=64, hidden=64, q_heads=4, kv_heads=2, head_dim=16, intermediate=96)
+    monkeypatch.setattr(layers, "SHAPE", dataclasses.replace(whole_model.SHAPE, **small))
+    vision = dict(hidden_size=64, num_attention_heads=4, intermediate_size=96)
+    monkeypatch.setattr(layers, "VISION", whole_model.VISION | vision)
+    found = layers.layers("patched", 20), layers.layers("eager", 20)
+    ours, plain = ({k: sum(n for n, _ in cost.values()) for k, cost in each.items()} for each in found)
+    assert ours == {k: 14 for k in plain} and all(ours[k] <= plain[k] for k in plain)
+    patched = found[0]["language layer, 1 x 20 tokens"]
+    assert patched["norm_kernel"][0] == 2 and patched["v2pe_rope_kernel"][0] == patched["mlp_active_kernel"][0] == 1
+
+
+class FakeSide:
+    """Answers as a side does, without a process."""
+
+    def __init__(self, bits, seconds, titles=("op: a", "op: b")):
+        self.bits, self.seconds, self.titles = bits, seconds, titles
+
+    def ask(self, kind, *rest):
+        if kind == "titles":
+            return dict.fromkeys(self.titles, False)
+        return (self.bits, self.seconds) if kind == "choose" else self.seconds
+
+
+def test_against_another_commit():
+    sides = [FakeSide("x", 0.2), FakeSide("y", 0.1, ("op: a",))]
+    found = dict(against.rows(sides, "", ["float32"], 3, 0.97))
+    assert found["op: a, float32"] == {"here": 0.2, "there": 0.1, "ratio": 0.5, "equal": False}
+    assert found["op: b, float32"] == "not there"
+
+
+def test_the_process_of_a_side():
+    side = against.Side(against.ROOT)
+    try:
+        title = next(t for t in side.ask("titles") if t.startswith("moe_routing"))
+        assert side.ask("choose", title, "float32", True)[0] == side.ask("choose", title, "float32", True)[0]
+        assert side.ask("choose", title, "float32", False)[0] != side.ask("choose", title, "bfloat16", False)[0]
+        assert side.ask("sample", 2) > 0
+        with pytest.raises(RuntimeError, match="KeyError"):
+            side.ask("choose", "no such case", "float32", False)
+    finally:
+        side.close()

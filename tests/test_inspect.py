@@ -89,8 +89,8 @@ def test_no_more_than_liger(op, counted):
             continue  # three tf32 products for each of theirs, for float32's accuracy
         assert ours["requested_bytes"] <= liger["requested_bytes"], ours["shape"]
         assert ours["unique_bytes"] <= liger["unique_bytes"], ours["shape"]
-        # At decode in float32 the angles and 64-bit offsets count for more than where an element costs more to rotate.
-        if "tokens 3" not in ours["shape"] or ours["dtype"] == "bf16":
+        # In float32 a program a token, that of few tokens with wide heads, spends more on angles and 64-bit offsets.
+        if ours["dtype"] == "bf16" or "InternVL3.5-8B" not in ours["shape"]:
             assert ours["instructions"] <= liger["instructions"], ours["shape"]
 
 

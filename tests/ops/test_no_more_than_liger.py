@@ -23,10 +23,10 @@ GATED = [(8, 3072), (6, 4096), (5, 1000), (2, 12288)]
 # At most so many times Liger's bytes and instructions: forward, and forward with backward.
 LIMITS = {
     ("rms", False): (1, 1),
-    ("layer", False): (1, 1.25),
+    ("layer", False): (1, 1.1),
     ("swiglu", False): (1, 1),
-    ("rms", True): (1.07, 1.4),
-    ("layer", True): (1.09, 1.7),
+    ("rms", True): (1.07, 1.3),
+    ("layer", True): (1.09, 1.55),
     ("swiglu", True): (9 / 8, 1.08),
 }
 

@@ -1,6 +1,7 @@
 """The rotary kernel against transformers' functions, float64 truth, and the counters of the GPU simulator."""
 
 import importlib
+import math
 from contextlib import nullcontext
 from unittest import mock
 
@@ -169,7 +170,8 @@ def test_accurate(
     true = truth(q, k, *exact, *weights)
     turn = (lambda x: x.transpose(1, 2)) if heads_dim == 2 else (lambda x: x)
     kernels = importlib.import_module("ivl_kernels.ops.v2pe_rope.triton") if backend == "triton" else None
-    with poisoned(), mock.patch.object(kernels, "FEW", 64 if few else 0) if kernels else nullcontext():
+    chosen = kernels and (kernels.few_config if few else lambda *sizes: None)
+    with poisoned(), mock.patch.object(kernels, "few_config", chosen) if kernels else nullcontext():
         got = v2pe_rope(
             turn(q), turn(k), **angles, q_weight=weights[0], k_weight=weights[1], eps=EPS, heads_dim=heads_dim,
             rounding=rounding, backend=backend,
@@ -482,15 +484,33 @@ def _angles(table):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("table, loads", [(True, 84_000), (False, 82_500)])
+@pytest.mark.parametrize("table, loads", [(True, 86_100), (False, 87_100)])
 def test_gpu_traffic(table, loads, grad):
     report = _counted(**_angles(table), grad=grad)
+    assert _warps(report) >= 4 * 132  # of each multiprocessor of an H100
     assert report.global_load_sectors <= loads
     assert report.global_store_sectors == 81_920  # q and k once
-    assert report.store_efficiency == 1 and report.load_efficiency > 0.99
+    assert report.store_efficiency == 1 and report.load_efficiency > 0.985
     assert report.bank_conflicts == 0
     if table:
-        assert sum(report.instructions.values()) <= 0.8 * 256_000
+        assert sum(report.instructions.values()) <= 1.14 * 256_000  # Liger-Kernel's, in half as many programs
+
+
+def _warps(report):
+    return math.prod(report.grid) * report.block[0] // 32
+
+
+@pytest.mark.parametrize("norm, limit", [(False, 5.1), (True, 12.0)])
+@pytest.mark.parametrize("batch", [1, 64, 65, 130])
+def test_a_token_costs_the_same_in_any_batch(batch, norm, limit):
+    """Warp instructions for 32 elements."""
+    q, k = torch.randn(batch, 32, 1, 128).bfloat16(), torch.randn(batch, 8, 1, 128).bfloat16()
+    w = torch.ones(128, dtype=torch.bfloat16) if norm else None
+    inv_freq, _ = rope_frequencies(128, 1e6)
+    with simulated_gpu() as log:
+        v2pe_rope(q, k, torch.full((batch, 1), 3.0), inv_freq, q_weight=w, k_weight=w, backend="triton")
+    (report,) = log
+    assert report.warp_instructions * 32 <= limit * (q.numel() + k.numel())
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -498,7 +518,7 @@ def test_gpu_norm_is_no_further_pass(grad):
     w = torch.ones(128, dtype=torch.bfloat16)
     report = _counted(**_angles(True), q_weight=w, k_weight=w, grad=grad)
     passes = 2 if grad else 1  # the backward reads the gradients and the inputs
-    weights = 1_024
-    assert report.global_load_sectors <= 81_920 * passes + 2_048 + weights
+    angles, weights = (2_048, 1_024) if grad else (4_096, 8_192)
+    assert report.global_load_sectors <= 81_920 * passes + angles + weights
     if not grad:
         assert report.global_store_sectors == 81_920

@@ -24,11 +24,21 @@ def _through(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _normalised(s, mask, eps, WIDTH: tl.constexpr, CENTER: tl.constexpr):
-    """s [BLOCK] normalised, zero outside the mask, and one over its standard deviation."""
+    """s [BLOCK], zero outside the mask, normalised, and one over its standard deviation. Anything outside the mask."""
     if CENTER:
-        s = tl.where(mask, s - tl.sum(s, 0) / WIDTH, 0.0)
-        s = tl.where(mask, s - tl.sum(s, 0) / WIDTH, 0.0)  # what rounding left of the mean
+        s -= tl.sum(s, 0) / WIDTH
+        if s.shape[0] > WIDTH:
+            s = tl.where(mask, s, 0.0)
+        rest, squares = tl.reduce((s, s * s), 0, _add_both)
+        rest /= WIDTH  # what rounding left of the mean
+        rstd = 1.0 / tl.sqrt_rn(squares / WIDTH - rest * rest + eps)
+        return s * rstd - rest * rstd, rstd
     rstd = 1.0 / tl.sqrt_rn(tl.sum(s * s, 0) / WIDTH + eps)
     return s * rstd, rstd
 
@@ -99,10 +109,11 @@ def norm_backward_kernel(
         if BIAS:
             dbias += g
         g = g * w
-        d = g - n * (tl.sum(g * n, 0) / WIDTH)
         if CENTER:
-            d = d - tl.sum(g, 0) / WIDTH
-        d = d * rstd
+            along, offset = tl.reduce((g * n, g), 0, _add_both)
+            d = (g - n * (along / WIDTH) - offset / WIDTH) * rstd
+        else:
+            d = (g - n * (tl.sum(g * n, 0) / WIDTH)) * rstd
         if grad_total is not None:
             d = d + tl.load(grad_total + r * grad_total_row + i, mask, 0.0).to(tl.float32)
         tl.store(ds + r * WIDTH + i, d.to(dtype), mask)
@@ -162,9 +173,10 @@ def norm(a: Norm) -> Normed:
     rows, width = x.shape
     if rows:
         options = config(rows, width)
+        fusion = a.layer_scale is None  # else s has the bits of a product and a sum
         norm_kernel[(cdiv(rows, options["ROWS"]),)](
             x, residual, *vectors, *result, rows, x.stride(0), _row_stride(residual), a.eps, WIDTH=width,
-            CENTER=a.center, ROUND=a.round, **options, enable_fp_fusion=False,
+            CENTER=a.center, ROUND=a.round, **options, enable_fp_fusion=fusion,
         )  # fmt: skip
     return result
 
@@ -182,7 +194,7 @@ def norm_backward(b: NormBackward) -> Gradients:
         norm_backward_kernel[(programs,)](
             grad, grad_total, total, x, layer_scale, b.weight.contiguous(), ds, dx, partial, rows, grad.stride(0),
             _row_stride(grad_total), total.stride(0), _row_stride(x), b.eps, WIDTH=width, CENTER=b.center,
-            BIAS=b.bias, **options, enable_fp_fusion=False,
+            BIAS=b.bias, **options, enable_fp_fusion=True,
         )  # fmt: skip
     wanted = (True, b.bias, x is not None)
     dweight, dbias, dscale = (partial[:, k].sum(0) if wanted[k] else partial.new_empty(0) for k in range(3))

@@ -73,7 +73,7 @@ def _store_sums(base, sums, heads, first, width, HEADS: tl.constexpr, CHUNK: tl.
 @triton.jit
 def tile_router_pool_kernel(
     z, u, sums, largest, denominator, rows, width, tile_stride, row_stride, query_stride, heads, split_rows,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows [split * split_rows, ...) of one tile: every element of z is loaded once and used for scores and sums."""
@@ -96,10 +96,10 @@ def tile_router_pool_kernel(
     if CHUNKS > 3:
         sums3 = tl.zeros((HEADS, CHUNK), tl.float32)
         u3 = _hold_queries(u, heads, 3 * CHUNK, width, HEADS, CHUNK)
-    for n0 in range(first, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+    for n0 in range(first, last, BN):
+        n = n0 + tl.arange(0, BN)
         inside = n < last
-        parts = tl.zeros((SPLIT, HEADS, BLOCK_N), tl.float32)
+        parts = tl.zeros((SPLIT, HEADS, BN), tl.float32)
         z0 = _load_rows(z, n, inside, row_stride, 0, width, CHUNK)
         if CHUNKS > 1:
             z1 = _load_rows(z, n, inside, row_stride, CHUNK, width, CHUNK)
@@ -107,13 +107,13 @@ def tile_router_pool_kernel(
             z2 = _load_rows(z, n, inside, row_stride, 2 * CHUNK, width, CHUNK)
         if CHUNKS > 3:
             z3 = _load_rows(z, n, inside, row_stride, 3 * CHUNK, width, CHUNK)
-        parts = _split_score(parts, u0, z0, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
+        parts = _split_score(parts, u0, z0, SPLIT, HEADS, BN, CHUNK, PRECISION)
         if CHUNKS > 1:
-            parts = _split_score(parts, u1, z1, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
+            parts = _split_score(parts, u1, z1, SPLIT, HEADS, BN, CHUNK, PRECISION)
         if CHUNKS > 2:
-            parts = _split_score(parts, u2, z2, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
+            parts = _split_score(parts, u2, z2, SPLIT, HEADS, BN, CHUNK, PRECISION)
         if CHUNKS > 3:
-            parts = _split_score(parts, u3, z3, SPLIT, HEADS, BLOCK_N, CHUNK, PRECISION)
+            parts = _split_score(parts, u3, z3, SPLIT, HEADS, BN, CHUNK, PRECISION)
         scores = tl.where(inside[None, :], tl.sum(parts, 0), -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp(top - new_top)
@@ -178,18 +178,18 @@ def tile_router_combine_kernel(
 @triton.jit
 def tile_router_scores_kernel(
     z, u, grad, scores, slopes, rows, width, tile_stride, row_stride, query_stride, heads, part_width,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores, slopes [parts, T, heads, rows] = z u, z grad over `part_width` channels a part; grad may be None."""
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     z += t * tile_stride
     u += t * query_stride
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = block * BN + tl.arange(0, BN)
     inside = n < rows
-    total = tl.zeros((HEADS, BLOCK_N), tl.float32)
+    total = tl.zeros((HEADS, BN), tl.float32)
     if grad is not None:
         grad += t * heads * width
-        slope = tl.zeros((HEADS, BLOCK_N), tl.float32)
+        slope = tl.zeros((HEADS, BN), tl.float32)
     last = tl.minimum((part + 1) * part_width, width)
     for c0 in range(part * part_width, last, CHUNK):
         x = _load_rows(z, n, inside, row_stride, c0, last, CHUNK)
@@ -243,7 +243,7 @@ def tile_router_weights_kernel(scores, slopes, lse, delta, rows, parts, part_str
 @triton.jit
 def tile_router_weighted_sum_kernel(
     z, weight, sums, rows, width, tile_stride, row_stride, heads, split_rows,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums [T, splits, heads, width] = weight [T, heads, rows] z over a split's rows; a program owns CHUNK channels."""
     block, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -252,8 +252,8 @@ def tile_router_weighted_sum_kernel(
     h = tl.arange(0, HEADS)
     total = tl.zeros((HEADS, CHUNK), tl.float32)
     last = tl.minimum((split + 1) * split_rows, rows)
-    for n0 in range(split * split_rows, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+    for n0 in range(split * split_rows, last, BN):
+        n = n0 + tl.arange(0, BN)
         inside = n < last
         w = tl.load(weight + h[:, None] * rows + n[None, :], mask=(h[:, None] < heads) & inside[None, :], other=0.0)
         x = _load_rows(z, n, inside, row_stride, block * CHUNK, width, CHUNK)
@@ -278,7 +278,7 @@ def pool_config(rows: int, width: int, tiles: int) -> dict[str, int]:
     warps = 8 if width > CHUNK else 4
     return {
         "split_rows": cdiv(cdiv(rows, splits), 16) * 16,
-        "BLOCK_N": 16,
+        "BN": 16,
         "CHUNK": chunk,
         "CHUNKS": cdiv(width, chunk),
         "SPLIT": min(warps, chunk // 16),
@@ -295,7 +295,7 @@ def scores_config(rows: int, width: int, tiles: int, itemsize: int, target: int)
     parts = max(1, min(128 // (cdiv(rows, block) * tiles), width // 512))
     return {
         "part_width": cdiv(cdiv(width, parts), chunk) * chunk,
-        "BLOCK_N": block,
+        "BN": block,
         "CHUNK": chunk,
         "num_warps": 8 if block > 128 else 4,
         "num_stages": 3 if target else 2,
@@ -308,7 +308,7 @@ def sum_config(rows: int, width: int, tiles: int, itemsize: int, target: int) ->
     splits = max(1, min(128 // (cdiv(width, chunk) * tiles), rows // 128))
     return {
         "split_rows": cdiv(cdiv(rows, splits), 32) * 32,
-        "BLOCK_N": 32,
+        "BN": 32,
         "CHUNK": chunk,
         "num_warps": 8 if target and chunk > 128 else 4,
         "num_stages": 3 if target else 2,
@@ -330,7 +330,7 @@ def _weights(z: Tensor, u: Tensor, lse: Tensor, grad: Tensor | None, delta: Tens
     parts = cdiv(width, config["part_width"])
     scores = u.new_empty(parts, tiles, heads, rows)
     slopes = None if grad is None else torch.empty_like(scores)
-    tile_router_scores_kernel[cdiv(rows, config["BLOCK_N"]), parts, tiles](
+    tile_router_scores_kernel[cdiv(rows, config["BN"]), parts, tiles](
         z, u, grad, scores, slopes, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
         HEADS=_head_block(heads), PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip

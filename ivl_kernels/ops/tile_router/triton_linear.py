@@ -15,22 +15,22 @@ from .op import FewRows, FewRowsTransposed
 @triton.jit
 def linear_tile(
     x, w, bias, out, group, block, split, m0, rows, each, width, stride, outputs, split_width, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr = 1, GELU: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of out [splits, rows, outputs]: x [PARTS, rows, groups, width], summed over parts, times rows of w."""
     groups = outputs // each
-    inside = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = block * BN + tl.arange(0, BN)
     n = group * each + inside
     n_mask = inside < each
-    m = m0 + tl.arange(0, BLOCK_M)
+    m = m0 + tl.arange(0, BM)
     m_mask = m < rows
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     last = tl.minimum((split + 1) * split_width, width)
     x_rows = x + (m[:, None].to(tl.int64) * groups + group) * width
     w_rows = w + n[None, :].to(tl.int64) * stride
-    for k0 in range(split * split_width, last, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
+    for k0 in range(split * split_width, last, BK):
+        k = k0 + tl.arange(0, BK)
         a = _sum_of_parts(x_rows + k[None, :], m_mask[:, None] & (k[None, :] < width), rows * groups * width, PARTS)
         b = tl.load(w_rows + k[:, None], mask=n_mask[None, :] & (k[:, None] < width), other=0.0)
         total = tl.dot(a, b.to(tl.float32), total, input_precision=PRECISION)
@@ -56,18 +56,18 @@ def _sum_of_parts(place, mask, part, PARTS: tl.constexpr):
 @triton.jit
 def transposed_tile(
     x, w, out, group, block, m0, rows, each, width, stride, groups,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """One tile of out [rows, groups, width]: x [PARTS, rows, groups, each], summed, times the blocks of w's rows."""
-    c = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = block * BN + tl.arange(0, BN)
     c_mask = c < width
-    m = m0 + tl.arange(0, BLOCK_M)
+    m = m0 + tl.arange(0, BM)
     m_mask = m < rows
     row = m[:, None].to(tl.int64) * groups + group
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for d0 in range(0, each, BLOCK_K):
-        d = d0 + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BM, BN), tl.float32)
+    for d0 in range(0, each, BK):
+        d = d0 + tl.arange(0, BK)
         mask = m_mask[:, None] & (d[None, :] < each)
         a = _sum_of_parts(x + row * each + d[None, :], mask, rows * groups * each, PARTS)
         place = w + (group * each + d[:, None]).to(tl.int64) * stride + c[None, :]
@@ -80,12 +80,12 @@ def transposed_tile(
 @triton.jit
 def tile_router_linear_kernel(
     x, w, bias, out, rows, each, width, stride, outputs, blocks, split_width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid, split, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
+    pid, split, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BM
     linear_tile(
         x, w, bias, out, pid // blocks, pid % blocks, split, m0, rows, each, width, stride, outputs, split_width, None,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        BM, BN, BK, PRECISION,
     )  # fmt: skip
 
 
@@ -93,12 +93,12 @@ def tile_router_linear_kernel(
 @triton.jit
 def tile_router_linear_transposed_kernel(
     x, w, out, rows, each, width, stride, groups,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    group, m0 = tl.program_id(1), tl.program_id(2) * BLOCK_M
+    group, m0 = tl.program_id(1), tl.program_id(2) * BM
     transposed_tile(
         x, w, out, group, tl.program_id(0), m0, rows, each, width, stride, groups,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        BM, BN, BK, PRECISION,
     )  # fmt: skip
 
 
@@ -122,9 +122,9 @@ def linear_config(rows: int, groups: int, each: int, width: int) -> dict[str, in
     return {
         "blocks": blocks,
         "split_width": cdiv(cdiv(width, splits), block_k) * block_k,
-        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
+        "BM": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "BN": block_n,
+        "BK": block_k,
         "num_warps": 4,
         "num_stages": 3,
     }
@@ -139,7 +139,7 @@ def few_rows_linear(a: FewRows) -> Tensor:
     splits = cdiv(width, config["split_width"])
     out = x.new_empty(splits, rows, outputs)
     if rows:
-        tile_router_linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BLOCK_M"])](
+        tile_router_linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BM"])](
             x, w, bias, out, rows, each, width, w.stride(0), outputs, PRECISION=precision(w.dtype),
             enable_fp_fusion=True, **config,
         )  # fmt: skip
@@ -150,9 +150,9 @@ def transposed_config(rows: int, each: int, itemsize: int) -> dict[str, int]:
     """Launch of `tile_router_linear_transposed_kernel`; fewer warps or longer steps spill."""
     depth = 32 if rows > 32 and itemsize == 4 else 64
     return {
-        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-        "BLOCK_N": 64,
-        "BLOCK_K": min(depth, max(16, next_power_of_2(each))),
+        "BM": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "BN": 64,
+        "BK": min(depth, max(16, next_power_of_2(each))),
         "num_warps": 4 if rows <= 16 else 8,
         "num_stages": 2,
     }
@@ -164,7 +164,7 @@ def few_rows_linear_transposed(a: FewRowsTransposed) -> Tensor:
     out = x.new_empty(rows, groups, width)
     config = transposed_config(rows, each, w.element_size())
     if rows:
-        tile_router_linear_transposed_kernel[cdiv(width, config["BLOCK_N"]), groups, cdiv(rows, config["BLOCK_M"])](
+        tile_router_linear_transposed_kernel[cdiv(width, config["BN"]), groups, cdiv(rows, config["BM"])](
             x, w, out, rows, each, width, w.stride(0), groups, PRECISION=precision(w.dtype), enable_fp_fusion=True,
             **config,
         )  # fmt: skip

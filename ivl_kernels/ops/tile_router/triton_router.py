@@ -37,17 +37,17 @@ def _barrier(counter, arrivals):
 @triton.jit
 def _linear(
     x, w, bias, out, rows, each, width, stride, outputs, scale, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [SPLITS, rows, outputs] as by `tile_router_linear_kernel`."""
-    blocks, columns = tl.cdiv(rows, BLOCK_M), tl.cdiv(each, BLOCK_N)
-    split_width = tl.cdiv(tl.cdiv(width, SPLITS), BLOCK_K) * BLOCK_K
+    blocks, columns = tl.cdiv(rows, BM), tl.cdiv(each, BN)
+    split_width = tl.cdiv(tl.cdiv(width, SPLITS), BK) * BK
     for item in range(tl.program_id(0), outputs // each * columns * SPLITS * blocks, tl.num_programs(0)):
         rest = item // blocks
         split, column = rest % SPLITS, rest // SPLITS
         linear_tile(
-            x, w, bias, out, column // columns, column % columns, split, item % blocks * BLOCK_M, rows, each, width,
-            stride, outputs, split_width, scale, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, PARTS, GELU,
+            x, w, bias, out, column // columns, column % columns, split, item % blocks * BM, rows, each, width,
+            stride, outputs, split_width, scale, BM, BN, BK, PRECISION, PARTS, GELU,
         )  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def tile_router_attend_kernel(
     sums, largest, denominator, pooled, value, attended, y, query, u,
     in_weight, in_bias, out_weight, out_bias, norm_weight, norm_bias, next_weight, next_bias,
     counters, slot, tiles, splits, width, each, eps, scale,
-    HEADS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From a pooling to the queries of the next: y = LayerNorm(W_o W_v pooled), u = W_k^T W_q y.
 
@@ -106,13 +106,13 @@ def tile_router_attend_kernel(
         w_v = in_weight + 2 * width * width
         _linear(
             rows, w_v, in_bias + 2 * width, value, tiles, each, width, width, width, None, PARTS, 1, False,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            BM, BN, BK, PRECISION,
         )  # fmt: skip
         _barrier(counter, arrivals)
         arrivals += programs
         _linear(
             value, out_weight, out_bias, attended, tiles, width, width, width, width, None, PARTS, PARTS, False,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            BM, BN, BK, PRECISION,
         )  # fmt: skip
         _barrier(counter, arrivals)
         arrivals += programs
@@ -123,35 +123,35 @@ def tile_router_attend_kernel(
     if next_weight is not None:
         _linear(
             y, next_weight, next_bias, query, tiles, width, width, width, width, scale, PARTS, 1, False,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            BM, BN, BK, PRECISION,
         )  # fmt: skip
         _barrier(counter, arrivals)
-        blocks, columns = tl.cdiv(tiles, BLOCK_M), tl.cdiv(width, 64)
+        blocks, columns = tl.cdiv(tiles, BM), tl.cdiv(width, 64)
         w_k = next_weight + width * width
         for item in range(tl.program_id(0), HEADS * columns * blocks, programs):
             rest = item // blocks
             transposed_tile(
-                query, w_k, u, rest // columns, rest % columns, item % blocks * BLOCK_M, tiles, each, width,
-                width, HEADS, BLOCK_M, 64, BLOCK_D, PRECISION, PARTS,
+                query, w_k, u, rest // columns, rest % columns, item % blocks * BM, tiles, each, width,
+                width, HEADS, BM, 64, BD, PRECISION, PARTS,
             )  # fmt: skip
 
 
 @triton.jit
 def _block(
     y, inner, outer, weight_in, bias_in, weight_out, bias_out, norm_weight, norm_bias, counter, arrivals,
-    tiles, width, inner_width, eps, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    tiles, width, inner_width, eps, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y += LayerNorm(W_out GELU(W_in y)), with contiguous weights; y is complete when all programs are done."""
     programs = tl.num_programs(0)
     _linear(
         y, weight_in, bias_in, inner, tiles, inner_width, width, width, inner_width, None, 1, 1, True,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        BM, BN, BK, PRECISION,
     )  # fmt: skip
     _barrier(counter, arrivals)
     _linear(
         inner, weight_out, bias_out, outer, tiles, width, inner_width, inner_width, width, None, PARTS, 1, False,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        BM, BN, BK, PRECISION,
     )  # fmt: skip
     _barrier(counter, arrivals + programs)
     _norm(outer, y, norm_weight, norm_bias, y, tiles, width, eps, PARTS, BLOCK)
@@ -167,7 +167,7 @@ def tile_router_gate_kernel(
     weight_in3, bias_in3, weight_out3, bias_out3, norm_weight3, norm_bias3,
     norm_weight, norm_bias, weight, bias,
     counters, slot, tiles, width, inner_width0, inner_width1, inner_width2, inner_width3, eps,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Up to four blocks on y [tiles, width], and the gate when weight is not None; programs weights are contiguous."""
@@ -177,28 +177,28 @@ def tile_router_gate_kernel(
     if weight_in0 is not None:
         _block(
             y, inner, outer, weight_in0, bias_in0, weight_out0, bias_out0, norm_weight0, norm_bias0, counter, arrivals,
-            tiles, width, inner_width0, eps, BLOCK, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+            tiles, width, inner_width0, eps, BLOCK, BM, BN, BK, PARTS, PRECISION,
         )  # fmt: skip
     if weight_in1 is not None:
         _barrier(counter, arrivals + 2 * programs)
         arrivals += 3 * programs
         _block(
             y, inner, outer, weight_in1, bias_in1, weight_out1, bias_out1, norm_weight1, norm_bias1, counter, arrivals,
-            tiles, width, inner_width1, eps, BLOCK, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+            tiles, width, inner_width1, eps, BLOCK, BM, BN, BK, PARTS, PRECISION,
         )  # fmt: skip
     if weight_in2 is not None:
         _barrier(counter, arrivals + 2 * programs)
         arrivals += 3 * programs
         _block(
             y, inner, outer, weight_in2, bias_in2, weight_out2, bias_out2, norm_weight2, norm_bias2, counter, arrivals,
-            tiles, width, inner_width2, eps, BLOCK, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+            tiles, width, inner_width2, eps, BLOCK, BM, BN, BK, PARTS, PRECISION,
         )  # fmt: skip
     if weight_in3 is not None:
         _barrier(counter, arrivals + 2 * programs)
         arrivals += 3 * programs
         _block(
             y, inner, outer, weight_in3, bias_in3, weight_out3, bias_out3, norm_weight3, norm_bias3, counter, arrivals,
-            tiles, width, inner_width3, eps, BLOCK, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+            tiles, width, inner_width3, eps, BLOCK, BM, BN, BK, PARTS, PRECISION,
         )  # fmt: skip
     if weight is not None:
         tl.debug_barrier()  # a row of y is read by the program that wrote it
@@ -230,9 +230,9 @@ def _programs(device: torch.device) -> int:
 def config(width: int, each: int) -> dict[str, Any]:
     return {
         "BLOCK": max(1024, next_power_of_2(width)),  # so that no warp has what another has
-        "BLOCK_M": 16,
-        "BLOCK_N": 32 if each >= 32 else 16,
-        "BLOCK_K": min(64, max(16, next_power_of_2(width))),
+        "BM": 16,
+        "BN": 32 if each >= 32 else 16,
+        "BK": min(64, max(16, next_power_of_2(width))),
         "PARTS": PARTS if width >= 64 * PARTS else 1,
         "num_warps": 8,
         "num_stages": 3,
@@ -254,7 +254,7 @@ def tile_router(a: Route) -> Routed:
     grid = (_programs(z.device),)
     parts = options["PARTS"]
     query = a.query.contiguous()
-    attends = dict(HEADS=heads, BLOCK_D=min(128 // z.element_size(), max(16, next_power_of_2(each))))
+    attends = dict(HEADS=heads, BD=min(128 // z.element_size(), max(16, next_power_of_2(each))))
     launches = 5 + max(1, cdiv(len(blocks), 4))
     counters = torch.zeros(launches, dtype=torch.int32, device=z.device)
     empty = logits.new_empty

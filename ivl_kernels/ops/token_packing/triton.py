@@ -13,7 +13,7 @@ from .packed import check_counts
 
 @Kernel
 @triton.jit
-def _move_rows(
+def place_rows_kernel(
     grid, rows, positions, columns, batch_stride, token_stride, width, TAKE: tl.constexpr, BLOCK: tl.constexpr
 ):
     m = tl.program_id(0).to(tl.int64)
@@ -35,7 +35,7 @@ def _launch(embeds: Tensor, positions: Tensor, rows: Tensor, take: bool) -> None
     strides = (embeds.shape[1], embeds.stride(0), embeds.stride(1))
     warps = max(1, min(4, block * embeds.element_size() // 512))
     grid = (count, cdiv(width, block))
-    _move_rows[grid](embeds, rows, positions, *strides, width, TAKE=take, BLOCK=block, num_warps=warps)
+    place_rows_kernel[grid](embeds, rows, positions, *strides, width, TAKE=take, BLOCK=block, num_warps=warps)
 
 
 def _positions(input_ids: Tensor, token_id: int, rows: int) -> Tensor:

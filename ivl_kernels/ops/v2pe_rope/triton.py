@@ -171,7 +171,9 @@ def _heads(
             if REST > 0:
                 rest = rest.to(tl.float32)
                 total += tl.sum(rest * rest, 1)
-            rstd = (1.0 / tl.sqrt_rn(total / DIM + eps))[:, None]
+            # The bits of the division and the sum, in one instruction where nothing is rounded between.
+            mean = tl.fma(total, 1.0 / DIM, eps) if DIM & (DIM - 1) == 0 else total / DIM + eps
+            rstd = (1.0 / tl.sqrt_rn(mean))[:, None]
             a, b_ = a * rstd, b_ * rstd
             if ROUND:
                 a, b_ = _times(a.to(dtype), weight_a, PACKED), _times(b_.to(dtype), weight_b, PACKED)
@@ -200,13 +202,19 @@ def v2pe_rope_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     REST: tl.constexpr, REST_BLOCK: tl.constexpr, TOKENS: tl.constexpr, TABLE: tl.constexpr,
     NORM: tl.constexpr, ROUND: tl.constexpr, INVERSE: tl.constexpr, PACKED: tl.constexpr, Q_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (token block, batch row).
+    """Program (token block, batch row, group of heads).
 
-    Q_BLOCK > 0, for few tokens: program (token, batch row), that many heads at a time, so that its threads share the
-    work of the angles.
+    Q_BLOCK > 0, for few tokens: program (token, batch row, group), that many heads at a time, so that its threads share
+    the work of the angles.
     """
+    Q_EACH: tl.constexpr = (Q_HEADS + GROUPS - 1) // GROUPS
+    K_EACH: tl.constexpr = (K_HEADS + GROUPS - 1) // GROUPS
+    group = tl.program_id(2) if GROUPS > 1 else 0
+    q_first, k_first = group * Q_EACH, group * K_EACH
+    q_end = tl.minimum(q_first + Q_EACH, Q_HEADS) if GROUPS > 1 else Q_HEADS
+    k_end = tl.minimum(k_first + K_EACH, K_HEADS) if GROUPS > 1 else K_HEADS
     b = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK)
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -219,28 +227,28 @@ def v2pe_rope_kernel(
         # Heads take the place of tokens: rows of the tile are heads, and the loop has one turn.
         t = tl.program_id(0)
         h = tl.arange(0, Q_BLOCK)
-        for done in tl.static_range(0, Q_HEADS, Q_BLOCK):
-            skip = tl.full((), done, tl.int64)
+        for done in tl.static_range(0, Q_EACH, Q_BLOCK):
+            skip = tl.full((), done, tl.int64) + q_first
             _heads(
                 q + skip * q_head, q_out + skip * qo_head, q_weight, cos, sin, t, t + 1,
                 q_batch, q_token, q_head, qo_batch, qo_token, qo_head, b, h,
-                h < Q_HEADS - done, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
+                h < q_end - q_first - done, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
             )  # fmt: skip
         h = tl.arange(0, K_BLOCK)
-        for done in tl.static_range(0, K_HEADS, K_BLOCK):
-            skip = tl.full((), done, tl.int64)
+        for done in tl.static_range(0, K_EACH, K_BLOCK):
+            skip = tl.full((), done, tl.int64) + k_first
             _heads(
                 k + skip * k_head, k_out + skip * ko_head, k_weight, cos, sin, t, t + 1,
                 k_batch, k_token, k_head, ko_batch, ko_token, ko_head, b, h,
-                h < K_HEADS - done, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
+                h < k_end - k_first - done, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
             )  # fmt: skip
     else:
         _heads(
-            q, q_out, q_weight, cos, sin, 0, Q_HEADS, q_batch, q_head, q_token, qo_batch, qo_head, qo_token, b, n,
+            q, q_out, q_weight, cos, sin, q_first, q_end, q_batch, q_head, q_token, qo_batch, qo_head, qo_token, b, n,
             inside, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
         )  # fmt: skip
         _heads(
-            k, k_out, k_weight, cos, sin, 0, K_HEADS, k_batch, k_head, k_token, ko_batch, ko_head, ko_token, b, n,
+            k, k_out, k_weight, cos, sin, k_first, k_end, k_batch, k_head, k_token, ko_batch, ko_head, ko_token, b, n,
             inside, eps, DIM, HALF, BLOCK, REST, REST_BLOCK, NORM, ROUND, PACKED, TABLE,
         )  # fmt: skip
 
@@ -340,17 +348,25 @@ def config(batch: int, tokens: int, half: int) -> dict[str, int]:
     return dict(TOKENS=max(1, 256 // next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
 
 
-FEW = 64  # tokens
+FEW = 64  # tokens of a batch row
 
 
-def few_config(half: int, q_heads: int, kv_heads: int, rest: int) -> dict[str, int]:
-    """A program a token, an angle a thread: as many heads at a time as leave registers, so that loads overlap."""
+def few_config(batch: int, tokens: int, half: int, q_heads: int, kv_heads: int, rest: int) -> dict[str, int] | None:
+    """A program a token, an angle a thread: as many heads at a time as leave registers, so that loads overlap.
+
+    None: there are too many tokens for that. Wide heads are worth it for more, since it fills a GPU sooner; where two
+    programs share a token, both compute its angles.
+    """
     block = next_power_of_2(half)
+    if tokens > (FEW if block < 64 or rest else 2048):
+        return None
     # One warp where a few columns are left: in place, two would read them while the other writes.
     warps = 1 if rest else max(1, min(4, block // 32))
+    groups = 2 if tokens > FEW and 1 <= batch * tokens // 132 < 2 else 1
     least = max(1, 256 * warps // block)  # 16 bytes a lane
-    q_block, k_block = (max(least, min(2048 // block, next_power_of_2(h))) for h in (q_heads, kv_heads))
-    return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, num_warps=warps, num_stages=1)
+    heads = (max(least, min(2048 // block, next_power_of_2(cdiv(h, groups)))) for h in (q_heads, kv_heads))
+    q_block, k_block = heads
+    return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, GROUPS=groups, num_warps=warps, num_stages=1)
 
 
 def constants(a: Rope) -> dict[str, int]:
@@ -389,11 +405,10 @@ def _launch(a: Rope, out: Rotated) -> None:
     if q.numel() + k.numel() == 0:
         return
     fixed = constants(a)
-    if batch * tokens <= FEW:
-        options = few_config(fixed["HALF"], fixed["Q_HEADS"], fixed["K_HEADS"], fixed["REST"])
-    else:
-        options = config(batch, tokens, fixed["HALF"]) | dict(Q_BLOCK=0, K_BLOCK=0)
-    v2pe_rope_kernel[(cdiv(tokens, options["TOKENS"]), batch)](
+    options = few_config(batch, tokens, fixed["HALF"], fixed["Q_HEADS"], fixed["K_HEADS"], fixed["REST"])
+    if options is None:
+        options = config(batch, tokens, fixed["HALF"]) | dict(Q_BLOCK=0, K_BLOCK=0, GROUPS=1)
+    v2pe_rope_kernel[(cdiv(tokens, options["TOKENS"]), batch, options["GROUPS"])](
         q, k, *into, a.q_weight, a.k_weight, *_angles_of(a), *_strides(a.heads_dim, q, k, *into), **fixed,
         NORM=a.q_weight is not None, INVERSE=a.inverse, PACKED=_packed(q), **options, enable_fp_fusion=False,
     )  # fmt: skip

@@ -28,7 +28,9 @@ void product(const A* const* rows, int64_t count, int64_t depth, int64_t panels,
   constexpr int64_t most = kBlocking<PanelOf<Source>>.rows;
   const int64_t blocks = (count + most - 1) / most;
   const int64_t few = form == Form::packed ? 0 : kFewRows<A, ElementOf<Source>>;
-  const Groups groups(panels, !columns ? 1 : count <= kStreamRows ? 8 : 4);
+  // Rows that do not fit a cache are read once for every group of panels: as many columns whatever a panel's width.
+  const int64_t wide = kLanes < 16 && count > few ? 4 : 1;
+  const Groups groups(panels, !columns ? wide : count <= kStreamRows ? 8 : 4);
   const int64_t tasks = blocks * groups.count;
   run_small_tasks(tasks, [&](int64_t i, int64_t then) {
     const int64_t block = i / groups.count, first = count * block / blocks, last = count * (block + 1) / blocks;
