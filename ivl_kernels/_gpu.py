@@ -77,6 +77,12 @@ def interpreting() -> bool:
     return found is not None and found.kind == "interpreter"
 
 
+def executing() -> bool:
+    """Something executes the kernels without a GPU: it needs their tensors, not only addresses."""
+    found = current()
+    return found is not None and found.kind in ("interpreter", "simulator")
+
+
 def compiling() -> bool:
     """Kernels are compiled and not run: what they would have written is not there to be checked."""
     return _stand_in is not None and _stand_in.kind == "compiler"
@@ -110,5 +116,6 @@ def float32_precision() -> str:
     """
     import torch
 
-    # Older ways to allow tf32 set this too; their own readings raise once this was set directly.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    # As torch.backends.cuda.matmul.fp32_precision, in a seventh of its time. Older ways to allow tf32 set this too;
+    # their own readings raise once this was set directly.
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "tf32x3"

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import _dispatch, _env, _gpu, _plan
+from . import _dispatch, _env, _gpu, _plan, _recording
 from ._dispatch import Implementation
 
 NAMESPACE = "ivl"
@@ -183,7 +183,7 @@ class Op(Generic[A, R]):
             return self.results(*found) if self._several else found
         if forward_ad._current_level >= 0:
             _check_no_tangent(self.name, arguments)
-        if _plan.recorder() is None and (self.written or _plan.watched() or not _plain(values)):
+        if _recording.thread.recorder is None and (self.written or _plan.watched() or not _plain(values)):
             found = self._overload(*values, backend)
         else:  # the dispatcher would only come to the same, some microseconds later
             found = self._serve(arguments, values[self._key], backend)
@@ -205,12 +205,11 @@ class Op(Generic[A, R]):
         function = self._usual.get(usual)
         if function is None:
             function = self._chosen(tensor, forced, arguments, usual)
-        recorder = _plan.recorder()
-        if recorder is not None:
-            if self.reads_host or function is self.function(self.implementations[-1]):
-                recorder.refuse(f"{self.name} reads from the device, or its reference may")
-            for name in self.written:
-                recorder.write(getattr(arguments, name))
+        recorder = _recording.thread.recorder
+        if recorder is not None and (self.reads_host or function is self.function(self.implementations[-1])):
+            recorder.refuse(f"{self.name} reads from the device, or its reference may")
+        for name in self.written:
+            _plan.written(getattr(arguments, name))
         elsewhere = not cpu and tensor.is_cuda and device.index != torch.cuda.current_device()
         if not elsewhere and not torch.is_autocast_enabled(device.type):
             return function(arguments)

@@ -12,18 +12,18 @@ dispatch modes, profilers, autocast) gets the call as it is written.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, NoneType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from . import _dispatch, _env, _gpu
+from . import _dispatch, _env, _gpu, _recording
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +32,10 @@ ALIGNMENT = 512  # bytes, as torch's allocator has it on GPUs
 VALUES = frozenset((NoneType, int, float, bool, str))
 STREAM = object()  # stands among a launch's arguments for the current stream
 _SEEN = "called once"
+
+# What is known of every planned function's calls, by its name and then by what a call depends on: a function, or why
+# there is none.
+PLANS: dict[str, dict[Any, Any]] = {}
 
 
 def watched() -> bool:
@@ -50,7 +54,7 @@ def planned(function: F) -> F:
     It takes positional arguments: tensors, None, numbers, strings, and lists and records of them. What it does may
     depend on all of these but not on what tensors hold; it returns tensors, or tuples and records of them.
     """
-    plans: dict[Any, Any] = {}  # by key: a function, or why there is none
+    plans = PLANS[f"{function.__module__}.{function.__qualname__}"] = {}
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -64,15 +68,19 @@ def planned(function: F) -> F:
             return function(*args)
         tensors: list[Tensor] = []
         pointers: list[int] = []
-        key: list[Any] = [device, stand_in, _env.BACKEND.raw(), _dispatch.preference()]
+        settings = (
+            _env.BACKEND.raw(),
+            _dispatch.preference(),
+            _gpu.float32_precision(),
+            torch.is_inference_mode_enabled(),
+        )
+        key: list[Any] = [device, stand_in, *settings]
         try:
             same = _describe(args, device, torch.is_grad_enabled(), key, tensors, pointers)
         except RuntimeError:  # no strides, no memory
             same = False
         if not same or len(set(pointers)) < len(pointers):  # of two names for one memory only one would be followed
             return function(*args)
-        if torch.float32 in key:
-            key.append(_gpu.float32_precision())
         found = tuple(key)
         plan = plans.get(found)
         if type(plan) is FunctionType:
@@ -89,7 +97,6 @@ def planned(function: F) -> F:
             plans[found] = _SEEN
         return result
 
-    call.plans = plans  # type: ignore[attr-defined]
     return cast(F, call)
 
 
@@ -121,10 +128,10 @@ def _describe(
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
             follows = value.requires_grad
-            if follows and graded or value.device != device:
+            if follows and graded or value.device != device or value.is_neg():
                 return False
             pointer = value.data_ptr()
-            key += (value.dtype, value.shape, value.stride(), pointer & 15, follows)
+            key += (value.dtype, value.shape, value.stride(), pointer & 15, follows, value.is_inference())
             tensors.append(value)
             pointers.append(pointer)
         elif kind in VALUES:
@@ -138,34 +145,30 @@ def _describe(
     return True
 
 
-class _Local(threading.local):
-    recorder: Recorder | None = None
-
-
-_local = _Local()
-
-
-def recorder() -> Recorder | None:
-    """Who records this thread's calls."""
-    return _local.recorder
-
-
 class _Unplannable(Exception):
     pass
 
 
 def _recorded(function: Callable[..., Any], args: Any, tensors: list[Tensor], device: torch.device) -> tuple[Any, Any]:
     """The result of a call, and its plan or why there is none."""
-    _local.recorder = recording = Recorder(tensors, device)
+    _recording.thread.recorder = recording = Recorder(tensors, device)
     try:
         with recording:
             result = function(*args)
     finally:
-        _local.recorder = None
+        _recording.thread.recorder = None
     try:
         return result, recording.plan(result)
     except _Unplannable as why:
         return result, str(why)
+
+
+def written(tensor: Tensor) -> None:
+    """An op writes to `tensor`: autograd must know that what it saved of it is gone."""
+    torch.autograd.graph.increment_version(tensor)
+    recorder = _recording.thread.recorder
+    if recorder is not None:
+        recorder.launch(torch.autograd.graph.increment_version, (), (tensor,), {}, False)
 
 
 class _Value(NamedTuple):
@@ -230,6 +233,7 @@ _CALLS = {
     _aten.ne.Scalar: torch.ne,
     _aten.new_full.default: _aten.new_full.default,
     _aten.new_zeros.default: _aten.new_zeros.default,
+    _aten.sum.dim_IntList: torch.sum,
     _aten.zero_.default: Tensor.zero_,
     _aten.zeros.default: _aten.zeros.default,
 }
@@ -244,6 +248,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         super().__init__()
         self.inputs, self.device = len(tensors), device
+        # What executes kernels without a GPU wants the tensors.
+        self.addresses = not _gpu.executing()
         self.values = [_Value(tensor, i, 0) for i, tensor in enumerate(tensors)]
         self.names = {id(tensor): i for i, tensor in enumerate(tensors)}
         self.empty: set[int] = set()
@@ -254,7 +260,7 @@ class Recorder(TorchDispatchMode):
         self.why = self.why or why
 
     def launch(self, function: Any, fixed: Any, args: Any, keywords: dict[str, Any], addresses: bool) -> None:
-        """`function(*fixed, *args, **keywords)` was called for a launch, and is to be called again.
+        """`function(*fixed, *args, **keywords)` was called, and is to be called again.
 
         Args:
             fixed: goes into the plan as it is, and so may hold no tensor.
@@ -267,10 +273,15 @@ class Recorder(TorchDispatchMode):
         except _Unplannable as why:
             self.refuse(str(why))
 
-    def write(self, tensor: Tensor) -> None:
-        """A launch wrote to a tensor that autograd may know."""
-        torch.autograd.graph.increment_version(tensor)
-        self.launch(torch.autograd.graph.increment_version, (), (tensor,), {}, addresses=False)
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, nothing is followed: what executes kernels without a GPU may use torch."""
+        _recording.thread.recorder = None
+        try:
+            with _disable_current_modes():
+                yield
+        finally:
+            _recording.thread.recorder = self
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -341,7 +352,7 @@ class Recorder(TorchDispatchMode):
     def plan(self, result: Any) -> FunctionType:
         if self.why:
             raise _Unplannable(self.why)
-        return _written(self, self._refs(result))
+        return _compiled(self, self._refs(result))
 
 
 def _references(nest: Any) -> list[int]:
@@ -382,10 +393,11 @@ class _Text:
         return name
 
 
-def _written(recorder: Recorder, result: Any) -> FunctionType:
+def _compiled(recorder: Recorder, result: Any) -> FunctionType:
     """The function (tensors, their addresses) -> result, from the steps."""
     values = recorder.values
-    tensors, addressed = set(_references(result)), set()  # needed as tensors; and roots by their address
+    tensors = set(_references(result))  # needed as tensors
+    addressed: set[int] = set()  # roots whose addresses are needed
     kept = []
     for step in reversed(recorder.steps):
         outputs = step.outputs if isinstance(step.outputs, list) else [step.outputs]
@@ -448,7 +460,7 @@ def _written(recorder: Recorder, result: Any) -> FunctionType:
     text.address = None
     lines.append(f"return {text.of(result)}")
     source = "\n    ".join(["def plan(tensors, pointers):", *lines])
-    exec(source, text.namespace)  # noqa: S102
+    exec(source, text.namespace)
     plan = cast(FunctionType, text.namespace["plan"])
     plan.__doc__ = source
     return plan

@@ -11,7 +11,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from . import _gpu, _plan
+from . import _gpu, _plan, _recording
 
 
 class Kernel:
@@ -33,11 +33,13 @@ class Kernel:
         return getattr(self.function, name)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
-        recorder = _plan.recorder()
+        recorder = _recording.thread.recorder
         if not _direct():
-            if recorder is not None:
-                recorder.launch(self._launch, (grid,), args, constants, addresses=False)
-            return self.function[grid](*args, **constants)
+            if recorder is None:
+                return self.function[grid](*args, **constants)
+            recorder.launch(self._launch, (grid,), args, constants, False)
+            with recorder.aside():
+                return self.function[grid](*args, **constants)
         device = driver.active.get_current_device()
         key = (device, *map(_kind, args), *constants.items())
         found = self._compiled.get(key)
@@ -50,7 +52,7 @@ class Kernel:
         x, y, z = (*grid, 1, 1)[:3]
         if recorder is not None:
             fixed = (x, y, z, _plan.STREAM, function, metadata, None, None, None)
-            recorder.launch(run, fixed, (*args, *rest), {}, addresses=True)
+            recorder.launch(run, fixed, (*args, *rest), {}, True)
         if hooked():
             compiled[x, y, z](*args, *rest, stream=stream)
         else:

@@ -332,7 +332,7 @@ class _Steps(NamedTuple):
     located: Located
     per_row: bool
     scalar: bool
-    count: int
+    given: int
 
 
 @planned
@@ -401,15 +401,15 @@ def position_ids(
     check: bool,
     backend: str,
 ) -> Tensor:
-    (positions, info), per_row, scalar, count = _locate(
+    (positions, info), per_row, scalar, given = _locate(
         input_ids, token_id, delta, attention_mask, cu_seqlens, compress, tile_tokens, compressed_tokens,
         compressed_step, generator, backend,
     )  # fmt: skip
     if not check or torch.compiler.is_compiling():
         return positions
     found, visual, tiles, bad, end = info.tolist()
-    if not per_row and not scalar and found != count:
-        raise ValueError(f"delta: got {count} values, expected one for each of the {int(found)} images")
+    if not per_row and not scalar and found != given:
+        raise ValueError(f"delta: got {given} values, expected one for each of the {int(found)} images")
     if compress is not None and tiles != len(compress):
         raise ValueError(
             f"compress: got {len(compress)} tiles that do not fit the {int(visual)} placeholder tokens of the "
