@@ -66,6 +66,11 @@ def preferred() -> bool:
     return _stand_in is not None and _stand_in.preferred
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether the host can look into the tensor without waiting for a device, or for what stands in for one."""
+    return tensor.device.type == "cpu" and not preferred()
+
+
 def standing() -> StandIn | None:
     """What stands in for a GPU, whether or not it is preferred; Triton's interpreter by its variable aside."""
     return _stand_in

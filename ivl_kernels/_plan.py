@@ -79,7 +79,8 @@ def planned(function: F) -> F:
             same = _describe(args, device, torch.is_grad_enabled(), key, tensors, pointers)
         except RuntimeError:  # no strides, no memory
             same = False
-        if not same or len(set(pointers)) < len(pointers):  # of two names for one memory only one would be followed
+        # Of two names for one memory only one would be followed.
+        if not same or len(set(pointers)) < len(pointers) or not _recording.thread.plans:
             return function(*args)
         found = tuple(key)
         plan = plans.get(found)
@@ -98,6 +99,16 @@ def planned(function: F) -> F:
         return result
 
     return cast(F, call)
+
+
+@contextlib.contextmanager
+def unplanned() -> Iterator[None]:
+    """Inside, this thread's calls run as they are written; to compare with them, or to look for an error."""
+    before, _recording.thread.plans = _recording.thread.plans, False
+    try:
+        yield
+    finally:
+        _recording.thread.plans = before
 
 
 _CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 class _Thread(threading.local):
     recorder: Recorder | None = None
+    plans = True  # may be found and made
 
 
 thread = _Thread()

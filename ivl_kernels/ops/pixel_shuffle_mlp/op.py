@@ -146,8 +146,7 @@ _differentiable_into = differentiable(
 
 def _check_indices(name: str, indices: Tensor, limit: int, what: str) -> None:
     """On the CPU only: elsewhere it would wait for the device."""
-    on_gpu = indices.device.type != "cpu" or _gpu.preferred()
-    if on_gpu or torch.compiler.is_compiling() or indices.numel() == 0:
+    if not _gpu.on_host(indices) or torch.compiler.is_compiling() or indices.numel() == 0:
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < 0 or high >= limit:
