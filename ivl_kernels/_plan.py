@@ -94,7 +94,7 @@ def planned(function: F) -> F:
         result = function(*args)
         if plan is None:
             if len(plans) >= MOST:
-                plans.pop(next(iter(plans)), None)
+                plans.pop([*plans][0], None)  # a list, as other threads may add
             plans[found] = _SEEN
         return result
 
