@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from . import _recording
 
 FATBINS = Path(__file__).parent / "_C_cuda"
 
@@ -61,9 +64,15 @@ def too_old(device: int) -> str | None:
     return None if major >= 8 else f"GPU {device} has compute capability {major}.{minor}, less than 8.0"
 
 
+# Of cuLaunchKernel: the function, seven sizes, the stream, the parameters and what is beside them.
+LAUNCH: Any = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuLaunchKernel.argtypes = LAUNCH
+    return driver
 
 
 def _check(status: int, what: str) -> None:
@@ -123,20 +132,41 @@ def _function(source: str, kernel: str, device: int) -> ctypes.c_void_p:
     return function
 
 
-def _argument(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p(0)
-    if isinstance(value, bool):
-        return ctypes.c_bool(value)
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(value.data_ptr())
+def _address(tensor: Any) -> int:
+    return tensor.data_ptr()
+
+
+_WIDTHS = {int: "q", float: "f", bool: "?", type(None): "P"}
+
+
+@functools.cache
+def _parameters(kinds: tuple[type, ...]) -> tuple[struct.Struct, tuple[int, ...]]:
+    """How arguments of these types lie in memory, and at which offsets: each in its parameter's own width."""
+    letters = [_WIDTHS.get(kind, "P") for kind in kinds]
+    offsets = tuple(struct.calcsize("".join(letters[:i]) + "0" + letters[i]) for i in range(len(letters)))
+    return struct.Struct("".join(letters)), offsets
+
+
+def _current(device: int) -> bool:
+    import torch
+
+    return torch._C._cuda_getDevice() == device
+
+
+def _stream(device: int) -> int:
+    import torch
+
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def launch(
-    source: str, kernel: str, grid: Sequence[int], block: int, args: Sequence[Any], shared_bytes: int = 0
+    source: str,
+    kernel: str,
+    grid: Sequence[int],
+    block: int,
+    args: Sequence[Any],
+    shared_bytes: int = 0,
+    device: int | None = None,
 ) -> None:
     """Launch `kernel` of `csrc/cuda/<source>.cu` on the current stream of the tensors' device.
 
@@ -148,25 +178,43 @@ def launch(
         args: in parameter order; a tensor passes its address, None a null pointer, int an int64, float a float,
             bool a bool.
         shared_bytes: dynamic shared memory of a block, up to 48 KB.
+        device: of the tensors, where addresses take their places in `args`.
     """
     grid = (*grid, 1, 1)[:3]
     if 0 in grid:
         return
     if shared_bytes > 48 * 1024:  # before a stand-in too, so that tests see what a GPU would refuse
         raise ValueError(f"{kernel}: got {shared_bytes} bytes of dynamic shared memory, expected at most 49152")
+    recorder = _recording.thread.recorder
+    if recorder is not None:
+        fixed, after = (source, kernel, grid, block), ([*args], shared_bytes, recorder.device.index)
+        recorder.launch(launch, fixed, after, {}, recorder.addresses)
+        with recorder.aside():
+            return launch(source, kernel, grid, block, args, shared_bytes, device)
     if launcher is not None:
         launcher(source, kernel, grid, block, args, shared_bytes)
         return
-    import torch
+    if device is None:
+        device = next(a.device.index for a in args if hasattr(a, "data_ptr"))
+    if _current(device):
+        status = _launched(source, kernel, grid, block, args, shared_bytes, device)
+    else:
+        import torch
 
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    with torch.cuda.device(device):
-        _enter(device.index)
-        stream = torch.cuda.current_stream().cuda_stream
-        values = [_argument(a) for a in args]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        size = [ctypes.c_uint(n) for n in (*grid, block, 1, 1, shared_bytes)]
-        status = _driver().cuLaunchKernel(
-            _function(source, kernel, device.index), *size, ctypes.c_void_p(stream), pointers, None
-        )
+        with torch.cuda.device(device):
+            status = _launched(source, kernel, grid, block, args, shared_bytes, device)
     _check(status, f"launching {kernel} with grid {grid}, block {block}")
+
+
+def _launched(
+    source: str, kernel: str, grid: Sequence[int], block: int, args: Sequence[Any], shared_bytes: int, device: int
+) -> int:
+    """The driver's status."""
+    _enter(device)
+    layout, offsets = _parameters(tuple(map(type, args)))
+    values = [_address(a) if hasattr(a, "data_ptr") else 0 if a is None else a for a in args]
+    memory = ctypes.create_string_buffer(layout.pack(*values), layout.size)
+    first = ctypes.addressof(memory)
+    pointers = (ctypes.c_void_p * len(offsets))(*[first + offset for offset in offsets])
+    function, stream = _function(source, kernel, device), _stream(device)
+    return _driver().cuLaunchKernel(function, *grid, block, 1, 1, shared_bytes, stream, pointers, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,16 @@ class Variable:
     default: str
     meaning: str
 
+    @functools.cached_property
+    def _key(self) -> Any:
+        return os.environ.encodekey(self.name)
+
+    def raw(self) -> Any:
+        """What stands in the environment, in its own form."""
+        return _ENVIRONMENT.get(self._key)
+
     def get(self) -> str:
-        found = _ENVIRONMENT.get(os.environ.encodekey(self.name))
+        found = _ENVIRONMENT.get(self._key)
         return self.default if found is None else os.environ.decodevalue(found)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StandIn:
     """What takes the place of a GPU.
 
@@ -66,6 +66,11 @@ def preferred() -> bool:
     return _stand_in is not None and _stand_in.preferred
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether the host can look into the tensor without waiting for a device, or for what stands in for one."""
+    return tensor.device.type == "cpu" and not preferred()
+
+
 def standing() -> StandIn | None:
     """What stands in for a GPU, whether or not it is preferred; Triton's interpreter by its variable aside."""
     return _stand_in
@@ -75,6 +80,12 @@ def interpreting() -> bool:
     """True when Triton's interpreter runs the kernels (its bfloat16 `tl.dot` is wrong: upcast the operands)."""
     found = current()
     return found is not None and found.kind == "interpreter"
+
+
+def executing() -> bool:
+    """Something executes the kernels without a GPU: it needs their tensors, not only addresses."""
+    found = current()
+    return found is not None and found.kind in ("interpreter", "simulator")
 
 
 def compiling() -> bool:
@@ -110,5 +121,6 @@ def float32_precision() -> str:
     """
     import torch
 
-    # Older ways to allow tf32 set this too; their own readings raise once this was set directly.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    # As torch.backends.cuda.matmul.fp32_precision, in a seventh of its time. Older ways to allow tf32 set this too;
+    # their own readings raise once this was set directly.
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "tf32x3"

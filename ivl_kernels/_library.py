@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import _dispatch, _env, _gpu
+from . import _dispatch, _env, _gpu, _plan, _recording
 from ._dispatch import Implementation
 
 NAMESPACE = "ivl"
@@ -109,19 +109,6 @@ def counted() -> bool:
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
-def _watched() -> bool:
-    """Whether anybody but autograd sees the calls of operators: modes, transforms, traces, profilers."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
-
-
-_VALUES = frozenset((types.NoneType, int, float, bool, str))
-
-
 def _plain(values: Iterable[Any]) -> bool:
     """Whether the tensors are in memory, of no class of their own and without a gradient to be followed."""
     graded = torch.is_grad_enabled()
@@ -130,7 +117,7 @@ def _plain(values: Iterable[Any]) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             if graded and value.requires_grad or value.is_meta:
                 return False
-        elif kind not in _VALUES:
+        elif kind not in _plan.VALUES:
             return False
     return True
 
@@ -176,7 +163,7 @@ class Op(Generic[A, R]):
         self.arguments, self.results = arguments, results
         self.schema = _schema(name, arguments, results, written)
         self.implementations = tuple(implementations)
-        self.written = tuple(written)
+        self.written, self.reads_host = tuple(written), reads_host
         self._functions: dict[str, Callable[[A], Any]] = {}
         # What serves when nothing is forced, whatever the shapes: choosing again costs more than a small kernel.
         self._usual: dict[Any, Callable[[A], Any]] = {}
@@ -196,7 +183,7 @@ class Op(Generic[A, R]):
             return self.results(*found) if self._several else found
         if forward_ad._current_level >= 0:
             _check_no_tangent(self.name, arguments)
-        if self.written or _watched() or not _plain(values):
+        if _recording.thread.recorder is None and (self.written or _plan.watched() or not _plain(values)):
             found = self._overload(*values, backend)
         else:  # the dispatcher would only come to the same, some microseconds later
             found = self._serve(arguments, values[self._key], backend)
@@ -218,6 +205,11 @@ class Op(Generic[A, R]):
         function = self._usual.get(usual)
         if function is None:
             function = self._chosen(tensor, forced, arguments, usual)
+        recorder = _recording.thread.recorder
+        if recorder is not None and (self.reads_host or function is self.function(self.implementations[-1])):
+            recorder.refuse(f"{self.name} reads from the device, or its reference may")
+        for name in self.written:
+            _plan.written(getattr(arguments, name))
         elsewhere = not cpu and tensor.is_cuda and device.index != torch.cuda.current_device()
         if not elsewhere and not torch.is_autocast_enabled(device.type):
             return function(arguments)
@@ -260,7 +252,7 @@ def _split(value: Any, tensors: list[Tensor]) -> Any:
     """A record or a part of one with `...` for each tensor, which is appended to `tensors`."""
     made: list[Any] = []
     for item in value:
-        if type(item) not in _VALUES:
+        if type(item) not in _plan.VALUES:
             if isinstance(item, Tensor):
                 tensors.append(item)
                 item = ...
@@ -276,7 +268,7 @@ def _join(value: Any, found: Iterator[Any]) -> Any:
     for item in value:
         if item is ...:
             item = next(found)
-        elif type(item) not in _VALUES and isinstance(item, (list, tuple)):
+        elif type(item) not in _plan.VALUES and isinstance(item, (list, tuple)):
             item = _join(item, found)
         made.append(item)
     return _like(value, made)

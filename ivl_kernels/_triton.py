@@ -11,7 +11,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from . import _gpu
+from . import _gpu, _plan, _recording
 
 
 class Kernel:
@@ -33,19 +33,30 @@ class Kernel:
         return getattr(self.function, name)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+        recorder = _recording.thread.recorder
         if not _direct():
-            return self.function[grid](*args, **constants)
+            if recorder is None:
+                return self.function[grid](*args, **constants)
+            recorder.launch(self._launch, (grid,), args, constants, False)
+            with recorder.aside():
+                return self.function[grid](*args, **constants)
         device = driver.active.get_current_device()
         key = (device, *map(_kind, args), *constants.items())
         found = self._compiled.get(key)
         if found is None:
+            if recorder is not None:
+                recorder.refuse(f"{self.__name__} is new")
             return self._first(key, grid, args, constants)
         compiled, run, function, metadata, rest = found
         stream = driver.active.get_current_stream(device)
-        if _hooked():
-            compiled[(*grid, 1, 1)[:3]](*args, *rest, stream=stream)
+        x, y, z = (*grid, 1, 1)[:3]
+        if recorder is not None:
+            fixed = (x, y, z, _plan.STREAM, function, metadata, None, None, None)
+            recorder.launch(run, fixed, (*args, *rest), {}, True)
+        if hooked():
+            compiled[x, y, z](*args, *rest, stream=stream)
         else:
-            run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args, *rest)
+            run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
         return compiled
 
     def _first(self, key: Any, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> Any:
@@ -76,7 +87,11 @@ def _kind(value: Any) -> Any:
     return kind if kind is float else value
 
 
-def _hooked() -> bool:
+def current_stream() -> Any:
+    return driver.active.get_current_stream(driver.active.get_current_device())
+
+
+def hooked() -> bool:
     """Whether somebody, such as a profiler, is to hear of launches."""
     return any(getattr(h, "calls", h) for h in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
 

@@ -103,19 +103,20 @@ def driver(tmp_path, monkeypatch):
         ptxsim.run(text, kernel, tuple(size[:3]), tuple(size[3:6]), values, size[6])
         return 0 if stream == STREAM else 400
 
-    def argument(value, convert=_cuda._argument):
-        if isinstance(value, torch.Tensor) and value.numel():
-            addresses[value.data_ptr()] = value
-        return convert(value)
+    def address(tensor):
+        if tensor.numel():
+            addresses[tensor.data_ptr()] = tensor
+        return tensor.data_ptr()
 
     for name in CUDA_SOURCES:
         (tmp_path / f"{name}.fatbin").write_bytes(fatbin(name))
     for name, value in dict(
-        problem=lambda device=None: None, _driver=lambda: fake, _argument=argument, FATBINS=tmp_path
-    ).items():
+        problem=lambda device=None: None, _driver=lambda: fake, _address=address, FATBINS=tmp_path,
+        _current=lambda device: device == fake.device, _stream=lambda device: STREAM,
+    ).items():  # fmt: skip
         monkeypatch.setattr(_cuda, name, value)
+    fake.cuLaunchKernel.argtypes = _cuda.LAUNCH
     monkeypatch.setattr(torch.cuda, "device", lambda device: on_device(fake, getattr(device, "index", device) or 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
     caches = (_cuda._context, _cuda._loaded, _cuda._function)
     fake.on_launch(launch)
     with _gpu.stand_in("simulator"):
@@ -181,14 +182,17 @@ def test_every_device_has_its_own_kernels(driver, current):
 
 def test_a_launch_that_fails_or_has_no_blocks(driver, monkeypatch):
     assert count_sevens(grid=(1, 0)) == 0
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(_cuda, "_stream", lambda device: 1)
     with pytest.raises(RuntimeError, match=r"launching count_tokens with grid \(1, 1, 1\), block 512: CUDA error 400"):
         count_sevens()
 
 
-@pytest.mark.parametrize("value, kind", [(-5, "q"), (2**40, "q"), (True, "?"), (1.5, "f"), (None, "P")])
-def test_arguments_have_the_width_of_their_parameters(value, kind):
-    assert bytes(_cuda._argument(value)) == struct.pack(kind, value or 0)
+def test_arguments_have_the_width_of_their_parameters():
+    args = (-5, True, 2**40, False, 1.5, torch.zeros(1), None, True)
+    layout, offsets = _cuda._parameters(tuple(map(type, args)))
+    packed = layout.pack(*args[:5], 2**48 + 7, 0, True)
+    for offset, kind, value in zip(offsets, "q?q?fPP?", (*args[:5], 2**48 + 7, 0, True), strict=True):
+        assert offset % struct.calcsize(kind) == 0 and struct.unpack_from(kind, packed, offset) == (value,)
 
 
 def test_tensors_on_a_gpu_that_is_not_current(monkeypatch):

@@ -21,6 +21,7 @@ from ivl_kernels.models.families import family_of
 from ivl_kernels.models.plain import linear_stack
 from tests.integrations.test_flash_native import flash_model
 from tests.models import chat_inputs, chat_model, inputs, native_model
+from tests.simulator.gpu import host_reads, simulated_gpu
 
 TILES = ((3,), (), (1, 2), (1,))
 
@@ -83,6 +84,29 @@ def test_two_processes(kind):
     assert torch.equal(embeds, whole.embeds)
     for name in ("ids", "attention_mask", "position_ids", "tile_rows", "keep", "kept"):
         assert torch.equal(getattr(packed, name), getattr(whole.packed, name))
+
+
+@torch.no_grad()
+def test_the_preparation_reads_from_a_gpu_once():
+    """Route, pack and project, for several requests: the packed length and nothing else."""
+    model, batch = build("native")
+    model = model.bfloat16()
+    parts = parts_of(model)
+    vit = parts.vision.tokens_of(batch["pixel_values"].bfloat16())
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with simulated_gpu(preferred=True) as log:
+        for count, rows in ((7, slice(None)), (3, slice(0, 1))):
+            expected = flash_inputs(parts, ids[rows], vit[:count], attention_mask=mask[rows])
+            launches = len(log)
+            with host_reads() as reads:
+                got = flash_inputs(parts, ids[rows], vit[:count], attention_mask=mask[rows])
+            assert reads == ["tolist"] and len(log) >= 2 * launches > 10
+            del log[:]
+            text = got.packed.ids != parts.language.token_id
+            assert torch.equal(got.embeds, expected.embeds) and bool(text.any())
+        with host_reads() as reads:  # those that must be seen
+            int(vit[0, 0, 0]), bool(ids[0, 0]), ids[ids > 0], ids.nonzero(), ids.tolist(), ids[0, 0].item()
+        assert reads == ["__int__", "__bool__", "index", "nonzero", "tolist", "item"]
 
 
 @torch.no_grad()

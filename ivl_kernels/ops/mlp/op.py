@@ -19,6 +19,7 @@ from ..._checks import (
 )
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
+from ..._plan import planned
 
 
 class Mlp(NamedTuple):
@@ -115,6 +116,7 @@ def _gradients(saved: Any, needs: Any, backend: str, grad: Tensor, _: None) -> d
 _differentiable = differentiable(_mlp, _save, _gradients, prepare=lambda a: a._replace(keep=True))
 
 
+@planned
 def mlp(a: Mlp, backend: str) -> Tensor:
     check_dtype("x", a.x, FLOATS)
     if a.x.dim() == 0 or a.x.shape[-1] == 0:

@@ -22,6 +22,7 @@ from ..._checks import (
 )
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable, needs_grad
+from ..._plan import planned
 from ..moe_routing.op import Sorting, moe_dispatch
 from . import formats
 
@@ -331,6 +332,7 @@ def _are_few(hidden: Tensor, ids: Tensor, backend: str) -> bool:
     return on_gpu and few and hidden.dtype in KERNEL_FLOATS
 
 
+@planned
 def moe_experts(
     hidden: Tensor,
     ids: Tensor,

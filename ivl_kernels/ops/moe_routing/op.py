@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
+from ..._plan import planned
 
 SCORINGS = ("softmax_then_topk", "topk_then_softmax")
 
@@ -133,6 +134,7 @@ def _gradients(b: RoutingBackward, needs: Any, backend: str, _: None, grad: Tens
 _differentiable = differentiable(_routing, _save, _gradients)
 
 
+@planned
 def moe_routing(a: Routing, backend: str) -> Routed:
     check_shape("logits", a.logits, ("S", "E"))
     check_dtype("logits", a.logits, FLOATS)
@@ -149,6 +151,7 @@ def moe_routing(a: Routing, backend: str) -> Routed:
     return _differentiable(a, backend)
 
 
+@planned
 def moe_dispatch(a: Sorting, backend: str) -> Dispatch:
     check_shape("ids", a.ids, ("S", "k"))
     check_dtype("ids", a.ids, (torch.int64, torch.int32))

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._checks import FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, describe
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
+from ..._plan import planned
 
 # Width of a row that a GPU program holds in registers.
 MAX_GPU_WIDTH = 16384
@@ -129,6 +130,7 @@ def rounds(rounding: str) -> bool:
     return rounding == "before_weight"
 
 
+@planned
 def norm(a: Norm, backend: str) -> Tensor | tuple[Tensor, Tensor]:
     x, residual = a.x, a.residual
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _gpu
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, autocast_dtype, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
+from ..._plan import planned
 
 
 class Projector(NamedTuple):
@@ -144,13 +146,14 @@ _differentiable_into = differentiable(
 
 def _check_indices(name: str, indices: Tensor, limit: int, what: str) -> None:
     """On the CPU only: elsewhere it would wait for the device."""
-    if indices.device.type != "cpu" or torch.compiler.is_compiling() or indices.numel() == 0:
+    if not _gpu.on_host(indices) or torch.compiler.is_compiling() or indices.numel() == 0:
         return
     low, high = (int(v) for v in indices.aminmax())
     if low < 0 or high >= limit:
         raise ValueError(f"{name}: got values from {low} to {high}, expected 0 to {limit - 1} ({what})")
 
 
+@planned
 def pixel_shuffle_mlp(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], merge: int,
     grid: tuple[int, int] | None, skip: int, order: str, eps: float, tile_indices: Tensor | None, out: Tensor | None,

@@ -14,6 +14,7 @@ from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_sa
 from ..._dispatch import BackendError, Implementation
 from ..._gpu import interpreting
 from ..._library import Op, needs_grad
+from ..._plan import planned
 from .op import FewRows, FewRowsTransposed, Pool, Route, Routed, linear, linear_transposed, pool, sum_dtype
 
 
@@ -106,6 +107,7 @@ def _shipped(y: Tensor, z: Tensor, attention: Attention, heads: int) -> Tensor:
     return out[0]
 
 
+@planned
 def tile_router(
     z: Tensor,
     query: Tensor,

@@ -344,10 +344,11 @@ def _weights(z: Tensor, u: Tensor, lse: Tensor, grad: Tensor | None, delta: Tens
 def _weighted_sum(z: Tensor, weight: Tensor) -> Tensor:
     (tiles, rows, width), heads = z.shape, weight.shape[1]
     config = sum_config(rows, width, tiles, z.element_size(), capability(z))
-    splits = cdiv(rows, config["split_rows"])
+    each = config.pop("split_rows")
+    splits = cdiv(rows, each)
     sums = weight.new_empty(tiles, splits, heads, width)
     tile_router_weighted_sum_kernel[cdiv(width, config["CHUNK"]), splits, tiles](
-        z, weight, sums, rows, width, z.stride(0), z.stride(1), heads, HEADS=_head_block(heads),
+        z, weight, sums, rows, width, z.stride(0), z.stride(1), heads, each, HEADS=_head_block(heads),
         PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
     return sums[:, 0] if splits == 1 else sums.sum(1)
@@ -360,12 +361,13 @@ def pool_parts(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     (tiles, rows, width), heads = z.shape, u.shape[1]
     config = pool_config(rows, width, tiles)
-    splits = cdiv(rows, config["split_rows"])
+    each = config.pop("split_rows")
+    splits = cdiv(rows, each)
     sums = u.new_empty(tiles, splits, heads, width)
     largest, denominator = u.new_empty(tiles, splits, heads), u.new_empty(tiles, splits, heads)
     tile_router_pool_kernel[splits, tiles](
-        z, u, sums, largest, denominator, rows, width, z.stride(0), z.stride(1), u.stride(0), heads, HEADS=HEADS,
-        PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
+        z, u, sums, largest, denominator, rows, width, z.stride(0), z.stride(1), u.stride(0), heads, each,
+        HEADS=HEADS, PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
     return sums, largest, denominator
 

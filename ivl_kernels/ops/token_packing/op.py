@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._checks import FLOAT_NAMES, FLOATS, check_dtype, check_same, check_shape
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable
+from ..._plan import planned
 from .packed import PADDINGS, STATUS, PackedTokens, Packing, Pieces
 
 
@@ -144,6 +145,7 @@ def _checked_table(name: str, table: Tensor, ids: Tensor, other: str) -> Tensor:
     return (table.detach() if table.requires_grad else table).contiguous()
 
 
+@planned
 def embed_text(ids: Tensor, table: Tensor, token_id: int, backend: str) -> Tensor:
     check_shape("ids", ids, ("B", "N"))
     check_dtype("ids", ids, (torch.int64,))

@@ -117,7 +117,7 @@ class PackedTokens:
 
     def _host(self) -> Tensor:
         assert self._status is not None
-        if self._status.device.type == "cpu":
+        if _gpu.on_host(self._status):
             return self._status
         if self._report is None or bool((self._report[:, :2] < 0).any()):
             raise RuntimeError("in capacity mode on a GPU the host does not know what was packed")
@@ -173,7 +173,7 @@ def packed_width(status: list[list[int]] | None, a: Packing) -> int:
 
 
 def report_of(rows: list[list[int]] | None, status: Tensor) -> Tensor:
-    if status.device.type == "cpu":
+    if _gpu.on_host(status):
         return status.new_empty(0)
     values = [[-1] * STATUS] * len(status) if rows is None else rows
     return torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, STATUS)

@@ -138,10 +138,9 @@ def v2pe_rope(
     number of threads.
     Source: `apply_rotary_pos_emb`, `Qwen3RMSNorm`, `Qwen3RotaryEmbedding` and `GptOssRotaryEmbedding` of transformers.
     """
-    a = op.rope_arguments(
-        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding
+    return op.rope(
+        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding, backend
     )
-    return op.rope(a, backend)
 
 
 def v2pe_rope_(
@@ -166,7 +165,6 @@ def v2pe_rope_(
     Raises:
         RuntimeError: gradients are needed (in place would overwrite what other backwards saved).
     """
-    a = op.rope_arguments(
-        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding
+    return op.rope_(
+        q, k, positions, inv_freq, cos, sin, q_weight, k_weight, eps, scale, rotary_dim, heads_dim, rounding, backend
     )
-    return op.rope_(a, backend)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._checks import FLOAT_NAMES, FLOATS, KERNEL_DTYPES, check_dtype, check_same, check_shape, check_tensor, describe
 from ..._dispatch import Implementation
 from ..._library import Op, differentiable, needs_grad
+from ..._plan import planned
 
 MAX_HEAD_DIM = 1024
 
@@ -214,7 +215,7 @@ def _angles(
     return first, second, table, rotary_dim
 
 
-def rope_arguments(
+def _rope_arguments(
     q: Tensor,
     k: Tensor,
     positions: Tensor | None,
@@ -248,11 +249,18 @@ def rope_arguments(
     return Rope(q, k, first, second, table, q_weight, k_weight, scale, eps, rotary_dim, heads_dim, round)
 
 
-def rope(a: Rope, backend: str) -> Rotated:
-    return _differentiable(a, backend)
+@planned
+def rope(*arguments: Any) -> Rotated:
+    """As `v2pe_rope`, whose arguments these are in order."""
+    *tensors, backend = arguments
+    return _differentiable(_rope_arguments(*tensors), backend)
 
 
-def rope_(a: Rope, backend: str) -> Rotated:
+@planned
+def rope_(*arguments: Any) -> Rotated:
+    """As `v2pe_rope_`, whose arguments these are in order."""
+    *tensors, backend = arguments
+    a = _rope_arguments(*tensors)
     if needs_grad((a.q, a.k, a.q_weight, a.k_weight)):
         raise RuntimeError("v2pe_rope_: q, k or a weight requires gradients; use v2pe_rope, or torch.no_grad()")
     for name, x in (("q", a.q), ("k", a.k)):
@@ -318,7 +326,17 @@ def image_steps(delta: float | str | Tensor | Sequence[float | str], row_of_imag
     return deltas
 
 
-def position_ids(
+class _Steps(NamedTuple):
+    """Located tokens, and what the host knows of the steps."""
+
+    located: Located
+    per_row: bool
+    scalar: bool
+    given: int
+
+
+@planned
+def _locate(
     input_ids: Tensor,
     token_id: int,
     delta: float | str | Tensor | Sequence[float | str],
@@ -329,9 +347,8 @@ def position_ids(
     compressed_tokens: int,
     compressed_step: str,
     generator: torch.Generator | None,
-    check: bool,
     backend: str,
-) -> Tensor:
+) -> _Steps:
     check_shape("input_ids", input_ids, ("B", "N"))
     check_dtype("input_ids", input_ids, (torch.int64,))
     mask = None
@@ -367,12 +384,32 @@ def position_ids(
     units = tile_tokens // compressed_tokens if compressed_step == "span" else 1
     tokens = (tile_tokens, compressed_tokens, units)
     a = Positions(input_ids, mask, cu_seqlens, token_id, steps, per_row, compress, *tokens)
-    positions, info = _position_ids(a, backend)
+    return _Steps(_position_ids(a, backend), per_row, scalar, len(deltas))
+
+
+def position_ids(
+    input_ids: Tensor,
+    token_id: int,
+    delta: float | str | Tensor | Sequence[float | str],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    compress: Tensor | None,
+    tile_tokens: int,
+    compressed_tokens: int,
+    compressed_step: str,
+    generator: torch.Generator | None,
+    check: bool,
+    backend: str,
+) -> Tensor:
+    (positions, info), per_row, scalar, given = _locate(
+        input_ids, token_id, delta, attention_mask, cu_seqlens, compress, tile_tokens, compressed_tokens,
+        compressed_step, generator, backend,
+    )  # fmt: skip
     if not check or torch.compiler.is_compiling():
         return positions
     found, visual, tiles, bad, end = info.tolist()
-    if not per_row and not scalar and found != len(deltas):
-        raise ValueError(f"delta: got {len(deltas)} values, expected one for each of the {int(found)} images")
+    if not per_row and not scalar and found != given:
+        raise ValueError(f"delta: got {given} values, expected one for each of the {int(found)} images")
     if compress is not None and tiles != len(compress):
         raise ValueError(
             f"compress: got {len(compress)} tiles that do not fit the {int(visual)} placeholder tokens of the "
