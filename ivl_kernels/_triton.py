@@ -102,6 +102,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def lanes() -> int:
+    """Of a warp; AMD's consumer GPUs have half as many, with twice the work each."""
+    return 64 if torch.version.hip else 32
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
