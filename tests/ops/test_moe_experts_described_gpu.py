@@ -121,6 +121,8 @@ def test_compiles_for(model, target, monkeypatch):
         assert kernel.spills == 0 and kernel.shared <= min(SHARED_LIMIT[target], 232_448)
         assert kernel.count(r"mbarrier\.try_wait") > 0
     assert down.count(LOAD) > 0 and down.count(ASYNC) == 0
+    machine_code = down.machine_code(target)
+    assert machine_code.count("UTMALDG") > 0 and "LDGSTS" not in machine_code
     if target == 100:
         assert gate_up.count("gather4") > 0 and gate_up.count(ASYNC) == 0
     else:
