@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import ivl_kernels
 from bench.whole_model import SHAPE, VISION
-from ivl_kernels import _library
+from ivl_kernels import _plan
 from ivl_kernels.integrations import attention, linear, mlp
 from ivl_kernels.testing import tiny
 from tests.simulator.gpu import simulated_gpu
@@ -62,7 +62,8 @@ def _as_nobody_watched() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (attention, linear, mlp):
             stack.enter_context(mock.patch.object(module, "counted", lambda: False))
-        stack.enter_context(mock.patch.object(_library, "_watched", lambda: False))
+        stack.enter_context(mock.patch.object(_plan, "watched", lambda: False))
+        stack.enter_context(_plan.unplanned())
         yield
 
 

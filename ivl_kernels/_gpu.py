@@ -104,13 +104,18 @@ def device_kind(device_type: str) -> str:
 
 def capability(tensor: torch.Tensor) -> int:
     """The target whose limits and configurations the tensor's GPU has, or what stands in for it: 80, 0 for AMD."""
-    if device_kind(tensor.device.type) == "hip":
+    return device_capability(tensor.device)
+
+
+def device_capability(device: torch.device) -> int:
+    """`capability` of the tensors on a device."""
+    if device_kind(device.type) == "hip":
         return 0
-    if tensor.device.type != "cuda":
+    if device.type != "cuda":
         return 80 if _stand_in is None else _stand_in.capability
     import torch
 
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return limits(10 * major + minor).capability
 
 

@@ -24,6 +24,7 @@ from ..models.plain import class_changed, gathered_in_call, gathered_later, not_
 from ..models.upstream import class_of, forward_name, named_instances, replaced_before
 from ..nn.quantised_experts import QuantisedExperts
 from ..ops.moe_experts import moe_experts, moe_experts_list
+from . import _expert_peers as peers
 from ._edit import Editor, attachment
 from ._expert_forms import PROJECTIONS, WEIGHTS, Form, biases_of, computes_silu, form_of, list_problem, route
 from ._patch import Adapter, Feature, PatchWarning, Site, _undo_site
@@ -31,6 +32,7 @@ from ._report import serving
 
 FEATURE = "moe"
 IMPLEMENTATION = "ivl"
+OURS = "ours"
 _STACKED = ("Qwen3MoeExperts", "GptOssExperts")
 _BLOCK = "Qwen3MoeSparseMoeBlock"  # of 4.57: a router and a ModuleList of experts
 _QUANTIZED = ("Mxfp4GptOssExperts", "FP8Experts")
@@ -94,11 +96,11 @@ def _chosen(experts: Any) -> Any:
     return getattr(getattr(experts, "config", None), "_experts_implementation", None)
 
 
-def _replaced(experts: nn.Module) -> Any:
-    """What the config asked for when these experts were patched."""
+def _patched(experts: nn.Module, name: str) -> Any:
+    """Of a patched module: what the config asked for then ("replaced"), and whether that keeps calls ("yields")."""
     seats = getattr(attachment(experts), "seats", {}).values()
     functions = [layer.function for seat in seats for layer in seat.layers]
-    return next((f.__dict__["replaced"] for f in functions if "replaced" in f.__dict__), None)
+    return next((f.__dict__[name] for f in functions if name in f.__dict__), None)
 
 
 def _choice_problem(experts: Any, replaced: Any) -> str:
@@ -131,6 +133,11 @@ def _serve(
     return out.view(hidden.shape[0], -1, out.shape[1]) if form.dense else out
 
 
+def _kept(replaced: Any, form: Form, tensors: Mapping[str, torch.Tensor], given: tuple[torch.Tensor, ...]) -> bool:
+    hidden, ids, weights = given
+    return peers.keeps(replaced, form.gpt_oss, tensors["gate_up_proj"], hidden, ids, (weights, *tensors.values()))
+
+
 def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
     """Hidden states, ids and weights of a call; None where it has anything else."""
     named = {**dict(zip(names, args)), **kwargs}
@@ -140,7 +147,8 @@ def _given(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     return values if all(isinstance(value, torch.Tensor) for value in values) else None
 
 
-def _stacked_forward(form: Form, replaced: Any, backend: str) -> Callable[..., Any]:
+def _stacked_forward(form: Form, replaced: Any, yields: bool, backend: str) -> Callable[..., Any]:
+    """yields: `replaced` keeps the calls that it is expected to be faster at."""
     kind: Any = form.kind
     stock = kind.forward
 
@@ -150,10 +158,11 @@ def _stacked_forward(form: Form, replaced: Any, backend: str) -> Callable[..., A
         if given is None or not known:
             return inner(self, *args, **kwargs)
         tensors, why = _weights(self, form)
-        out = None if why else _serve(self, form, tensors, given, backend)
+        theirs = why or yields and _kept(replaced, form, tensors, given)
+        out = None if theirs else _serve(self, form, tensors, given, backend)
         return inner(self, *args, **kwargs) if out is None else out
 
-    forward.__dict__["replaced"] = replaced
+    forward.__dict__.update(replaced=replaced, yields=yields)
     return forward
 
 
@@ -333,8 +342,21 @@ def _stacked_elsewhere(module: nn.Module) -> bool:
     return not named and all(stack is not None and stack.dim() == 3 for stack in stacks)
 
 
+def _parse(value: Any) -> Any:
+    if value is not True and value != OURS:
+        raise TypeError(f"patch: {FEATURE}={value!r}, expected True, False, None or '{OURS}'")
+    return value
+
+
 class Experts(Adapter):
-    features = {FEATURE: Feature(True, "experts: gather, grouped products, activation and weighted sum in one op")}
+    features = {
+        FEATURE: Feature(
+            True,
+            "experts: gather, grouped products, activation and weighted sum in one op; 'ours': also where the chosen "
+            "'sonicmoe' or 'deepgemm' is expected to be faster",
+            _parse,
+        )
+    }
 
     def find(self, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Site]:
         served: list[nn.Module] = []
@@ -371,7 +393,9 @@ class Experts(Adapter):
             _register()
             form = form_of(class_of(module))
             assert isinstance(form, Form)
-            forward = _stacked_forward(form, _chosen(module), options["backend"])
+            chosen = _chosen(module)
+            yields = options[FEATURE] != OURS and chosen in peers.PEERS
+            forward = _stacked_forward(form, chosen, yields, options["backend"])
         edit.method(module, forward_name(module), forward)
 
     def serving(self, site: Site) -> str:
@@ -385,7 +409,7 @@ class Experts(Adapter):
         else:
             form = form_of(class_of(module))
             why = form if isinstance(form, str) else _weights(module, form)[1]
-            why = _choice_problem(module, _replaced(module)) or why
+            why = _choice_problem(module, _patched(module, "replaced")) or why
             op, weight = "moe_experts", getattr(module, "gate_up_proj", None)
         why = replaced_before(module, forward_name(module)) or why
         return _text(op, weight, why) + _in_place_of(module)
@@ -404,8 +428,20 @@ def _text(op: str, weight: Any, why: str) -> str:
 
 
 def _in_place_of(module: Any) -> str:
-    replaced = _replaced(module)
-    return f"; in place of experts '{replaced}'" if replaced is not None else ""
+    replaced = _patched(module, "replaced")
+    if replaced is None:
+        return ""
+    if not _patched(module, "yields"):
+        return f"; in place of experts '{replaced}'"
+    form = form_of(class_of(module))
+    why = peers.problem(replaced, isinstance(form, Form) and form.gpt_oss, module.gate_up_proj)
+    if why:
+        return f"; in place of experts '{replaced}': {why}"
+    gradients = " without gradients" if replaced == "deepgemm" else ""
+    return (
+        f"; up to {peers.ROWS} rows an expert: beyond, calls{gradients} are left to experts '{replaced}', which is "
+        f"calculated to be as fast or faster there (moe='{OURS}' serves these too)"
+    )
 
 
 def _register() -> None:

@@ -7,7 +7,7 @@ from ivl_kernels.ops import embed_text
 from ivl_kernels.testing import poisoned
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("cpu", "cuda", "reference")
+BACKENDS = backends("cpu", "cuda", "triton", "reference")
 TOKEN = 7
 
 
@@ -51,17 +51,19 @@ def test_wrong_input():
         embed_text(ids, table[:0], TOKEN)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("width", [64, 3])
-def test_an_id_outside_the_table_is_nan_on_a_gpu(width):
+def test_an_id_outside_the_table_is_nan_on_a_gpu(backend, width):
     ids, table = torch.tensor([[1, 12, -1, 2**40, 11]]), torch.randn(12, width)
     with simulated_gpu():  # which raises where an address is outside of every tensor
-        got = embed_text(ids, table, TOKEN, backend="cuda")[0]
+        got = embed_text(ids, table, TOKEN, backend=backend)[0]
     assert got[1:4].isnan().all() and torch.equal(got[[0, 4]], table[[1, 11]])
 
 
-def test_counters():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_counters(backend):
     """Text rows move once, 16 bytes a lane."""
     ids, table = torch.randint(0, 12, (1, 200)), torch.randn(12, 256)
     with simulated_gpu() as log:
-        embed_text(ids, table, TOKEN, backend="cuda")
+        embed_text(ids, table, TOKEN, backend=backend)
     assert log[0].global_store_bytes == int((ids != TOKEN).sum()) * 1024 and log[0].store_efficiency == 1

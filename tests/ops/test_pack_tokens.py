@@ -13,7 +13,7 @@ from ivl_kernels.testing import poisoned
 from ivl_kernels.testing.shipped import shipped_compaction
 from tests.simulator.gpu import backends, simulated_gpu
 
-BACKENDS = backends("cpu", "cuda", "reference")
+BACKENDS = backends("cpu", "cuda", "triton", "reference")
 TOKEN, PAD = 7, 11
 
 
@@ -106,7 +106,7 @@ def check(backend, batch, padding, capacity):
     text = got.ids != TOKEN
     assert got.embeds.shape == (*got.ids.shape, 3) and torch.equal(got.embeds[text], table[got.ids[text]])
     got.check()
-    if not (capacity and backend == "cuda"):
+    if not (capacity and backend in ("cuda", "triton")):
         assert got.compressed_tiles == (int(compress.sum()) if small < full else 0)
         assert got.masked_tokens == int((mask == 0).sum())
 
@@ -122,7 +122,8 @@ def test_equals_slow(backend, batch, padding, capacity):
 @settings(max_examples=10)
 def test_equals_slow_on_simulated_gpu(batch, padding, capacity):
     with simulated_gpu():
-        check("cuda", batch, padding, capacity)
+        for backend in ("cuda", "triton"):
+            check(backend, batch, padding, capacity)
 
 
 def example(tiles=(1, 0, 3), text=5, full=256):
@@ -249,7 +250,8 @@ def test_wrong_values(backend):
         pack_tokens(ids, decisions, TOKEN, attention_mask=mask, backend=backend)
 
 
-def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(backend, monkeypatch):
     with simulated_gpu():
         for ids, tiles, message in wrong_cases():
             args = (ids, torch.ones(tiles, dtype=torch.bool), TOKEN)
@@ -257,7 +259,7 @@ def test_capacity_mode_on_a_gpu_reads_nothing_and_checks_later(monkeypatch):
                 for read in ("tolist", "item", "__bool__", "__int__"):
                     patch.setattr(torch.Tensor, read, lambda *_: pytest.fail("a host read"))
                 with poisoned():
-                    packed = pack_tokens(*args, attention_mask=ids != PAD, capacity=True, backend="cuda")
+                    packed = pack_tokens(*args, attention_mask=ids != PAD, capacity=True, backend=backend)
             # Whoever writes there before the check stays inside the buffer.
             assert all(0 <= row < packed.ids.numel() for row in packed.tile_rows.tolist())
             with pytest.raises(ValueError, match=message):
@@ -273,12 +275,14 @@ def test_what_the_host_was_not_told_raises(report):
             getattr(packed, name)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("capacity", [False, True])
-def test_what_the_host_read_on_a_gpu_is_kept(capacity, monkeypatch):
-    launches, packed = (importlib.import_module(f"ivl_kernels.ops.token_packing.{name}") for name in ("cuda", "packed"))
-    monkeypatch.setattr(launches, "report_of", lambda rows, status: packed.report_of(rows, status.to("meta")))
+def test_what_the_host_read_on_a_gpu_is_kept(backend, capacity, monkeypatch):
+    packed = importlib.import_module("ivl_kernels.ops.token_packing.packed")
+    report_of = packed.report_of
+    monkeypatch.setattr(packed, "report_of", lambda rows, status: report_of(rows, status.to("meta")))
     ids, _ = example((1, 2), full=8)
-    options = dict(tokens_per_tile=8, compressed_tokens=2, capacity=capacity, backend="cuda")
+    options = dict(tokens_per_tile=8, compressed_tokens=2, capacity=capacity, backend=backend)
     with simulated_gpu():
         got = pack_tokens(ids, torch.ones(3, dtype=torch.bool), TOKEN, **options)
     assert got._report.tolist() == ([[-1] * 5] * 2 if capacity else got._status.tolist())
@@ -300,7 +304,7 @@ def test_what_the_host_read_on_a_gpu_is_kept(capacity, monkeypatch):
         (dict(embedding=torch.zeros(9, 2), pad_id=9), ValueError, "pad_id: got 9, expected 0 to 8"),
         (dict(padding="top"), ValueError, "padding: got 'top'"),
         (dict(compressed_tokens=0), ValueError, "compressed_tokens: got 0"),
-        (dict(backend="triton"), _dispatch.BackendError, "no such backend"),
+        (dict(backend="torch"), _dispatch.BackendError, "no such backend"),
     ],
 )
 def test_wrong_input(change, error, message):
@@ -355,6 +359,39 @@ def test_counters():
     # A warp stores 32 bools to one sector: that is all the bytes it has.
     assert write.store_efficiency > 0.9 and scan.store_efficiency > 0.5
     assert all(report.shared_races == 0 for report in log)
+
+
+def test_counters_of_triton():
+    """Three passes read ids and mask once each and keep nothing of a token but whether it stays."""
+    ids, mask = example((4, 4, 4))
+    compress = torch.arange(12) % 2 == 0
+    with simulated_gpu() as log:
+        packed = pack_tokens(ids, compress, TOKEN, attention_mask=mask.bool(), backend="triton")
+    count, scan, status, write = log
+    n, chunks = ids.numel(), 3 * -(-ids.shape[1] // 1024)
+    assert count.unique_load_bytes == 9 * n and count.unique_store_bytes == 8 * chunks
+    assert scan.unique_load_bytes <= 9 * n + 12 + 8 * chunks and scan.unique_store_bytes == n + 40 * chunks
+    assert status.unique_load_bytes == 40 * chunks and status.unique_store_bytes == 40 * 3
+    assert write.unique_load_bytes <= 9 * n + 12 + 16 * chunks + 8 * 3
+    assert write.unique_store_bytes == 4 * 8 * packed.ids.numel() + 8 * 12
+    assert all(report.shared_races == 0 for report in log)
+
+
+@pytest.mark.parametrize("columns", [1023, 1024, 1025, 2500])
+@pytest.mark.parametrize("padding", ["left", "right", "none"])
+def test_rows_of_several_chunks(columns, padding):
+    """Tiles that begin in one chunk and end in another, after rows with tiles of their own."""
+    g = torch.Generator().manual_seed(columns)
+    ids = torch.randint(20, 30, (3, columns), generator=g)
+    for row, first in ((0, 900), (1, 0), (2, columns - 48)):
+        ids[row, first : first + 48] = TOKEN
+    compress = torch.rand(9, generator=g) < 0.5
+    options = dict(labels=ids + 1, tokens_per_tile=16, compressed_tokens=4, padding=padding, pad_id=3)
+    expected = pack_tokens(ids, compress, TOKEN, **options, backend="reference")
+    with simulated_gpu(), poisoned():
+        got = pack_tokens(ids, compress, TOKEN, **options, backend="triton")
+    for name in ("ids", "attention_mask", "position_ids", "kept", "keep", "lengths", "labels", "tile_rows"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
 @BACKENDS

@@ -55,7 +55,13 @@ class Compiled:
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _signature(fn, bound):
+def _pointer(tensor, amd):
+    """What Triton's launcher says of an aligned tensor: on AMD buffer instructions serve one of at most 2 GB."""
+    small = amd and tensor.numel() * tensor.element_size() <= 2**31 - 1
+    return [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if small else [])]
+
+
+def _signature(fn, bound, amd):
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(fn.params):
         value = bound[parameter.name]
@@ -68,7 +74,7 @@ def _signature(fn, bound):
         elif hasattr(value, "dtype"):
             signature[parameter.name] = "*" + TRITON_DTYPES[str(value.dtype).removeprefix("torch.")]
             if specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                attributes[(index,)] = _pointer(value, amd)
         elif isinstance(value, bool | float):
             signature[parameter.name] = "u1" if isinstance(value, bool) else "fp32"
         else:
@@ -121,7 +127,7 @@ def launch(fn, target, *args, **kwargs) -> Launch:
     names = [p.name for p in fn.params]
     options = {k: v for k, v in kwargs.items() if k in OPTION_KEYS and k not in names}
     bound = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
-    return Launch(fn, target, *_signature(fn, bound), options)
+    return Launch(fn, target, *_signature(fn, bound, isinstance(target, str)), options)
 
 
 @contextlib.contextmanager

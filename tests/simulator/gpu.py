@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivl_kernels import _gpu
-from ivl_kernels.ops.token_packing import cuda as token_packing_cuda
+from ivl_kernels.ops.token_packing import packed
 from tests.simulator import ptxsim
 from tests.simulator.ptxsim.frontend import compile_cuda
 
@@ -98,14 +98,14 @@ def host_reads():
                 seen.append(name)
             return function(*args, **(kwargs or {}))
 
-    report_of = token_packing_cuda.report_of
+    report_of = packed.report_of
     with contextlib.ExitStack() as stack:
         for name in READS:
             method = getattr(torch.Tensor, name)
             stack.enter_context(mock.patch.object(torch.Tensor, name, counting(name, method)))
         for module, name in ((ptxsim, "run"), (ptxsim.frontend, "run_triton")):
             stack.enter_context(mock.patch.object(module, name, aside(getattr(module, name))))
-        told = mock.patch.object(token_packing_cuda, "report_of", lambda *args: report_of(*args).as_subclass(OnHost))
+        told = mock.patch.object(packed, "report_of", lambda *args: report_of(*args).as_subclass(OnHost))
         stack.enter_context(told)
         stack.enter_context(Sizes())
         yield seen

@@ -14,8 +14,7 @@ from triton.backends.nvidia.driver import wrap_handle_tensordesc
 from triton.runtime.driver import driver
 
 from ivl_kernels import _gpu
-from ivl_kernels.ops.token_packing import cuda, triton
-from ivl_kernels.ops.token_packing.packed import packed_width
+from ivl_kernels.ops.token_packing import cuda, packed, triton
 from tests.simulator.gpu import READS
 
 CAPABILITY = 90
@@ -65,9 +64,10 @@ def idle_gpu() -> Iterator[Idle]:
     driver.set_active(idle)
     try:
         with contextlib.ExitStack() as stack:
-            for module, name in ((cuda, "check_counts"), (triton, "check_counts"), (cuda, "check_status")):
+            for module, name in ((cuda, "check_counts"), (triton, "check_counts"), (packed, "check_status")):
                 stack.enter_context(mock.patch.object(module, name, lambda *args: None))
-            width = mock.patch.object(cuda, "packed_width", lambda rows, a: packed_width(None, a))
+            packed_width = packed.packed_width
+            width = mock.patch.object(packed, "packed_width", lambda rows, a: packed_width(None, a))
             stack.enter_context(width)
             stack.enter_context(_gpu.stand_in("idle", idle.launch, preferred=True, capability=CAPABILITY))
             stack.enter_context(torch.no_grad())

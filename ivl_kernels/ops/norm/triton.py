@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import Kernel, cdiv, next_power_of_2
+from ..._triton import Kernel, cdiv, lanes, next_power_of_2
 from .op import Gradients, Norm, NormBackward, Normed, empty_normed
 
 
@@ -135,7 +135,7 @@ PROGRAMS = 264  # of the backward: two for each multiprocessor of the largest GP
 
 
 def _warps(threads: int) -> int:
-    return max(1, min(512, threads) // (64 if torch.version.hip else 32))
+    return max(1, min(512, threads) // lanes())
 
 
 def config(rows: int, width: int) -> dict[str, int]:

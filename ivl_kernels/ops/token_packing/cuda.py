@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _cuda
 from .op import EmbedText, PlaceRows, TakeRows
-from .packed import PADDINGS, STATUS, Packing, Pieces, check_counts, check_status, packed_width, report_of
+from .packed import PADDINGS, STATUS, Packing, Pieces, check_counts, packed_by
 
 WARPS = 4  # rows moved by a block
 SCAN_THREADS = 512
@@ -59,32 +59,30 @@ def embed_text(a: EmbedText) -> Tensor:
     return out
 
 
-def pack_tokens(a: Packing) -> Pieces:
-    ids, (batch, columns), tiles = a.input_ids, a.input_ids.shape, a.compress.shape[0]
-    mask = a.mask if a.mask is None else a.mask.bool()
+def _scan(a: Packing) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    (batch, columns), tiles = a.input_ids.shape, a.compress.shape[0]
     size = -(-columns // 32)
-    status, words = ids.new_empty(batch, STATUS), ids.new_empty(batch, size)
-    keep = torch.empty_like(ids, dtype=torch.bool)
-    tile_source, counts = ids.new_full((tiles + batch,), -1).split((tiles, batch))
-    scan_args = [ids, mask, a.compress, counts, keep, words, status, tile_source]
+    mask = a.mask if a.mask is None else a.mask.bool()
+    status, words = a.input_ids.new_empty(batch, STATUS), a.input_ids.new_empty(batch, size)
+    keep = torch.empty_like(a.input_ids, dtype=torch.bool)
+    tile_source, counts = a.input_ids.new_full((tiles + batch,), -1).split((tiles, batch))
+    args = [a.input_ids, mask, a.compress, counts, keep, words, status, tile_source]
     sizes = [columns, tiles, a.token_id, a.tokens_per_tile, a.compressed_tokens, a.vocabulary]
-    _cuda.launch("token_packing", "pack_scan", (batch,), SCAN_THREADS, [*scan_args, *sizes], 12 * size)
-    rows = None
-    if not a.capacity:
-        rows = status.tolist()
-        check_status(rows, a)
-    width = packed_width(rows, a)
-    shape = (1, width) if a.padding == "none" else (batch, width)
-    integers = ids.new_empty(4 if a.labels is None else 5, *shape)
-    loss_weights = keep.new_empty(0 if a.loss_weights is None else shape, dtype=torch.float32)
-    tile_rows = ids.new_empty(tiles)
-    if ids.numel():
+    _cuda.launch("token_packing", "pack_scan", (batch,), SCAN_THREADS, [*args, *sizes], 12 * size)
+    return keep, status, (words, tile_source)
+
+
+def _write(a: Packing, status: Tensor, found: tuple[Tensor, Tensor], integers: Tensor, loss_weights: Tensor) -> Tensor:
+    (batch, columns), tiles = a.input_ids.shape, a.compress.shape[0]
+    tile_rows = a.input_ids.new_empty(tiles)
+    if a.input_ids.numel():
         blocks = -(-columns // WRITE_THREADS)
         planes = [*integers.unbind(0), *([None] if a.labels is None else [])]
-        write_args = [ids, a.labels, a.loss_weights, words, status, tile_source, *planes, loss_weights, tile_rows]
-        options = [batch, columns, width, tiles, PADDINGS.index(a.padding), a.pad_id]
-        _cuda.launch("token_packing", "pack_write", (blocks, batch), WRITE_THREADS, [*write_args, *options])
-    embeds = loss_weights.new_empty(0)
-    if a.table is not None:
-        embeds = embed_text(EmbedText(integers[0], a.table, a.token_id))
-    return Pieces(integers, loss_weights, embeds, keep, status, tile_rows, report_of(rows, status))
+        args = [a.input_ids, a.labels, a.loss_weights, found[0], status, found[1], *planes, loss_weights, tile_rows]
+        options = [batch, columns, integers.shape[2], tiles, PADDINGS.index(a.padding), a.pad_id]
+        _cuda.launch("token_packing", "pack_write", (blocks, batch), WRITE_THREADS, [*args, *options])
+    return tile_rows
+
+
+def pack_tokens(a: Packing) -> Pieces:
+    return packed_by(a, _scan, _write, lambda ids, table: embed_text(EmbedText(ids, table, a.token_id)))

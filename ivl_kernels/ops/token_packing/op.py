@@ -93,6 +93,7 @@ _pack_tokens = Op(
     implementations=(
         Implementation("cpu"),
         Implementation("cuda", unless=_too_long),
+        Implementation("triton"),
         Implementation("reference"),
     ),
     fake=_fake_pack,
@@ -103,7 +104,7 @@ _embed_text = Op(
     EmbedText,
     Tensor,
     key="table",
-    implementations=tuple(i for i in _BACKENDS if i.backend != "triton"),
+    implementations=_BACKENDS,
     fake=lambda a: a.table.new_empty(*a.ids.shape, a.table.shape[1]),
 )
 

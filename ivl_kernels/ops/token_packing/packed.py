@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,33 @@ def check_status(status: list[list[int]], a: Packing) -> None:
             f"compress: got {tiles} decisions for {sum(counts)} tiles of {a.tokens_per_tile} placeholder tokens (tiles "
             f"of each row: {counts}); the counts must be equal"
         )
+
+
+def packed_by(
+    a: Packing,
+    scan: Callable[[Packing], tuple[Tensor, Tensor, Any]],
+    write: Callable[[Packing, Tensor, Any, Tensor, Tensor], Tensor],
+    embed: Callable[[Tensor, Tensor], Tensor],
+) -> Pieces:
+    """Packing in two passes; between them the host reads what the first found, unless in capacity mode.
+
+    Args:
+        scan: `keep`, `status`, and what the second pass needs.
+        write: fills integers and loss weights; returns `tile_rows`.
+        embed: rows of a table by ids.
+    """
+    keep, status, found = scan(a)
+    rows = None
+    if not a.capacity:
+        rows = status.tolist()
+        check_status(rows, a)
+    width = packed_width(rows, a)
+    shape = (1, width) if a.padding == "none" else (len(keep), width)
+    integers = status.new_empty(4 if a.labels is None else 5, *shape)
+    loss_weights = status.new_empty(0 if a.loss_weights is None else shape, dtype=torch.float32)
+    tile_rows = write(a, status, found, integers, loss_weights)
+    embeds = loss_weights.new_empty(0) if a.table is None else embed(integers[0], a.table)
+    return Pieces(integers, loss_weights, embeds, keep, status, tile_rows, report_of(rows, status))
 
 
 def packed_width(status: list[list[int]] | None, a: Packing) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _gpu
-from ..._triton import Kernel, cdiv, next_power_of_2
+from ..._triton import Kernel, cdiv, lanes, next_power_of_2
 from .op import Gradients, NormBackward, Rope, Rotated, empty_rotated
 
 # pi / 2 as the sum of three float32 numbers. k * PI_A is exact in the first fused multiply-add while x < 2^18.
@@ -345,7 +345,7 @@ def v2pe_rope_backward_kernel(
 def config(batch: int, tokens: int, half: int) -> dict[str, int]:
     """Tokens a program and warps. A warp's lanes cover a row's half with 16 bytes each, and whole rows."""
     warps = 1 if batch * tokens <= 4096 else 4
-    return dict(TOKENS=max(1, 256 // next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
+    return dict(TOKENS=max(1, 8 * lanes() // next_power_of_2(half)) * warps, num_warps=warps, num_stages=1)
 
 
 FEW = 64  # tokens of a batch row
@@ -361,9 +361,9 @@ def few_config(batch: int, tokens: int, half: int, q_heads: int, kv_heads: int, 
     if tokens > (FEW if block < 64 or rest else 2048):
         return None
     # One warp where a few columns are left: in place, two would read them while the other writes.
-    warps = 1 if rest else max(1, min(4, block // 32))
+    warps = 1 if rest else max(1, min(4, block // lanes()))
     groups = 2 if tokens > FEW and 1 <= batch * tokens // 132 < 2 else 1
-    least = max(1, 256 * warps // block)  # 16 bytes a lane
+    least = max(1, 8 * lanes() * warps // block)  # 16 bytes a lane
     heads = (max(least, min(2048 // block, next_power_of_2(cdiv(h, groups)))) for h in (q_heads, kv_heads))
     q_block, k_block = heads
     return dict(TOKENS=1, Q_BLOCK=q_block, K_BLOCK=k_block, GROUPS=groups, num_warps=warps, num_stages=1)
