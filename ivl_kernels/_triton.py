@@ -11,6 +11,7 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _gpu, _plan, _recording
 
@@ -118,6 +119,8 @@ def _kind(value: Any) -> Any:
         return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value <= 0x7FFFFFFF)
     if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16
+    if kind is TensorDescriptor:  # which has 16-byte aligned steps, or was not made
+        return value.base.dtype, *value.block_shape, value.padding
     return kind if kind is float else value
 
 
