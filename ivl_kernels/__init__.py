@@ -16,6 +16,8 @@ _LAZY = {
     "PatchHandle": "ivl_kernels.integrations",
     "PatchReport": "ivl_kernels.integrations",
     "verify": "ivl_kernels.integrations",
+    "warm_up": "ivl_kernels.integrations",
+    "WarmUp": "ivl_kernels.integrations",
     "VerifyReport": "ivl_kernels.integrations",
     "enable_remote_code": "ivl_kernels.integrations",
     "VisionSide": "ivl_kernels.dvd",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _gpu, _plan, _recording
 
@@ -69,6 +71,34 @@ class Kernel:
         return compiled
 
 
+@contextlib.contextmanager
+def compilations() -> Iterator[list[tuple[str, dict[str, Any], float, bool]]]:
+    """Yields a list of what is compiled inside, of this package's kernels: name, constants, seconds, from the disk.
+
+    Among the constants are integers that are 1, and `multiples` names those that 16 divides.
+    """
+    found: list[tuple[str, dict[str, Any], float, bool]] = []
+    before = knobs.compilation.listener
+
+    def listener(*, src: Any, metadata: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
+        if before is not None:
+            before(src=src, metadata=metadata, times=times, cache_hit=cache_hit, **rest)
+        function: Any = getattr(src, "fn", None)
+        if getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]:
+            found_for = {function.arg_names[path[0]]: value for path, value in src.constants.items() if len(path) == 1}
+            config = {name: value for name, value in found_for.items() if value is not None}
+            divisible = [function.arg_names[path[0]] for path in src.attrs]
+            config["multiples"] = ",".join(n for n in divisible if str(src.signature.get(n, "*")).startswith("i"))
+            config |= {name: metadata[name] for name in ("num_warps", "num_stages")}
+            found.append((function.__name__, config, times.total / 1e6, cache_hit))
+
+    knobs.compilation.listener = listener
+    try:
+        yield found
+    finally:
+        knobs.compilation.listener = before
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -89,6 +119,8 @@ def _kind(value: Any) -> Any:
         return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value <= 0x7FFFFFFF)
     if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16
+    if kind is TensorDescriptor:  # which has 16-byte aligned steps, or was not made
+        return value.base.dtype, *value.block_shape, value.padding
     return kind if kind is float else value
 
 

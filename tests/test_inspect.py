@@ -144,7 +144,7 @@ def test_16_byte_accesses(baseline):
     for row in baseline["machine"]:
         one_token = (row["op"], row["tokens"]) == ("moe_experts", 1)  # tiles so small that a thread has less
         if row["target"] != "gfx942" and not row["kernel"].startswith(small) and not one_token:
-            assert "ld16" in row["widths"], row
+            assert "ld16" in row["widths"] or "ldbulk" in row["widths"], row
             # Column sums, a float a thread; the router's last layer has two outputs; two statistics a row, where the
             # product normalises its own operand.
             few = row["kernel"] in ("pixel_shuffle_mlp_norm_parameters_kernel", "tile_router_linear_kernel")
@@ -152,10 +152,28 @@ def test_16_byte_accesses(baseline):
             assert few or "st16" in row["widths"], row
 
 
+@pytest.mark.parametrize("target", [90, 100])
+def test_bulk_copies_bring_what_prefill_multiplies(target, baseline):
+    """All of the products of rows in expert order; of gate and up the weights, on Blackwell the tokens' rows too."""
+    rows = [
+        row for row in baseline["machine"] if (row["op"], row["tokens"], row["target"]) == ("moe_experts", 4096, target)
+    ]
+    found = {(row["kernel"], *row["models"]): row for row in rows if row["direction"] == "forward"}
+    assert len(found) >= 6
+    for (kernel, model), row in found.items():
+        if kernel in ("moe_experts_gate_up_kernel", "moe_experts_rows_kernel"):
+            by_threads = kernel == "moe_experts_gate_up_kernel" and target == 90
+            biased = "GPT-OSS" in model
+            assert row["widths"]["ldbulk"] > 0 and ("ld16" in row["widths"]) == by_threads or biased, row
+            assert row["shared"] <= 232_448 and row["spills"] == 0
+
+
 def test_widths():
     ptx = "ld.global.v4.b32 {a}, [b];\nst.global.b16 [c], d;\nld.global.L1::evict_last.v4.b32 {a}, [b];\n"
     ptx += "ld.global.nc.u64 a, [b];\ncp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;"
-    assert machine.access_widths(ptx) == {"ld16": 3, "ld8": 1, "st2": 1}
+    ptx += "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [a], [b, {c, d}], [e];"
+    ptx += "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [a, {b, c}], [d];"
+    assert machine.access_widths(ptx) == {"ld16": 3, "ld8": 1, "st2": 1, "ldbulk": 1, "stbulk": 1}
     assert machine.occupancy(80, 128, 64, 0) == 0.5
 
 

@@ -26,12 +26,17 @@ ACCESS = re.compile(r"\b(ld|st)\.global((?:\.[A-Za-z_]\w*(?:::\w+)*)*?)(?:\.v(\d
 
 
 def access_widths(ptx: str) -> dict[str, int]:
-    """How many global loads and stores of each width, in bytes, the PTX holds; cp.async counts as a load."""
+    """How many global loads and stores of each width, in bytes, the PTX holds; cp.async counts as a load.
+
+    Bulk copies of tensors count apart, whatever they bring.
+    """
     found: Counter[str] = Counter()
     for kind, _, vector, bits in ACCESS.findall(ptx):
         found[f"{kind}{int(vector or 1) * int(bits) // 8}"] += 1
     for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|[0-9]+)", ptx):
         found[f"ld{int(size, 0)}"] += 1
+    for kind in re.findall(r"cp\.async\.bulk\.tensor\.[^;]*?\.(shared|global)", ptx):
+        found["ldbulk" if kind == "shared" else "stbulk"] += 1
     return dict(sorted(found.items()))
 
 

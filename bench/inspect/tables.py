@@ -132,7 +132,7 @@ def markdown(tables: Tables) -> str:
         groups.setdefault(name, []).append(row)
     machine = []
     for name, rows in groups.items():
-        widths = sorted({width for row in rows for width in row["widths"]}, key=lambda w: (w[:2], int(w[2:])))
+        widths = sorted({width for row in rows for width in row["widths"]}, key=lambda w: (w[:2], len(w), w))
         shares = [100 * row["occupancy"] for row in rows if "occupancy" in row]
         machine.append(
             [f"{name[0]} ({name[1]})", *name[2:], len(rows), _span([row["registers"] for row in rows]),

@@ -5,6 +5,7 @@ from ._edit import Editor
 from ._patch import Adapter, Feature, PatchError, PatchHandle, Site, patch, patched
 from ._report import PatchReport, Row
 from ._verify import VerifyReport, verify
+from ._warm import WarmUp, warm_up
 from .quantised import QuantisationReport, load_quantised, quantise_experts
 from .trainer import WeightedLoss
 
@@ -19,6 +20,7 @@ __all__ = [
     "Row",
     "Site",
     "VerifyReport",
+    "WarmUp",
     "WeightedLoss",
     "enable_remote_code",
     "load_quantised",
@@ -26,4 +28,5 @@ __all__ = [
     "patched",
     "quantise_experts",
     "verify",
+    "warm_up",
 ]

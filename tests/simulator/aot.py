@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,6 +40,19 @@ class Compiled:
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.asm))
+
+    def machine_code(self, target: int) -> str:
+        """SASS of an NVIDIA GPU, by Triton's assembler and disassembler."""
+        from triton import knobs
+        from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+            ptx.write_text(self.asm)
+            arch = sm_arch_from_capability(target)
+            subprocess.run([get_ptxas(target).path, f"-arch={arch}", ptx, "-o", cubin], check=True)
+            command = [knobs.nvidia.nvdisasm.path, "-c", cubin]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _pointer(tensor, amd):

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import wrap_handle_tensordesc
 from triton.runtime.driver import driver
 
 from ivl_kernels import _gpu
@@ -29,6 +30,7 @@ class Idle:
             get_device_properties=lambda device: {"max_shared_mem": 232_448, "multiprocessor_count": 132},
             load_binary=lambda *args: (1, 1, 32, 0, 1024),
             unload_module=lambda module: None,
+            fill_tma_descriptor_tiled=lambda *args: args,
         )
 
     def get_current_device(self) -> int:
@@ -42,7 +44,10 @@ class Idle:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         # Triton keeps compiled kernels, and with them this, for idle GPUs to come.
-        return lambda *args: driver.active.launch(metadata, *args)
+        if not any(str(kind).startswith("tensordesc") for kind in source.signature.values()):
+            return lambda *args: driver.active.launch(metadata, *args)
+        expanded = wrap_handle_tensordesc(lambda _, args: args, source.signature, metadata.tensordesc_meta)
+        return lambda *args: driver.active.launch(metadata, *args[:9], *expanded(None, args[9:]))
 
     def launch(self, *args: Any) -> None:
         self.launches += 1

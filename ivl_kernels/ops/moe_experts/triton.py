@@ -25,6 +25,7 @@ from ..._gpu import capability
 from ..._targets import limits
 from ..._triton import cdiv, next_power_of_2
 from ..common.matmul import flags
+from . import triton_described
 from .op import Experts, ExpertsBackward, Gradients, Output, empty_gradients, empty_output, tile_rows
 from .triton_backward import (
     moe_experts_combine_backward_kernel,
@@ -112,6 +113,21 @@ def _grid(num_tiles: int, columns: int, config: dict) -> tuple[int]:
     return (cdiv(num_tiles, config["GROUP"]) * config["GROUP"] * cdiv(columns, config["BN"]),)
 
 
+def _rows(
+    a: Experts, rows: Tensor, weights: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor, along_k: bool,
+    target: int, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """out [rows, N] = rows [rows, K], in expert order, times their experts' [E, N, K] (along_k) or [E, K, N]."""
+    K, N = rows.shape[1], out.shape[1]
+    height, num_tiles = _plan(rows.shape[0], weights.shape[0])
+    config = gemm_config(height, N, K, rows.element_size(), target, stored=bool(a.format))
+    operands, described = triton_described.in_order(rows, weights, config, along_k, a.format, target)
+    moe_experts_rows_kernel[_grid(num_tiles, N, config)](
+        *operands, scales, bias, out, a.offsets, a.tiles, num_tiles, K=K, N=N, STEP_K=1 if along_k else N,
+        STEP_N=K if along_k else 1, DESCRIBED=described, **config | options,
+    )  # fmt: skip
+
+
 def moe_experts(a: Experts) -> Output:
     concatenated, in_rows = not a.interleaved, a.in_rows
     E, H, I = a.gate_up.shape[0], a.hidden.shape[1], a.inner
@@ -126,17 +142,14 @@ def moe_experts(a: Experts) -> Output:
     common = flags(size, target) | dict(E=E, FORMAT=a.format, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
     config = gemm_config(rows, I, H, size, target, pairs=True, stored=bool(a.format))
+    operands, described = triton_described.gathered(hidden, gate_up, config, concatenated, a.format, target)
     moe_experts_gate_up_kernel[_grid(num_tiles, I, config)](
-        hidden, gate_up, gate_up_scales, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets,
+        *operands, gate_up_scales, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets,
         a.tiles, num_tiles, H=H, I=I, TOP_K=K, CONCATENATED=concatenated, GPT_OSS=a.activation == "gpt_oss",
-        ALPHA=a.alpha, LIMIT=a.limit, **config, **common,
+        ALPHA=a.alpha, LIMIT=a.limit, DESCRIBED=described, **config, **common,
     )  # fmt: skip
     y = hidden.new_empty(S * K, H)
-    config = gemm_config(rows, H, I, size, target, stored=bool(a.format))
-    moe_experts_rows_kernel[_grid(num_tiles, H, config)](
-        act, down, down_scales, down_bias, y, a.offsets, a.tiles, num_tiles, K=I, N=H, STEP_K=1 if in_rows else H,
-        STEP_N=I if in_rows else 1, **config, **common,
-    )  # fmt: skip
+    _rows(a, act, down, down_scales, down_bias, y, in_rows, target, common)
     config = combine_config(S, H)
     moe_experts_combine_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
         y, weights, a.inverse, a.offsets, result.out, S, E=E, H=H, TOP_K=K, **config
@@ -194,13 +207,8 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
         expanded = None
         if needs.hidden:
             expanded = hidden.new_empty(S * K, H)
-            config = gemm_config(rows, H, 2 * I, size, target, stored=bool(a.format))
-            if few_registers and rows == 64:
-                config |= dict(num_warps=4)
-            moe_experts_rows_kernel[_grid(num_tiles, H, config)](
-                grad_pre, gate_up, gate_up_scales, None, expanded, a.offsets, a.tiles, num_tiles, K=2 * I, N=H,
-                STEP_K=H if in_rows else 1, STEP_N=1 if in_rows else 2 * I, **config, **gemm,
-            )  # fmt: skip
+            few_warps = dict(num_warps=4) if few_registers and rows == 64 else {}
+            _rows(a, grad_pre, gate_up, gate_up_scales, None, expanded, not in_rows, target, gemm | few_warps)
         config = combine_config(S, H)
         moe_experts_combine_backward_kernel[(cdiv(S, config["BT"]), cdiv(H, config["BH"]))](
             expanded, a.inverse, a.offsets, result.hidden, partial, wanted("weights"), S, E=E, H=H, TOP_K=K,

@@ -90,8 +90,7 @@ def moe_experts_few_gate_up_kernel(
     live = row < ROWS * TOP_K
     weight = tl.sum(tl.where(chosen, _of_tokens(weights, S, TOP_K, K_POW2, 0.0).to(tl.float32), 0.0), 1)
     acc, column, both = gates_and_ups(
-        hidden + t.to(tl.int64) * H, live, w, scales, expert, n, H, I, CONCATENATED, ROWS, BN, BK, FORMAT, TALL,
-        PRECISION, UPCAST,
+        hidden, t, live, w, scales, expert, n, H, I, CONCATENATED, ROWS, BN, BK, FORMAT, TALL, "", PRECISION, UPCAST
     )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + expert * (2 * I) + column, mask=both, other=0.0).to(tl.float32)[None, :]

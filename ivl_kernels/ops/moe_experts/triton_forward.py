@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..._triton import Kernel
 from ..common.activations import gated
-from .triton_tiles import gates_and_ups, halves, product, runs_at, tile
+from .triton_tiles import described_product, gates_and_ups, halves, product, runs_at, tile
 
 
 @triton.jit
@@ -51,14 +51,14 @@ def _gate_up_tile(
     x, w, scales, bias, act, pre, permutation, expert, first, end, n,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr, GPT_OSS: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr, TALL: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
-    token = tl.load(permutation + row, mask=live, other=0) // TOP_K
+    token = tl.load(permutation + row, mask=live, other=-TOP_K if DESCRIBED == "all" else 0) // TOP_K
     acc, _, _ = gates_and_ups(
-        x + token.to(tl.int64) * H, live, w, scales, expert, n, H, I, CONCATENATED, BM, BN, BK, FORMAT, TALL,
-        PRECISION, UPCAST,
+        x, token, live, w, scales, expert, n, H, I, CONCATENATED, BM, BN, BK, FORMAT, TALL,
+        DESCRIBED, PRECISION, UPCAST,
     )  # fmt: skip
     if bias is not None:
         bias += expert * (2 * I)
@@ -69,7 +69,7 @@ def _gate_up_tile(
 @Kernel
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_experts_gate_up_kernel(
-    x,  # [S, H]
+    x,  # [S, H]; tensor descriptors of it and the weights as DESCRIBED tells (`gates_and_ups`)
     w,  # [E, 2I, H] or [E, H, 2I], or bytes of values
     scales,  # None, or those of the values
     bias,  # [E, 2I] or None
@@ -78,7 +78,7 @@ def moe_experts_gate_up_kernel(
     permutation, offsets, tiles, num_tiles,
     E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, CONCATENATED: tl.constexpr,
     GPT_OSS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
@@ -88,7 +88,7 @@ def moe_experts_gate_up_kernel(
         if runs_at(part, end - first, BM):
             _gate_up_tile(
                 x, w, scales, bias, act, pre, permutation, expert, first, end, n, H, I, TOP_K, CONCATENATED, GPT_OSS,
-                ALPHA, LIMIT, BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+                ALPHA, LIMIT, BM // 4 * 2**part, BN, BK, FORMAT, TALL, DESCRIBED, PRECISION, UPCAST,
             )  # fmt: skip
 
 
@@ -96,16 +96,22 @@ def moe_experts_gate_up_kernel(
 def _rows_tile(
     a, w, scales, bias, out, expert, first, end, n,
     K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     column = n * BN + tl.arange(0, BN)
     inside = column < N
-    acc = product(
-        a + row.to(tl.int64) * K, live, w, scales, expert, column, inside, N % BN == 0, STEP_N, STEP_K, N, K,
-        BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-    )  # fmt: skip
+    if DESCRIBED:
+        acc = described_product(
+            a, first, None, w, expert, n, N, K, BM, BN, BK, STEP_K == 1, False, "box", PRECISION, UPCAST
+        )
+    else:
+        acc = product(
+            a + row.to(tl.int64) * K, live, w, scales, expert, column, inside, N % BN == 0, STEP_N, STEP_K, N, K,
+            BM, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + expert * N + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     at = out + row.to(tl.int64)[:, None] * N + column[None, :]
@@ -115,24 +121,31 @@ def _rows_tile(
 @Kernel
 @triton.jit(do_not_specialize=["num_tiles"])
 def moe_experts_rows_kernel(
-    a,  # [rows, K]
-    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N; one of the steps is 1
+    a,  # [rows, K]; DESCRIBED: its tensor descriptors by all, half and a quarter of a tile's rows
+    a_half, a_quarter,
+    w,  # [E, ...]: element (k, n) of an expert at k * STEP_K + n * STEP_N; one of the steps is 1; or its descriptor
     scales,  # None, or those of the values
     bias,  # [E, N] or None
     out,  # [rows, N], written
     offsets, tiles, num_tiles,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STEP_K: tl.constexpr, STEP_N: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     expert, first, end, n = tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), BM, GROUP)
     if expert == E:
         return
     for part in tl.static_range(3):
         if runs_at(part, end - first, BM):
+            if part == 0 and DESCRIBED:
+                rows = a_quarter
+            elif part == 1 and DESCRIBED:
+                rows = a_half
+            else:
+                rows = a
             _rows_tile(
-                a, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
-                BM // 4 * 2**part, BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+                rows, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
+                BM // 4 * 2**part, BN, BK, FORMAT, TALL, DESCRIBED, PRECISION, UPCAST,
             )  # fmt: skip
 
 

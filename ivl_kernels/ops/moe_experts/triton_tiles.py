@@ -83,6 +83,41 @@ def _plain_product(
 
 
 @triton.jit
+def described_product(
+    a, at, a_mask, w, expert, n, COLUMNS: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, N: tl.constexpr,
+    BK: tl.constexpr, ALONG_K: tl.constexpr, PAIRS: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """As `product`, column tile n of N columns, whose weights bulk copies bring by the tensor descriptor w.
+
+    A: "box", a describes rows, `at` is the first of them; "gather", a describes single rows, `at` are their numbers,
+    less than 0 where there is none; "pointers" to rows, of which a_mask exist. w: see `triton_described`. What is
+    beyond K reads as zero. Rows and columns beyond an expert's own are its neighbour's, and not to be stored.
+    """
+    SWAP: tl.constexpr = BM < 64
+    acc = tl.zeros([N, BM] if SWAP else [BM, N], dtype=tl.float32)
+    for start in range(0, K, BK):
+        if A == "box":
+            left = a.load([at, start])
+        elif A == "gather":
+            left = a.gather(at, start)
+        else:
+            k = start + tl.arange(0, BK)
+            mask = a_mask[:, None] if K % BK == 0 else a_mask[:, None] & (k < K)[None, :]
+            left = tl.load(a[:, None] + k[None, :], mask=mask, other=0.0)
+        if PAIRS:
+            right = tl.trans(tl.reshape(w.load([expert * COLUMNS + n * (N // 2), 0, start]), [N, BK]))
+        elif ALONG_K:
+            right = tl.trans(w.load([expert * COLUMNS + n * N, start]))
+        else:
+            right = w.load([expert * K + start, n * N])
+        acc = mma(left, right, acc, SWAP, PRECISION, UPCAST)
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
 def _stored_product(
     a_rows, a_mask, w, scales, expert, column, w_mask, ALONG_K: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
     BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, MXFP4: tl.constexpr, TALL: tl.constexpr,
@@ -116,19 +151,32 @@ def halves(acc):
 
 @triton.jit
 def gates_and_ups(
-    rows, live, w, scales, expert, n, H: tl.constexpr, I: tl.constexpr, CONCATENATED: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    x, token, live, w, scales, expert, n, H: tl.constexpr, I: tl.constexpr, CONCATENATED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Column tile n, [BM, 2 BN]: gates and ups in turns. With the weight's columns, and which of them exist."""
+    """Column tile n, [BM, 2 BN]: gates and ups in turns. With the weight's columns, and which of them exist.
+
+    DESCRIBED: "" for pointers x and w, "weights" where w is a tensor descriptor, "all" where both are.
+    """
     j = tl.arange(0, 2 * BN)
     both = n * (2 * BN) + j < 2 * I
     column = (j % 2) * I + n * BN + j // 2 if CONCATENATED else n * (2 * BN) + j
     IN_ROWS: tl.constexpr = CONCATENATED or FORMAT != ""
-    acc = product(
-        rows, live, w, scales, expert, column, both, I % BN == 0, H if IN_ROWS else 1, 1 if IN_ROWS else 2 * I, 2 * I,
-        H, BM, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
-    )  # fmt: skip
+    if DESCRIBED == "all":
+        acc = described_product(
+            x, token, None, w, expert, n, 2 * I, H, BM, 2 * BN, BK, IN_ROWS, CONCATENATED, "gather", PRECISION, UPCAST
+        )
+    elif DESCRIBED == "weights":
+        acc = described_product(
+            x + token.to(tl.int64) * H, None, live, w, expert, n, 2 * I, H, BM, 2 * BN, BK, IN_ROWS, CONCATENATED,
+            "pointers", PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        acc = product(
+            x + token.to(tl.int64) * H, live, w, scales, expert, column, both, I % BN == 0, H if IN_ROWS else 1,
+            1 if IN_ROWS else 2 * I, 2 * I, H, BM, 2 * BN, BK, FORMAT, TALL, PRECISION, UPCAST,
+        )  # fmt: skip
     return acc, column, both
 
 

@@ -48,10 +48,17 @@ class Map:
         self.shape, self.rows, self.box, self.swizzle, self.nan = rest[:n], [self.size, *rest[5:4 + n]], rest[9:9 + n], how & 15, how >> 4
         self.bytes = int(np.prod(self.box)) * self.size
 
+    def gather(self):
+        """Single rows from here on, four at a time."""
+        if len(self.box) != 2 or self.box[1] != 1: raise SimError(f'rows gathered by boxes of {self.box}')
+        self.bytes *= 4; return self
+
     def global_rows(self, coordinates):
         """Offsets from the base [rows] of rows of a box, which of them exist, and the first and last byte of each that do."""
-        at, ok = np.zeros(1, i64), np.ones(1, bool)
-        for c, n, stride, side in reversed([*zip(coordinates, self.shape, self.rows, self.box)][1:]):
+        if len(coordinates) > len(self.box):
+            j = np.array(coordinates[1:]); at, ok = j * self.rows[1], (j >= 0) & (j < self.shape[1])
+        else: at, ok = np.zeros(1, i64), np.ones(1, bool)
+        for c, n, stride, side in reversed([*zip(coordinates, self.shape, self.rows, self.box)][1:] if len(coordinates) == len(self.box) else []):
             j = c + np.arange(side); at = (at[:, None] + j * stride).reshape(-1); ok = (ok[:, None] & (j >= 0) & (j < n)).reshape(-1)
         first, last = max(0, -coordinates[0]), min(self.box[0], self.shape[0] - coordinates[0])
         return at + coordinates[0] * self.size, ok & (first < last), first * self.size, last * self.size
@@ -183,14 +190,14 @@ def compile_bulk(compiler, a):
     if 'wait_group' in p: n = int(a[0]); return lambda X: X.bulk.wait(n)
     ins.cls = 'bulk'; spaces = [x.split('::')[0] for x in ins.parts if x.split('::')[0] in ('shared', 'global')]
     rank = next((int(x[0]) for x in ins.parts if re.fullmatch('[1-5]d', x)), 0)
-    strange = [x for x in p if x.startswith(('im2col', 'tile::', 'multicast', 'cta_group'))]
+    strange = [x for x in p if x.startswith(('im2col', 'tile::scatter', 'multicast', 'cta_group'))]; gathers = 'tile::gather4' in p
     if ins.op != 'cp' or 'tensor' not in p or strange or len(spaces) != 2: raise PtxError(f'unsupported instruction {ins}')
     loads = spaces == ['shared', 'global']
     if ('mbarrier::complete_tx::bytes' if loads else 'bulk_group') not in p: raise PtxError(f'unsupported instruction {ins}')
     where, there = (a[0], a[1]) if loads else (a[1], a[0])
     shared = compiler.addr(where)[0]; pointer, *rest = split_top(there.strip()[1:-1])
     described, coordinates = compiler.addr(f'[{pointer}]')[0], [compiler.src(x, 's32') for x in compiler.vec(rest[0])]
-    if described is None or len(coordinates) != rank: raise PtxError(f'unsupported instruction {ins}')
+    if described is None or len(coordinates) != (5 if gathers else rank) or gathers and (rank != 2 or not loads): raise PtxError(f'unsupported instruction {ins}')
     signal = compiler.addr(a[2])[0] if loads else None
 
     def run(X):
@@ -198,6 +205,7 @@ def compile_bulk(compiler, a):
         for lane in range(X.T) if X.m is None else np.flatnonzero(X.m).tolist():
             m = X.bulk.map_at(get(described, lane), ins)
             if len(m.box) != rank: raise SimError(f'a tensor map of {len(m.box)} dimensions at {ins}')
+            if gathers: m.gather()
             at = [get(c, lane) for c in coordinates]
             if loads: X.bulk.load(m, at, get(shared, lane), barrier_at(X, X.cta[lane], get(signal, lane), ins), lane, ins)
             else: X.bulk.store(m, at, get(shared, lane), lane, ins)

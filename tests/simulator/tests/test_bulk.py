@@ -64,6 +64,21 @@ def test_outside_of_three_dimensions(i, j, padding):
     torch.testing.assert_close(o, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@triton.jit
+def gather_k(x, rows, o, column, R: tl.constexpr, C: tl.constexpr):
+    r, c = tl.arange(0, R), tl.arange(0, C)
+    tl.store(o + r[:, None] * C + c[None, :], x.gather(tl.load(rows + r), column))
+
+
+@pytest.mark.parametrize('column', [0, 24, -8])
+def test_gathered_rows(column):
+    x, rows, o = torch.randn(19, 72).half(), torch.randint(-1, 21, (32,), dtype=torch.int32), torch.empty(32, 64).half()
+    report = run_triton(gather_k, (1,), TensorDescriptor.from_tensor(x, [1, 64]), rows, Out(o), column, R=32, C=64, target=100, sim=STRICT)
+    wide = torch.zeros(22, 160).half(); wide[:19, 8:80] = x
+    assert torch.equal(o, wide[rows.long()][:, 8 + column:72 + column]) and 'tile::gather4' in report._ptx
+    assert report.bulk_load_bytes == 32 * 64 * 2
+
+
 def broken(target, pattern, by='', count=0):
     """The product by PTX in which what matches is replaced."""
     report, maps, K = product((64, 64, 64), target=target, steps=7)

@@ -1,0 +1,74 @@
+"""Tensor descriptors for the products of tall tiles: bulk copies (TMA) bring what lies in boxes, a thread starts each.
+
+Hopper and Blackwell of data centres, 16-bit types. Of the products of rows in expert order both operands are described.
+Those of gate and up gather rows of tokens, which only Blackwell's bulk copies do: on Hopper, only the weights are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TARGETS = (90, 100)
+TALL = 128  # rows of a tile whose operands are worth a bulk copy
+
+
+def gathered(
+    hidden: Tensor, weights: Tensor, config: dict[str, Any], concatenated: bool, stored: str, target: int
+) -> tuple[list[Any], str]:
+    """The operands of gate and up, and which of them are described: "", "weights" or "all"."""
+    gathers = target == 100
+    aligned = not gathers or hidden.shape[1] % 8 == 0 and hidden.data_ptr() % 16 == 0
+    pairs = _pairs(weights, config, concatenated) if aligned and _serves(weights, config, stored, target) else None
+    if pairs is None:
+        return [hidden, weights], ""
+    return ([_matrix(hidden, 1, config["BK"]), pairs], "all") if gathers else ([hidden, pairs], "weights")
+
+
+def in_order(
+    rows: Tensor, weights: Tensor, config: dict[str, Any], along_k: bool, stored: str, target: int
+) -> tuple[list[Any], bool]:
+    """The operands of a product of rows in expert order, whole, by halves and by quarters; and whether described."""
+    aligned = rows.shape[1] % 8 == 0 and rows.data_ptr() % 16 == 0
+    columns = _columns(weights, config, along_k) if aligned and _serves(weights, config, stored, target) else None
+    if columns is None:
+        return [rows, None, None, weights], False
+    return [*(_matrix(rows, config["BM"] >> part, config["BK"]) for part in range(3)), columns], True
+
+
+def _serves(weights: Tensor, config: dict[str, Any], stored: str, target: int) -> bool:
+    """Whether tiles are tall, and all steps in the weights' memory are multiples of 16 bytes."""
+    return (
+        target in TARGETS
+        and config["BM"] == TALL
+        and not stored
+        and weights.element_size() == 2
+        and weights.shape[2] % 8 == 0
+        and weights.data_ptr() % 16 == 0
+        and weights.shape[0] * weights.shape[1] < 2**31
+    )
+
+
+def _columns(weights: Tensor, config: dict[str, Any], along_k: bool) -> TensorDescriptor | None:
+    """Of weights [E, N, K] (along_k) by [BN, BK], or [E, K, N] by [BK, BN]; None: a step would cross experts."""
+    if not along_k and weights.shape[1] % config["BK"]:
+        return None
+    sides = (config["BN"], config["BK"]) if along_k else (config["BK"], config["BN"])
+    return _matrix(weights.flatten(0, 1), *sides)
+
+
+def _pairs(weights: Tensor, config: dict[str, Any], concatenated: bool) -> TensorDescriptor | None:
+    """Of gates and ups: [E, 2I, H] with all gates first (concatenated), as gate, up, gate, up; or [E, H, 2I]."""
+    if not concatenated:
+        return _columns(weights, config | dict(BN=2 * config["BN"]), False)
+    experts, twice, width = weights.shape
+    half = twice // 2
+    # Every row, and the one that is I rows further: for a gate's row, its up.
+    shape, strides = [experts * twice - half, 2, width], [width, half * width, 1]
+    return TensorDescriptor(weights, shape, strides, [config["BN"], 2, config["BK"]])
+
+
+def _matrix(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))

@@ -1,0 +1,158 @@
+"""Products of the experts whose operands bulk copies bring: executed from PTX, compared bit by bit, compiled."""
+
+import importlib
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from ivl_kernels._triton import _kind
+from ivl_kernels.ops import moe_dispatch
+from ivl_kernels.ops.moe_experts.triton_forward import moe_experts_gate_up_kernel as gate_up_kernel
+from ivl_kernels.ops.moe_experts.triton_forward import moe_experts_rows_kernel as rows_kernel
+from ivl_kernels.testing import MODELS, poisoned
+from tests.ops.test_moe_experts import make
+from tests.ops.test_moe_experts_gpu import BF16, FP16, FP32, kernels, launch_on_meta
+from tests.simulator.aot import SHARED_LIMIT
+from tests.simulator.gpu import simulated_gpu
+from tests.simulator.idle import idle_gpu
+
+described = importlib.import_module("ivl_kernels.ops.moe_experts.triton_described")
+TALL = ("moe_experts_gate_up_kernel", "moe_experts_rows_kernel")
+LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared"
+ASYNC = r"cp\.async\.c[ag]\."
+# A product of what threads copied, without a fence between.
+UNFENCED = r"cp\.async\.wait_group(?:(?!fence\.proxy\.async|wait_group)[\s\S])*?wgmma\.mma_async"
+
+# Widths that no step or tile divides, all three heights of tiles, rows that no expert serves, edges between experts.
+CASES = {
+    "concatenated": dict(tokens=110, width=136, inner=96, experts=2, top_k=1, dtype=BF16, bias=True),
+    "uneven": dict(tokens=84, width=72, inner=136, experts=3, top_k=2, dtype=FP16, skew="zipf", outside=0.1),
+    "interleaved": dict(tokens=70, width=64, inner=64, experts=1, top_k=1, dtype=BF16, gpt_oss=True),
+}
+
+
+def with_and_without(run, monkeypatch):
+    """The result of `run`, which has the same bits without bulk copies, and the reports of its launches."""
+    logs, results = [], []
+    for targets in (described.TARGETS, ()):
+        monkeypatch.setattr(described, "TARGETS", targets)
+        with simulated_gpu(preferred=True, check_uninit="strict") as log, poisoned(), torch.no_grad():
+            results.append(run())
+        logs.append([r for r in log if r.kernel in TALL])
+        assert all(r.shared_races == 0 and r.uninit_shared_reads == 0 for r in log)
+    assert torch.equal(*results)
+    assert all(r.bulk_load_bytes > 0 for r in logs[0]) and all(r.bulk_load_bytes == 0 for r in logs[1])
+    return results[0], logs[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_as_without_bulk_copies(name, newer_gpu, monkeypatch):
+    case = make(**CASES[name])
+    out, (gate_up, down) = with_and_without(case.run, monkeypatch)
+    torch.testing.assert_close(out, case.run("reference"), atol=3e-2, rtol=3e-2)
+    assert ("gather4" in gate_up._ptx) == (newer_gpu == 100) and "gather4" not in down._ptx
+    product = {90: "wgmma.mma_async", 100: "tcgen05.mma"}[newer_gpu]
+    assert product in gate_up._ptx and product in down._ptx
+
+
+@pytest.mark.parametrize("along_k", [False, True])
+def test_gradient_of_rows(along_k, newer_gpu, monkeypatch):
+    """The backward's product with gate and up turned around."""
+    counts, K, N = torch.tensor([70, 0, 33]), 128, 72
+    ids = torch.arange(3).repeat_interleave(counts).view(-1, 1)
+    plan = moe_dispatch(ids, 3, tile=described.TALL, backend="reference")
+    rows, weights = torch.randn(len(ids), K).bfloat16(), torch.randn(3, *((N, K) if along_k else (K, N))).bfloat16()
+    monkeypatch.setattr(kernels, "_plan", lambda *args: (described.TALL, len(plan.tiles)))
+    a = SimpleNamespace(offsets=plan.offsets, tiles=plan.tiles, format="")
+
+    def run():
+        out = rows.new_empty(len(rows), N)
+        options = dict(E=3, FORMAT="", TALL=True, PRECISION="ieee", UPCAST=False)
+        kernels._rows(a, rows, weights, None, None, out, along_k, newer_gpu, options)
+        return out
+
+    out, _ = with_and_without(run, monkeypatch)
+    full = weights.transpose(1, 2) if along_k else weights
+    wanted = torch.cat([part.float() @ full[e].float() for e, part in enumerate(rows.split(counts.tolist()))])
+    torch.testing.assert_close(out.float(), wanted, atol=0.3, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype=FP32, width=64, inner=64),
+        dict(dtype=BF16, width=60, inner=44),  # rows of 120 bytes
+        dict(dtype=BF16, width=72, inner=72, gpt_oss=True),  # steps of 64 would cross experts
+        dict(dtype=BF16, width=64, inner=64, tokens=40),  # short tiles
+    ],
+)
+def test_served_without_bulk_copies(options, newer_gpu):
+    case = make(**dict(tokens=70, experts=1, top_k=1) | options)
+    with simulated_gpu(preferred=True) as log, poisoned(), torch.no_grad():
+        out = case.run()
+    assert all(r.bulk_load_bytes == 0 for r in log)
+    torch.testing.assert_close(out, case.run("reference"), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down", "hidden"])
+def test_tensors_off_16_bytes(name, newer_gpu):
+    """Are served as before; the other product by bulk copies."""
+    case = make(tokens=70, width=64, inner=64, experts=1, top_k=1, dtype=BF16)
+    tensor = getattr(case, name)
+    moved = torch.empty(tensor.numel() + 1, dtype=BF16)[1:].view(tensor.shape).copy_(tensor)
+    with simulated_gpu(preferred=True) as log, torch.no_grad():
+        expected = case.run()
+        setattr(case, name, moved)
+        got = case.run()
+    assert torch.equal(got, expected)
+    used = [r.kernel for r in log[4:] if r.bulk_load_bytes]
+    gathered_by_threads = name == "hidden" and newer_gpu == 90
+    assert used == (list(TALL) if gathered_by_threads else [TALL[name != "down"]])
+
+
+@pytest.mark.parametrize("model, target", [("InternVL3.5-30B-A3B", 90), ("InternVL3.5-GPT-OSS-20B-A4B", 100)])
+def test_compiles_for(model, target, monkeypatch):
+    """Both operands of down, and gate's and up's weights, by bulk copies; tokens' rows too where rows are gathered."""
+    log = {kernel.kernel: kernel for kernel in launch_on_meta(MODELS[model], 4096, target, monkeypatch, backward=False)}
+    gate_up, down = (log[name] for name in TALL)
+    for kernel in (gate_up, down):
+        assert kernel.spills == 0 and kernel.shared <= min(SHARED_LIMIT[target], 232_448)
+        assert kernel.count(r"mbarrier\.try_wait") > 0
+    assert down.count(LOAD) > 0 and down.count(ASYNC) == 0
+    machine_code = down.machine_code(target)
+    assert machine_code.count("UTMALDG") > 0 and "LDGSTS" not in machine_code
+    if target == 100:
+        assert gate_up.count("gather4") > 0 and gate_up.count(ASYNC) == 0
+    else:
+        assert gate_up.count(LOAD) > 0
+        assert 0 < gate_up.count(ASYNC) <= 28  # 124 without
+        assert gate_up.count(UNFENCED) == 0
+
+
+def test_what_a_compiled_launch_depends_on():
+    a = torch.zeros(64, 64, dtype=BF16)
+    kinds = [_kind(described._matrix(t, *box)) for t, box in ((a, (16, 64)), (a, (32, 64)), (a.half(), (16, 64)))]
+    assert len(set(kinds)) == 3
+    assert _kind(described._matrix(torch.zeros(8, 128, dtype=BF16), 16, 64)) == kinds[0]
+
+
+def test_launches_find_their_compiled_kernel_again():
+    """And hand it tensor maps of the tensors of that call."""
+    first, second = (make(tokens=70, width=64, inner=64, experts=1, top_k=1, dtype=BF16, seed=seed) for seed in (0, 1))
+    with idle_gpu() as idle:
+        first.run()
+        sizes = [len(kernel._compiled) for kernel in (gate_up_kernel, rows_kernel)]
+        with mock.patch.object(idle, "launch") as launch:
+            second.run()
+        assert [len(kernel._compiled) for kernel in (gate_up_kernel, rows_kernel)] == sizes
+    maps = [arg for call in launch.call_args_list for arg in call.args[10:] if isinstance(arg, tuple)]
+    assert [(m[0] in (second.gate_up.data_ptr(), second.down.data_ptr())) for m in maps] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert [m[4] for m in maps] == [[64, 2, 64], [128, 64], [64, 64], [32, 64], [64, 64]]
