@@ -13,7 +13,9 @@ from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import config
 from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
 from ivl_kernels.ops.pixel_shuffle_mlp.op import Projector, ProjectorBackward, ProjectorInto
-from ivl_kernels.testing import MODELS
+from ivl_kernels.testing import MODELS, assert_accurate
+from ivl_kernels.testing.cases import Numbers, cast
+from ivl_kernels.testing.cases import pixel_shuffle_mlp as cases
 from tests.ops.test_pixel_shuffle_mlp import check, flat, make
 from tests.simulator import aot
 from tests.simulator.gpu import OLD_TRITON, Tf32Products, simulated_gpu
@@ -29,6 +31,16 @@ def implicit(request, monkeypatch):
     """Whether the first GEMM gathers and normalises its own operand."""
     monkeypatch.setattr(kernels, "implicit", lambda *args: request.param)
     return request.param
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+def test_what_it_is_compared_with_computes_the_same(merge):
+    """Our pass over the rows and torch's products: a peer of the benchmark, on GPUs only."""
+    v = cases.inputs(Numbers(torch.float64), merge, 3, 8, (12 * merge**2, 20, 28))
+    low = cast(v, torch.bfloat16, "cpu")
+    with simulated_gpu(), torch.no_grad():
+        got = cases.row_pass_and_products(low, merge)
+    assert_accurate(got, cases.plain(cast(low, torch.float64, "cpu"), merge), cases.plain(low, merge))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -218,13 +218,22 @@ _few = Op(
     fake=lambda a: a.hidden.new_empty(a.hidden.shape),
 )
 
-_list = Op("moe_experts_list", ExpertsList, Output, key="hidden", implementations=_LIST_BACKENDS, fake=empty_output)
+_list = Op(
+    "moe_experts_list",
+    ExpertsList,
+    Output,
+    key="hidden",
+    reads_host=True,  # the reference does, which alone serves GPUs
+    implementations=_LIST_BACKENDS,
+    fake=empty_output,
+)
 
 _list_backward = Op(
     "moe_experts_list_backward",
     ListBackward,
     ListGradients,
     key="hidden",
+    reads_host=True,
     implementations=_LIST_BACKENDS,
     fake=empty_list_gradients,
 )

@@ -342,6 +342,14 @@ def _shuffle_norm(a: Projector, stats: Tensor | None, values: Tensor | None, cou
     )  # fmt: skip
 
 
+def shuffled_rows(a: Projector) -> Tensor:
+    """The shuffled and normalised rows, without the products; for who has them from elsewhere."""
+    values = a.x.new_empty(a.selected * a.cells, a.features)
+    if len(values):
+        _shuffle_norm(_contiguous(a), None, values, len(values))
+    return values
+
+
 def _linear(
     a: Projector, layer: int, values: Tensor, stats: Tensor | None, out: Tensor, starts: Tensor | None,
     pre: Tensor | None, activate: bool, config: dict[str, Any],
