@@ -1,6 +1,7 @@
 """Decoding with a static cache, and recorded steps: what a CUDA graph does is stood in for by a run of the step."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.skipif(not V5, reason="static caches of transformers 4.
 STATIC = dict(cache_implementation="static", disable_compile=True)
 GRAPHS = dict(graphs=True, attention=False)  # which is of the CPU, and looks at masks
 NEW = 7
+ARGUMENTS = inspect.signature(transformers.Qwen3Model.forward).parameters
+CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"
 
 
 def build(name):
@@ -137,17 +140,14 @@ def test_a_changed_model_is_recorded_again(recorder):
 
     def steps():
         cache.reset()
-        ids = batch["input_ids"][:1, :5]
-        out = [model(input_ids=ids, cache=cache, use_cache=True).logits[:, -1:]]
+        out = [model(input_ids=batch["input_ids"][:1, :5], use_cache=True, **{CACHE: cache}).logits[:, -1:]]
         for position in range(5, 9):
-            mask = torch.ones(1, position + 1, dtype=torch.int64)
-            options = dict(position_ids=torch.tensor([[position]]), logits_to_keep=1)
-            masks = transformers.masking_utils.create_causal_mask(
-                config=model.config.get_text_config(), inputs_embeds=torch.zeros(1, 1, 48), attention_mask=mask,
-                cache=cache, position_ids=options["position_ids"],
-            )  # fmt: skip
+            given = dict(position_ids=torch.tensor([[position]]), attention_mask=torch.arange(80)[None] <= position)
+            given["attention_mask"] = given["attention_mask"][None, None]
+            if "cache_position" in ARGUMENTS:
+                given["cache_position"] = torch.tensor([position])
             ids = out[-1].argmax(-1)
-            out.append(model(input_ids=ids, cache=cache, use_cache=True, attention_mask=masks, **options).logits)
+            out.append(model(input_ids=ids, use_cache=True, logits_to_keep=1, **given, **{CACHE: cache}).logits)
         return torch.cat(out, 1)
 
     first = steps()
@@ -201,11 +201,12 @@ def test_a_compiled_step_is_one_graph(name):
     compiled = torch.compile(text, fullgraph=True, backend="aot_eager")
     results = []
     for step in (text, compiled):
-        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
-        text(input_ids=batch["input_ids"][:, :5], cache=cache, use_cache=True)
+        cache = {CACHE: transformers.StaticCache(config=model.config, max_cache_len=40)}
+        text(input_ids=batch["input_ids"][:, :5], use_cache=True, **cache)
         mask = torch.arange(40)[None, None, None] < 6
         ids, positions = batch["input_ids"][:, 5:6], torch.full((2, 1), 5)
-        out = step(input_ids=ids, attention_mask=mask.expand(2, 1, 1, 40), position_ids=positions, cache=cache)
+        cache |= {"cache_position": torch.tensor([5])} if "cache_position" in ARGUMENTS else {}
+        out = step(input_ids=ids, attention_mask=mask.expand(2, 1, 1, 40), position_ids=positions, **cache)
         results.append(out.last_hidden_state)
     torch.testing.assert_close(results[1], results[0])
 
