@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from ivl_kernels import _library
 from ivl_kernels._triton import _kind
 from ivl_kernels.ops import moe_dispatch
 from ivl_kernels.ops.moe_experts.triton_forward import moe_experts_gate_up_kernel as gate_up_kernel
@@ -180,3 +181,27 @@ def test_launches_find_their_compiled_kernel_again():
         True,
     ]
     assert [m[4] for m in maps] == [[64, 2, 64], [128, 64], [64, 64], [32, 64], [64, 64]]
+
+
+def test_planned_calls():
+    """A plan makes the tensor maps of its own call's tensors."""
+    cases = [make(tokens=70, width=64, inner=64, experts=1, top_k=1, dtype=BF16, seed=seed) for seed in range(4)]
+    with idle_gpu() as idle:
+        for case in cases[:3]:
+            case.run()
+        with mock.patch.object(idle, "launch") as launch, mock.patch.object(_library.Op, "_serve") as serve:
+            cases[3].run()
+        assert not serve.called
+    maps = [arg for call in launch.call_args_list for arg in call.args[10:] if isinstance(arg, tuple)]
+    assert [maps[0][0], maps[4][0]] == [cases[3].gate_up.data_ptr(), cases[3].down.data_ptr()]
+    assert maps[1][0] == maps[2][0] == maps[3][0] and maps[1][5] == (70, 64)
+
+
+def test_planned_calls_have_the_bits(newer_gpu):
+    first, second = (make(tokens=66, width=64, inner=64, experts=1, top_k=1, dtype=BF16, seed=seed) for seed in (0, 1))
+    with simulated_gpu(preferred=True) as log, poisoned(), torch.no_grad():
+        expected, _ = second.run(), first.run()
+        with mock.patch.object(_library.Op, "_serve") as serve:
+            got = second.run()
+    assert not serve.called and torch.equal(got, expected)
+    assert [r.bulk_load_bytes > 0 for r in log[-4:]] == [False, True, True, False]
