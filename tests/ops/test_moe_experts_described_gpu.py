@@ -20,6 +20,7 @@ from tests.simulator.idle import idle_gpu
 
 described = importlib.import_module("ivl_kernels.ops.moe_experts.triton_described")
 TALL = ("moe_experts_gate_up_kernel", "moe_experts_rows_kernel")
+PERSISTENT = "moe_experts_rows_persistent_kernel"
 LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared"
 ASYNC = r"cp\.async\.c[ag]\."
 # A product of what threads copied, without a fence between.
@@ -40,7 +41,7 @@ def with_and_without(run, monkeypatch):
         monkeypatch.setattr(described, "TARGETS", targets)
         with simulated_gpu(preferred=True, check_uninit="strict") as log, poisoned(), torch.no_grad():
             results.append(run())
-        logs.append([r for r in log if r.kernel in TALL])
+        logs.append([r for r in log if r.kernel in (*TALL, PERSISTENT)])
         assert all(r.shared_races == 0 and r.uninit_shared_reads == 0 for r in log)
     assert torch.equal(*results)
     assert all(r.bulk_load_bytes > 0 for r in logs[0]) and all(r.bulk_load_bytes == 0 for r in logs[1])
@@ -57,23 +58,27 @@ def test_same_bits_as_without_bulk_copies(name, newer_gpu, monkeypatch):
     assert product in gate_up._ptx and product in down._ptx
 
 
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("along_k", [False, True])
-def test_gradient_of_rows(along_k, newer_gpu, monkeypatch):
-    """The backward's product with gate and up turned around."""
-    counts, K, N = torch.tensor([70, 0, 33]), 128, 72
-    ids = torch.arange(3).repeat_interleave(counts).view(-1, 1)
-    plan = moe_dispatch(ids, 3, tile=described.TALL, backend="reference")
-    rows, weights = torch.randn(len(ids), K).bfloat16(), torch.randn(3, *((N, K) if along_k else (K, N))).bfloat16()
+def test_rows_in_order(along_k, persistent, newer_gpu, monkeypatch):
+    """Down, and the backward's product with gate and up turned around; persistent: two programs for all tiles."""
+    counts, K, N = torch.tensor([70, 0, 33, 129]), 128, 72
+    monkeypatch.setattr(described, "persistent", lambda *args: persistent)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda *args: 2)
+    ids = torch.arange(4).repeat_interleave(counts).view(-1, 1)
+    plan = moe_dispatch(ids, 4, tile=described.TALL, backend="reference")
+    rows, weights = torch.randn(len(ids), K).bfloat16(), torch.randn(4, *((N, K) if along_k else (K, N))).bfloat16()
     monkeypatch.setattr(kernels, "_plan", lambda *args: (described.TALL, len(plan.tiles)))
     a = SimpleNamespace(offsets=plan.offsets, tiles=plan.tiles, format="")
 
     def run():
         out = rows.new_empty(len(rows), N)
-        options = dict(E=3, FORMAT="", TALL=True, PRECISION="ieee", UPCAST=False)
+        options = dict(E=4, FORMAT="", TALL=True, PRECISION="ieee", UPCAST=False)
         kernels._rows(a, rows, weights, None, None, out, along_k, newer_gpu, options)
         return out
 
-    out, _ = with_and_without(run, monkeypatch)
+    out, (report,) = with_and_without(run, monkeypatch)
+    assert report.kernel == (PERSISTENT if persistent else TALL[1])
     full = weights.transpose(1, 2) if along_k else weights
     wanted = torch.cat([part.float() @ full[e].float() for e, part in enumerate(rows.split(counts.tolist()))])
     torch.testing.assert_close(out.float(), wanted, atol=0.3, rtol=2e-2)
@@ -129,6 +134,25 @@ def test_compiles_for(model, target, monkeypatch):
         assert gate_up.count(LOAD) > 0
         assert 0 < gate_up.count(ASYNC) <= 28  # 124 without
         assert OLD_TRITON or gate_up.count(UNFENCED) == 0
+
+
+@pytest.mark.parametrize("model, target", [("InternVL3.5-30B-A3B", 90), ("InternVL3.5-GPT-OSS-20B-A4B", 100)])
+def test_persistent_programs_compile_for(model, target, monkeypatch):
+    log = launch_on_meta(MODELS[model], 16384, target, monkeypatch, backward=False)
+    (kernel,) = (kernel for kernel in log if "rows" in kernel.kernel)
+    assert kernel.kernel == PERSISTENT and kernel.spills == 0 and kernel.shared <= 232_448
+    assert kernel.count(LOAD) > 0 and kernel.count(ASYNC) == 0
+
+
+def test_persistent_where_tiles_are_full():
+    config = dict(BK=64)
+    assert [described.persistent(128 * mean, 128, 768, config) for mean in (64, 320, 384, 1024)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [described.persistent(32 * mean, 32, 2880, config) for mean in (384, 1024)] == [False, True]
 
 
 def test_what_a_compiled_launch_depends_on():

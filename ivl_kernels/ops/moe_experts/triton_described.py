@@ -38,6 +38,16 @@ def in_order(
     return [*(_matrix(rows, config["BM"] >> part, config["BK"]) for part in range(3)), columns], True
 
 
+def persistent(slots: int, experts: int, inner: int, config: dict[str, Any]) -> bool:
+    """Whether a program computes tile after tile at full height, rather than one as short as its rows.
+
+    About 5 steps' time of a tile's beginning and end is hidden behind its neighbours, and 48 rows an expert are
+    computed in vain; twice that must be won, since the estimate is one.
+    """
+    steps = -(-inner // config["BK"])
+    return 5 * slots > 96 * experts * (steps + 5)
+
+
 def _serves(weights: Tensor, config: dict[str, Any], stored: str, target: int) -> bool:
     """Whether tiles are tall, and all steps in the weights' memory are multiples of 16 bytes."""
     return (
