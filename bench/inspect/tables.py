@@ -173,7 +173,7 @@ def markdown(tables: Tables) -> str:
             "## Machine code at the catalogue's shapes",
             "",
             "A row: all shapes and launches of a kernel, forward or backward; spills are the most of any, in bytes.",
-            "Warps launched: over all multiprocessors of the largest chip of the kind, those that may leave at once too.",
+            "Warps launched: over all multiprocessors of the largest chip of the kind, those that leave at once too.",
             "Bytes in flight: asked of global memory before any of them is used, in the order of the PTX.",
             "",
             *_table(
