@@ -16,7 +16,7 @@ from ivl_kernels.testing import MODELS, poisoned
 from tests.ops.test_moe_experts import make
 from tests.ops.test_moe_experts_gpu import BF16, FP16, FP32, kernels, launch_on_meta
 from tests.simulator.aot import SHARED_LIMIT
-from tests.simulator.gpu import simulated_gpu
+from tests.simulator.gpu import OLD_TRITON, simulated_gpu
 from tests.simulator.idle import idle_gpu
 
 described = importlib.import_module("ivl_kernels.ops.moe_experts.triton_described")
@@ -134,7 +134,7 @@ def test_compiles_for(model, target, monkeypatch):
     else:
         assert gate_up.count(LOAD) > 0
         assert 0 < gate_up.count(ASYNC) <= 28  # 124 without
-        assert gate_up.count(UNFENCED) == 0
+        assert OLD_TRITON or gate_up.count(UNFENCED) == 0
 
 
 @pytest.mark.parametrize("model, target", [("InternVL3.5-30B-A3B", 90), ("InternVL3.5-GPT-OSS-20B-A4B", 100)])
@@ -163,6 +163,7 @@ def test_what_a_compiled_launch_depends_on():
     assert _kind(described._matrix(torch.zeros(8, 128, dtype=BF16), 16, 64)) == kinds[0]
 
 
+@pytest.mark.skipif(OLD_TRITON, reason="the launcher that makes tensor maps of descriptors is another")
 def test_launches_find_their_compiled_kernel_again():
     """And hand it tensor maps of the tensors of that call."""
     first, second = (make(tokens=70, width=64, inner=64, experts=1, top_k=1, dtype=BF16, seed=seed) for seed in (0, 1))
