@@ -7,6 +7,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+from bench.inspect import machine
 from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import config
 from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
@@ -27,8 +28,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(params=[True, False], ids=["implicit", "rows"])
 def implicit(request, monkeypatch):
     """Whether the first GEMM gathers and normalises its own operand."""
-    limit = 1000 if request.param else 0
-    monkeypatch.setattr(config, "IMPLICIT_TILES", {2: limit, 4: limit})
+    monkeypatch.setattr(kernels, "implicit", lambda *args: request.param)
     return request.param
 
 
@@ -159,6 +159,44 @@ def _launches(target, dtype=torch.bfloat16):
         ]
         found.setdefault(str(key), launch)
     return found
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["hidden layer", "scattered rows"])
+@pytest.mark.parametrize("target", [90, 100])
+def test_two_blocks_share_a_multiprocessor(target, rows):
+    """The product of 13 tiles of InternVL3.5-8B: registers, shared memory and, on 100, tensor memory."""
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, chosen, K, N = empty(13, 1025, 1024), empty(13, dtype=torch.int64), 4096, 4096
+    weights, biases = [empty(N, K), empty(N, N)], [empty(N), empty(N)]
+    a = Projector(x, empty(K), empty(K), weights, biases, 2, 32, 32, 1, False, 1e-5, None)
+    with (
+        mock.patch.object(kernels, "capability", lambda tensor: target),
+        mock.patch.object(torch, "addmm"),
+        aot.compiling(target, make=lambda launch: launch) as log,
+    ):
+        if rows:
+            kernels.pixel_shuffle_mlp_into_(ProjectorInto(empty(3328, N), chosen, a))
+        else:
+            kernels.pixel_shuffle_mlp(a)
+    launch = log[-1]
+    assert launch.fn.__name__ == "pixel_shuffle_mlp_linear_kernel" and not launch.constants["IMPLICIT"]
+    assert ("starts" in launch.constants) != rows and launch.options["num_stages"] == 3
+    compiled, threads = launch.compile(), 32 * launch.options["num_warps"]
+    assert machine.blocks(target, threads, compiled.registers, compiled.shared) == 2 and compiled.spills == 0
+    if target == 100:
+        assert 2 * int(re.search(r"tcgen05\.alloc.*, (\d+);", compiled.asm)[1]) <= 512
+
+
+def test_implicit_only_where_it_wins():
+    """Normalising each operand tile again: up to the column tiles that docs count; in 16 bits never on 90 and 100."""
+    for target in (80, 90, 100):
+        for columns in (128, 256, 257, 1024):
+            taken = config.implicit(columns, dict(BN=128), 2, target)
+            assert taken == (columns <= 256 and target == 80)
+        assert config.implicit(448, dict(BN=64), 4, target) and not config.implicit(449, dict(BN=64), 4, target)
 
 
 @pytest.mark.slow

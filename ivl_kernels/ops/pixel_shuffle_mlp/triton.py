@@ -373,8 +373,9 @@ def _project(out: Tensor, starts: Tensor | None, a: Projector) -> Tensor:
     a = _contiguous(a)
     x, target, size = a.x, capability(a.x), a.x.element_size()
     result = out if out.stride(1) == 1 else out.contiguous()
-    configs = [gemm_config(rows, w.shape[0], w.shape[1], size, target) for w in a.weights]
-    gather = len(a.weights) > 1 and implicit(a.weights[0].shape[0], configs[0], size)
+    shapes = [(w.shape[0], w.shape[1], a.keep and w is not a.weights[-1]) for w in a.weights]
+    configs = [gemm_config(rows, N, K, size, target, keep) for N, K, keep in shapes]
+    gather = len(a.weights) > 1 and implicit(a.weights[0].shape[0], configs[0], size, target)
     stats = x.new_empty(rows, 2, dtype=torch.float32) if gather else None
     values = x.new_empty(0 if gather else rows, a.features)
     _shuffle_norm(a, stats, None if gather else values, rows)
