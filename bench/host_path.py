@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.runner import environment
 from ivl_kernels import ops
 from ivl_kernels._plan import unplanned
 from ivl_kernels.testing.cases import Numbers, all_cases, cast
@@ -97,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("bench.host_path", description=__doc__.splitlines()[0])
     parser.add_argument("-k", default="", metavar="REGEX", help="only cases whose title matches")
     parser.add_argument("--seconds", type=float, default=2, help="a call")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="bench/results/host_path.json is part of the next bench.inspect")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with idle_gpu() as idle:
@@ -105,7 +106,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['us']:8.1f} us  {row['first us']:8.1f} us  {row['launches']:3d} launches  {row['name']}")
     if args.json:
-        args.json.write_text(json.dumps({"capability": CAPABILITY, "torch": torch.__version__, "rows": rows}, indent=1))
+        found = {"machine": environment()["device"], "capability": CAPABILITY, "torch": torch.__version__, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

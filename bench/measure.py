@@ -2,7 +2,7 @@
 
 Every variant of a case is timed in one process, one call each in turn, in a new random order each round. A ratio is the
 median over rounds of (time of the other variant / time of `ours`) within the same round, so that drift of the machine
-cancels. A variant whose result is wrong gets no ratio.
+cancels. A variant whose result is wrong gets no ratio. On a GPU each variant is timed twice (`gpu_time`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch
 
 from ivl_kernels.testing import error_report
 from ivl_kernels.testing.cases import Cost
+
+from . import gpu_time
 
 OURS = "ours"
 
@@ -79,9 +81,17 @@ class Case:
 
 @dataclass
 class Timing:
-    """Times of one variant in milliseconds, one a round, and what else is known of it."""
+    """Times of one variant in milliseconds, one a round, and what else is known of it.
+
+    Attributes:
+        times: of a call; on a GPU of a replay of its CUDA graph, none where `waits`.
+        wall: on a GPU of a call that finds it idle.
+        waits: why it has no CUDA graph.
+    """
 
     times: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    waits: str = ""
     peak_bytes: int | None = None
     error: str = ""
     failed: str = ""
@@ -265,62 +275,55 @@ def measure(work: Work, timings: dict[str, Timing], seconds: float, rounds: tupl
     """One call of every working variant in each round, order shuffled; between `rounds` and until `seconds` passed."""
     names = [name for name in work.variants if not timings[name].failed]
     shuffle = random.Random(0)
-    one_round = _gpu_round if on_gpu() else _cpu_round
     for name in names:  # warm-up
-        _call(work, name)
+        _reset(work)
+        work.variants[name]()
+    one = _on_gpu(work, timings, names) if on_gpu() else _on_cpu(work, timings)
     gc.collect()
     gc.disable()
     try:
         start, done = time.perf_counter(), 0
         while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
             shuffle.shuffle(names)
-            for name, ms in one_round(work, names).items():
-                timings[name].times.append(ms)
+            for name in names:
+                one(name)
             done += 1
     finally:
         gc.enable()
 
 
-def _call(work: Work, name: str) -> None:
+def _reset(work: Work) -> None:
     if work.reset:
         work.reset()
-    work.variants[name]()
 
 
-def _cpu_round(work: Work, names: Sequence[str]) -> dict[str, float]:
-    times = {}
-    for name in names:
-        if work.reset:
-            work.reset()
+def _on_cpu(work: Work, timings: dict[str, Timing]) -> Callable[[str], None]:
+    def one(name: str) -> None:
+        _reset(work)
         function = work.variants[name]
         start = time.perf_counter()
         result = function()
-        times[name] = 1e3 * (time.perf_counter() - start)
+        timings[name].times.append(1e3 * (time.perf_counter() - start))
         del result
-    return times
+
+    return one
 
 
-@functools.cache
-def _l2_flush() -> torch.Tensor:
-    size = torch.cuda.get_device_properties(0).L2_cache_size
-    return torch.empty(2 * max(size, 32 << 20), dtype=torch.uint8, device="cuda")
-
-
-def _gpu_round(work: Work, names: Sequence[str]) -> dict[str, float]:
-    # The sleep fills the queue, so that events enclose the kernels and not the gaps between launches.
-    flush, events = _l2_flush(), {}
-    torch.cuda._sleep(2_000_000)
+def _on_gpu(
+    work: Work, timings: dict[str, Timing], names: Sequence[str], cuda: Any = torch.cuda,
+    flush: Callable[[], None] = gpu_time.flush_l2,
+) -> Callable[[str], None]:  # fmt: skip
+    reset = functools.partial(_reset, work)
+    graphs = {}
     for name in names:
-        if work.reset:
-            work.reset()
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work.variants[name]()
-        end.record()
-        events[name] = start, end
-    torch.cuda.synchronize()
-    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+        graphs[name], timings[name].waits = gpu_time.capture(work.variants[name], reset, cuda)
+
+    def one(name: str) -> None:
+        if graphs[name] is not None:
+            timings[name].times.append(gpu_time.replay_ms(graphs[name], reset, flush, cuda))
+        timings[name].wall.append(gpu_time.wall_ms(work.variants[name], reset, flush, cuda))
+
+    return one
 
 
 def run_case(case: Case, quick: bool = False) -> dict[str, Any]:
@@ -351,17 +354,27 @@ def run_case(case: Case, quick: bool = False) -> dict[str, Any]:
 
 def _summary(timing: Timing, ours: Timing | None) -> dict[str, Any]:
     row: dict[str, Any] = {"failed": timing.failed, "error": timing.error, "checked": timing.checked}
-    if timing.failed or not timing.times:
+    times = timing.times or timing.wall
+    if timing.failed or not times:
         return row
     row |= {
-        "rounds": len(timing.times),
-        "median_ms": quantile(timing.times, 0.5),
-        "q20_ms": quantile(timing.times, 0.2),
-        "q80_ms": quantile(timing.times, 0.8),
-        "min_ms": min(timing.times),
+        "rounds": len(times),
+        "median_ms": quantile(times, 0.5),
+        "q20_ms": quantile(times, 0.2),
+        "q80_ms": quantile(times, 0.8),
+        "min_ms": min(times),
         "peak_bytes": timing.peak_bytes,
     }
+    if timing.wall:
+        row |= {"wall_ms": quantile(timing.wall, 0.5), "waits": timing.waits}
     if ours is not None and not ours.failed and ours is not timing:
-        ratios = [other / mine for other, mine in zip(timing.times, ours.times)]
-        row |= {f"ratio{suffix}": quantile(ratios, q) for suffix, q in (("", 0.5), ("_q20", 0.2), ("_q80", 0.8))}
+        if timing.times and ours.times:
+            row |= _ratios("ratio", timing.times, ours.times)
+        if timing.wall and ours.wall:
+            row |= _ratios("wall_ratio", timing.wall, ours.wall)
     return row
+
+
+def _ratios(name: str, others: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    ratios = [other / mine for other, mine in zip(others, ours)]
+    return {f"{name}{suffix}": quantile(ratios, q) for suffix, q in (("", 0.5), ("_q20", 0.2), ("_q80", 0.8))}

@@ -9,8 +9,8 @@ from typing import Any
 OURS = "ours"
 CSV_COLUMNS = [
     "op", "name", "variant", "dtype", "median_ms", "q20_ms", "q80_ms", "min_ms", "rounds", "ratio", "ratio_q20",
-    "ratio_q80", "peak_bytes", "floor_ms", "bytes", "flops", "failed", "device", "threads", "allocator", "torch",
-    "commit", "date",
+    "ratio_q80", "wall_ms", "wall_ratio", "waits", "peak_bytes", "floor_ms", "bytes", "flops", "failed", "device",
+    "threads", "allocator", "torch", "commit", "date",
 ]  # fmt: skip
 
 
@@ -30,9 +30,21 @@ def size_text(count: float | None) -> str:
 def ratio_text(variant: dict[str, Any]) -> str:
     if variant.get("failed"):
         return "failed"
-    if "ratio" not in variant:
-        return ""
-    return f"{variant['ratio']:.2f} ({variant['ratio_q20']:.2f}-{variant['ratio_q80']:.2f})"
+    parts = []
+    if "ratio" in variant:
+        parts.append(f"{variant['ratio']:.2f} ({variant['ratio_q20']:.2f}-{variant['ratio_q80']:.2f})")
+    elif variant.get("waits"):
+        parts.append("waits for the GPU")
+    if "wall_ratio" in variant:
+        parts.append(f"a call {variant['wall_ratio']:.2f}")
+    return ", ".join(parts)
+
+
+def ours_text(ours: dict[str, Any]) -> str:
+    text = f"{time_text(ours['median_ms'])} ({ours['q20_ms']:.3g}-{ours['q80_ms']:.3g})"
+    if "wall_ms" not in ours:
+        return text
+    return f"a call {text}, waits for the GPU" if ours["waits"] else f"{text}, a call {time_text(ours['wall_ms'])}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -87,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         cells = [
             row["name"],
-            f"{time_text(ours['median_ms'])} ({ours['q20_ms']:.3g}-{ours['q80_ms']:.3g})",
+            ours_text(ours),
             f"{ours['median_ms'] / row['floor_ms']:.2f}" if row["floor_ms"] else "",
             *(ratio_text(row["variants"].get(name, {})) for name in others),
             size_text(ours.get("peak_bytes")),
@@ -104,6 +116,12 @@ def markdown(result: dict[str, Any]) -> str:
         "above 1 means ours is faster. No speed-up is given for a variant whose result failed its check.",
         "",
     ]
+    if any("wall_ms" in v for row in result["rows"] for v in row["variants"].values()):
+        parts += [
+            "On a GPU the first time is of a CUDA graph's replay, what the GPU works; 'a call' is the wall time of one",
+            "that finds the GPU idle, Python and launches with it. Who waits for the GPU in a call has only that.",
+            "",
+        ]
     for op, rows in _by_op(result):
         parts += [f"## {op}", "", table(rows), ""]
     failures = [

@@ -119,6 +119,15 @@ def device_capability(device: torch.device) -> int:
     return limits(10 * major + minor).capability
 
 
+def multiprocessors(tensor: torch.Tensor, target: int) -> int:
+    """Of the tensor's GPU; of the largest of its kind where something stands in for it."""
+    if tensor.device.type != "cuda":
+        return limits(target).multiprocessors
+    import torch
+
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def float32_precision() -> str:
     """How products of float32 are made from tf32 ones on NVIDIA GPUs, for `tl.dot`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -14,6 +14,33 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _gpu, _plan, _recording
+
+
+class Described(NamedTuple):
+    """What `triton.tools.tensor_descriptor.TensorDescriptor` is, unchecked, and of an address as well as of a tensor.
+
+    The base and all strides but the last, which is 1, must be multiples of 16 bytes. What is outside reads as zero.
+    """
+
+    memory: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+
+    @property
+    def padding(self) -> str:
+        return "zero"
+
+    @property
+    def round_f32_to_tf32(self) -> bool:
+        return False
+
+    @property
+    def base(self) -> Described:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.memory if type(self.memory) is int else self.memory.data_ptr()
 
 
 class Kernel:
@@ -38,10 +65,10 @@ class Kernel:
         recorder = _recording.thread.recorder
         if not _direct():
             if recorder is None:
-                return self.function[grid](*args, **constants)
+                return self.function[grid](*map(_checked, args), **constants)
             recorder.launch(self._launch, (grid,), args, constants, False)
             with recorder.aside():
-                return self.function[grid](*args, **constants)
+                return self.function[grid](*map(_checked, args), **constants)
         device = driver.active.get_current_device()
         key = (device, *map(_kind, args), *constants.items())
         found = self._compiled.get(key)
@@ -63,7 +90,7 @@ class Kernel:
 
     def _first(self, key: Any, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> Any:
         """Triton's own launch; its compiled kernel is kept when all keywords are constants of it."""
-        compiled = self.function[grid](*args, **constants)
+        compiled = self.function[grid](*map(_checked, args), **constants)
         rest = self.function.params[len(args) :]
         if isinstance(compiled, CompiledKernel) and all(parameter.is_constexpr for parameter in rest):
             rest = [constants.get(p.name, p.default) for p in rest]
@@ -112,6 +139,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
+def _checked(value: Any) -> Any:
+    """As Triton's compiler wants it."""
+    if type(value) is not Described:
+        return value
+    return TensorDescriptor(value.memory, list(value.shape), list(value.strides), list(value.block_shape))
+
+
 def _kind(value: Any) -> Any:
     """What a compiled kernel may depend on."""
     kind = type(value)
@@ -119,8 +153,8 @@ def _kind(value: Any) -> Any:
         return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value <= 0x7FFFFFFF)
     if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16
-    if kind is TensorDescriptor:  # which has 16-byte aligned steps, or was not made
-        return value.base.dtype, *value.block_shape, value.padding
+    if kind is Described:
+        return value.memory.dtype, value.block_shape
     return kind if kind is float else value
 
 

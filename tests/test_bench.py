@@ -1,13 +1,15 @@
 """The benchmark runner: a wrong result gets no speed-up, comparisons find regressions."""
 
+import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import against, from_cases, layers, report, whole_model
-from bench.measure import Case, Work
+from bench import against, from_cases, gpu_time, layers, measure, report, whole_model
+from bench.measure import Case, Timing, Work
 from bench.runner import run, write
 from ivl_kernels.testing.cases import Case as OpCase
 from ivl_kernels.testing.cases import Cost, Timed
@@ -201,3 +203,94 @@ def test_the_process_of_a_side():
             side.ask("choose", "no such case", "float32", False)
     finally:
         side.close()
+
+
+class FakeGpu:
+    """torch.cuda, as far as timing asks for it; keeps what was asked for, in order. A call takes 2 ms, a replay 1."""
+
+    def __init__(self):
+        self.log, self.capturing, self.now = [], False, 0.0
+
+    def __getattr__(self, name):
+        return lambda *args: self.log.append((name, *args))
+
+    def Stream(self):
+        return self
+
+    current_stream = Stream
+
+    def stream(self, side):
+        return contextlib.nullcontext()
+
+    def wait_stream(self, other):
+        pass
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.work("replay", 1.0))
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace()
+        event.record = lambda: (self.log.append("event"), setattr(event, "at", self.now))
+        event.elapsed_time = lambda end: end.at - event.at
+        return event
+
+    def work(self, name, ms):
+        self.log.append(name)
+        self.now += ms
+
+    def call(self, name, waits=False):
+        def run():
+            if self.capturing and waits:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            self.work(name, 2.0)
+            return name
+
+        return run
+
+
+def test_a_gpu_is_timed_by_replays_and_by_calls_that_find_it_idle():
+    gpu = FakeGpu()
+    work = Work(
+        {"ours": gpu.call("ours"), "eager": gpu.call("eager", waits=True)}, reset=lambda: gpu.log.append("reset")
+    )
+    timings = {name: Timing() for name in work.variants}
+    one = measure._on_gpu(work, timings, ["ours", "eager"], gpu, lambda: gpu.log.append("flush"))
+    assert timings["eager"].waits == "RuntimeError: operation not permitted when stream is capturing"
+    assert not timings["ours"].waits and gpu.log.count("ours") == gpu_time.WARM_UPS + 1
+    for name, replayed in (("ours", True), ("eager", False)):
+        del gpu.log[:]
+        one(name)
+        queued = ["reset", "flush", ("synchronize",), ("_sleep", gpu_time.SLEEP), "event", "replay", "event"]
+        alone = ["reset", "flush", ("synchronize",), name, ("synchronize",)]
+        assert gpu.log == ([*queued, ("synchronize",)] if replayed else []) + alone
+    assert timings["ours"].times == [1.0] and timings["eager"].times == []
+    ticks = iter([1.0, 1.002])
+    assert gpu_time.wall_ms(gpu.call("x"), int, int, gpu, lambda: next(ticks)) == pytest.approx(2.0)
+
+
+def test_both_times_of_a_gpu_are_told():
+    ours, peer, waiting = (
+        measure.Timing(times=[1.0, 1.0], wall=[4.0, 4.0]),
+        measure.Timing(times=[2.0, 2.0], wall=[5.0, 5.0]),
+        measure.Timing(wall=[8.0, 8.0], waits="RuntimeError: no"),
+    )
+    rows = {name: measure._summary(t, ours) for name, t in (("ours", ours), ("peer", peer), ("loop", waiting))}
+    assert report.ours_text(rows["ours"]) == "1 ms (1-1), a call 4 ms"
+    assert report.ratio_text(rows["peer"]) == "2.00 (2.00-2.00), a call 1.25"
+    assert report.ratio_text(rows["loop"]) == "waits for the GPU, a call 2.00" and "ratio" not in rows["loop"]
+    waits = measure._summary(waiting, waiting)
+    assert report.ours_text(waits) == "a call 8 ms (8-8), waits for the GPU"
+    row = dict(op="toy", name="x", dtype="float32", floor_ms=0.5, bytes=1, flops=1, ok=True, variants=rows)
+    environment = dict(device="GPU", threads=1, torch="2", allocator="default", commit="c", date="d")
+    result = dict(rows=[row], environment=environment, limits=dict(copy_bytes_per_s=1e9, gemm_flops_per_s={}))
+    text = report.markdown(result)
+    assert "| x | 1 ms (1-1), a call 4 ms | 2.00 |" in text and "finds the GPU idle" in text
+    assert {r["variant"]: r["wall_ratio"] for r in report.csv_rows(result)}["loop"] == 2.0

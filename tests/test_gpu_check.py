@@ -1,15 +1,21 @@
 """The GPU check, rehearsed on the CPU: the same code path, and it must be able to fail."""
 
+import contextlib
 import importlib
 import json
 import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from ivl_kernels import _library, cli
+from ivl_kernels import _gpu, _library, cli
+from ivl_kernels._dispatch import BackendError
 from ivl_kernels.commands import _gpu_checks, gpu_check
 from ivl_kernels.testing.cases import Numbers, all_cases, cast, forward_backward
+from tests.simulator import aot
 from tests.simulator.gpu import simulated_gpu
 from tests.simulator.idle import idle_gpu
 
@@ -21,7 +27,7 @@ def test_rehearsal(tmp_path, capsys):
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     statuses = {r["status"] for r in found["results"]}
     assert statuses == {"ok", "skipped"}
-    expected = {"correctness", "CUDA graph", "second GPU", "huge offsets", "sanitizer", "model"}
+    expected = {"compilation", "correctness", "CUDA graph", "second GPU", "huge offsets", "sanitizer", "model"}
     assert {r["check"] for r in found["results"]} == expected
     report = (tmp_path / "gpu_check.md").read_text()
     assert "CPU (a rehearsal, no GPU)" in report and "| ok | correctness | pixel_shuffle_mlp" in report
@@ -111,9 +117,11 @@ def test_what_graphs_promise_touches_the_host_only_once(case, monkeypatch):
 
 
 def test_ops_that_wait_for_the_device_say_so():
-    """Inductor leaves them out of the graphs that it captures. `pack_tokens` waits unless it is given a capacity."""
+    """Inductor leaves them out of the graphs that it captures. Some wait only for what they are not given."""
     waits = {n for n, op in _library.OPS.items() if torch.Tag.cudagraph_unsafe in op._overload.tags}
-    assert waits == {"place_rows_", "take_rows", "pack_tokens"}
+    packing = {"place_rows_", "take_rows", "pack_tokens"}
+    lists = {"moe_experts_list", "moe_experts_list_backward"}
+    assert waits == packing | lists | {"attention", "attention_backward"}
     assert not waits - {"pack_tokens"} & {case.op for case in CAPTURED}
 
 
@@ -154,3 +162,60 @@ def test_sanitizer(tmp_path, monkeypatch):
     found = list(_gpu_checks.sanitizer("cuda", "racecheck"))
     assert [r.status for r in found] == ["ok"], found[0].detail
     assert [r.status for r in _gpu_checks.sanitizer("cuda", "memcheck")] == ["FAILED"]  # the arguments are others
+
+
+def test_a_sanitizer_that_is_late_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/child; wait\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr("ivl_kernels._cuda.problem", lambda: None)
+    monkeypatch.setattr(_gpu_checks, "SANITIZER_SECONDS", 1)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (found,) = _gpu_checks.sanitizer("cuda", "racecheck")
+    assert found.status == "skipped" and "not done in 1 s" in found.detail
+    state = Path(f"/proc/{int((tmp_path / 'child').read_text())}/status")
+    assert not state.exists() or "Z (zombie)" in state.read_text()
+
+
+def test_kernels_are_compiled_by_processes_that_share_the_cases(monkeypatch):
+    """Each case in each dtype by one of them, whatever the others raise."""
+    from ivl_kernels.testing import cases
+
+    seen = []
+
+    def spy(case, inputs, backend):
+        seen.append((case.title, next((t.dtype for t in tree_leaves(inputs) if t.is_floating_point()), None)))
+        raise RuntimeError("a kernel does not compile")
+
+    monkeypatch.setattr(cases, "forward_backward", spy)
+    for i in range(3):
+        _gpu_checks.compile_share(i, 3, "cpu", "rows")
+    titles = {case.title for case in all_cases() if "rows" in case.title}
+    assert {title for title, _ in seen} == titles and len(seen) == 3 * len(titles)
+    (found,) = _gpu_checks.compilation("cpu", "")
+    assert found.status == "skipped"
+
+
+def test_compilers_at_work():
+    """The command that the processes run, on what needs no GPU."""
+    code = "from ivl_kernels.commands._gpu_checks import compile_share; compile_share(0, 1, 'cpu', 'three rows, width')"
+    status, output = _gpu_checks._finish(_gpu_checks._python([], code), time.perf_counter() + 120)
+    assert status == 0, output
+
+
+def test_compiling_fits_the_time():
+    """Distinct kernels of all cases, at 2 s each by 8 processes."""
+    keys = set()
+    machine = importlib.import_module("bench.inspect.machine")
+    with (
+        _gpu.stand_in("compiler", lambda *args: None, preferred=True, capability=90),
+        aot.compiling(90, make=lambda launch: keys.add(launch.key)),
+        machine.no_products(),
+    ):
+        for case in all_cases():
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                inputs = cast(case.inputs(Numbers()), dtype, "cpu")
+                for run in (lambda: forward_backward(case, inputs, "triton"), lambda: case.call(inputs, "")):  # noqa: B023
+                    with contextlib.suppress(BackendError, IndexError, ValueError):  # what is compiled computes nothing
+                        run()
+    assert 200 < len(keys) < 100 * 8 / 2, len(keys)

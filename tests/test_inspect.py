@@ -174,7 +174,20 @@ def test_widths():
     ptx += "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [a], [b, {c, d}], [e];"
     ptx += "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [a, {b, c}], [d];"
     assert machine.access_widths(ptx) == {"ld16": 3, "ld8": 1, "st2": 1, "ldbulk": 1, "stbulk": 1}
-    assert machine.occupancy(80, 128, 64, 0) == 0.5
+    assert machine.occupancy(80, 128, 64, 0) == 0.5 and machine.blocks(80, 128, 64, 0) == 8
+    assert machine.blocks(90, 256, 113, 98_304) == 2 and machine.blocks(90, 256, 113, 131_072) == 1
+
+
+def test_bytes_in_flight():
+    two = "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]; ld.global.b32 %r5, [%rd2]; "
+    assert machine.bytes_in_flight(two + "add.s32 %r6, %r4, %r5;", 1) == 32 * 20
+    assert machine.bytes_in_flight(two + "add.s32 %r6, %r3, 1; ld.global.b64 %rd3, [%rd1];", 1) == 32 * 20
+    assert machine.bytes_in_flight("ld.global.b64 %rd3, [%rd1]; ld.global.b64 %rd4, [%rd3];", 1) == 32 * 8
+    copy = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10; cp.async.commit_group; "
+    assert machine.bytes_in_flight(2 * copy + "cp.async.wait_group 1; " + copy, 1) == 32 * 32
+    assert machine.bytes_in_flight(copy + "cp.async.wait_group 0; " + copy, 1) == 32 * 16
+    bulk = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 49152; "
+    assert machine.bytes_in_flight(3 * bulk + "mbarrier.try_wait.parity p, [%r1], %r2; " + bulk, 8) == 3 * 49152 // 8
 
 
 def test_merge_replaces_rows_of_the_same_name():

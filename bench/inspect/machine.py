@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import re
 import warnings
@@ -40,16 +41,60 @@ def access_widths(ptx: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d+))?\.[bfus](\d+)\s+(\{[^}]*\}|%\w+)")
+COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|[0-9]+)")
+BULK = re.compile(r"mbarrier\.arrive\.expect_tx[^;]*,\s*(\d+)\s*;")
+
+
+def bytes_in_flight(ptx: str, warps: int) -> int:
+    """Most bytes that a warp has asked of global memory before it uses any of them, in the order of the PTX's text.
+
+    Loads into registers end where a register is read, asynchronous copies where their group is waited for, bulk copies
+    where an mbarrier is; a block's warps share the latter. ptxas may move loads further up.
+    """
+    loads: dict[str, int] = {}  # by first register; the others' are its
+    owner: dict[str, str] = {}
+    groups, copied, bulk, most = [], 0, [], 0
+    for line in ptx.split(";"):
+        line += ";"
+        load = LOAD.search(line)
+        read = re.findall(r"%\w+", line[load.end() :] if load else line)
+        for register in read:
+            loads.pop(owner.pop(register, ""), None)
+        if load:
+            registers = re.findall(r"%\w+", load[3])
+            loads[registers[0]] = int(load[1] or 1) * int(load[2]) // 8
+            owner |= dict.fromkeys(registers, registers[0])
+        elif found := COPY.search(line):
+            copied += int(found[1], 0)
+        elif "cp.async.commit_group" in line:
+            groups.append(copied)
+            copied = 0
+        elif found := re.search(r"cp\.async\.wait_group\s+(\d+)", line):
+            groups = groups[len(groups) - int(found[1]) :] if int(found[1]) else []
+        elif found := BULK.search(line):
+            bulk.append(int(found[1]))
+        elif "mbarrier.try_wait" in line:
+            bulk = bulk[1:]
+        most = max(most, 32 * (sum(loads.values()) + copied + sum(groups)) + sum(bulk) // warps)
+    return most
+
+
 TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 
 
-def occupancy(target: int, threads: int, registers: int, shared: int) -> float:
-    """Share of a multiprocessor's threads that can be resident."""
+def blocks(target: int, threads: int, registers: int, shared: int) -> int:
+    """That can be resident on a multiprocessor."""
     gpu = TABLE[target]
     warps = -(-threads // 32)
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps) if registers else gpu.blocks
     by_shared = gpu.shared // (shared + 1024) if shared else gpu.blocks
-    return min(gpu.threads // threads, by_registers, by_shared, gpu.blocks) * threads / gpu.threads
+    return min(gpu.threads // threads, by_registers, by_shared, gpu.blocks)
+
+
+def occupancy(target: int, threads: int, registers: int, shared: int) -> float:
+    """Share of a multiprocessor's threads that can be resident."""
+    return blocks(target, threads, registers, shared) * threads / TABLE[target].threads
 
 
 @contextlib.contextmanager
@@ -88,7 +133,8 @@ def gpu_launches(job: Job, backend: str, target: Any, direction: str) -> list[An
     def launch(source: str, kernel: str, grid: Any, block: int, args: Any, shared: int) -> None:
         row = dict(cuda_resources(source, target)[kernel])
         row["shared"] += shared
-        log.append({"kernel": kernel, "target": target, "threads": block, **row})
+        warps = math.prod(grid) * -(-block // 32)
+        log.append({"kernel": kernel, "target": target, "threads": block, **row, "warps": warps})
 
     amd = isinstance(target, str)
     with (
@@ -119,6 +165,7 @@ def compile_all(launches: Sequence[Any], jobs: int) -> dict[str, dict[str, Any]]
 
 def _described(entry: Any, target: Any) -> dict[str, Any]:
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", entry.asm)
+    in_flight = {"in_flight": bytes_in_flight(entry.asm, int(threads[1]) // 32)} if threads else {}
     return {
         "kernel": entry.kernel,
         "target": target,
@@ -127,7 +174,9 @@ def _described(entry: Any, target: Any) -> dict[str, Any]:
         "spills": entry.spills,
         "shared": entry.shared,
         "tensor_core_instructions": entry.count(TENSOR_CORES),
+        "mbarriers": entry.count(r"mbarrier\.try_wait"),
         "widths": access_widths(entry.asm),
+        **in_flight,
     }
 
 
@@ -145,7 +194,9 @@ def cuda_resources(source: str, target: int) -> dict[str, dict[str, Any]]:
             "spills": used["spill_stores"] + used["spill_loads"],
             "shared": used["static_shared"],
             "tensor_core_instructions": 0,
+            "mbarriers": 0,
             "widths": access_widths(entries[kernel]),
+            "in_flight": bytes_in_flight(entries[kernel], 1),
         }
         for kernel, used in resources(ptx).items()
     }
@@ -169,10 +220,14 @@ def machine_rows(
     code = compile_all([one for _, launches in made for one in launches if not isinstance(one, dict)], jobs)
     rows = []
     for key, launches in made:
-        found = [json.dumps(one if isinstance(one, dict) else code[one.key]) for one in launches]
+        found = [json.dumps(one if isinstance(one, dict) else _launched(code[one.key], one.grid)) for one in launches]
         rows += [{**key, **json.loads(row), "launches": count} for row, count in Counter(found).items()]
     for row in rows:
         if row["target"] in NVIDIA and row["threads"]:
             share = occupancy(row["target"], row["threads"], row["registers"], row["shared"])
             row["occupancy"] = round(share, 3)
     return rows
+
+
+def _launched(row: dict[str, Any], grid: tuple[int, ...]) -> dict[str, Any]:
+    return row | ({"warps": math.prod(grid) * row["threads"] // 32} if row["threads"] else {})

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_kernels._targets import limits
 from ivl_kernels.testing.cases import Shape
 
+from .machine import blocks
 from .subjects import SUBJECTS, Job
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = ROOT / "bench" / "results" / "inspect.json"
+HOST = ROOT / "bench" / "results" / "host_path.json"
 # GB/s, dense bf16 tensor-core TFLOP/s; NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024),
 # HGX B200 (2024; the sparse figure halved).
 GPUS = {"A100": (2039, 312), "H100": (3350, 989), "H200": (4800, 989), "B200": (8000, 2250)}
@@ -134,10 +137,19 @@ def markdown(tables: Tables) -> str:
     for name, rows in groups.items():
         widths = sorted({width for row in rows for width in row["widths"]}, key=lambda w: (w[:2], len(w), w))
         shares = [100 * row["occupancy"] for row in rows if "occupancy" in row]
+        resident = [
+            blocks(*(row[k] for k in ("target", "threads", "registers", "shared")))
+            for row in rows
+            if "occupancy" in row
+        ]
+        launched = [row["warps"] / limits(row["target"]).multiprocessors for row in rows if "warps" in row]
+        flying = [row["in_flight"] for row in rows if "in_flight" in row]
         machine.append(
             [f"{name[0]} ({name[1]})", *name[2:], len(rows), _span([row["registers"] for row in rows]),
              max(row["spills"] for row in rows), _span([row["shared"] for row in rows]),
-             _span(shares, "{:.0f} %") if shares else "", _span([row["tensor_core_instructions"] for row in rows]),
+             _span(shares, "{:.0f} %") if shares else "", _span(resident) if resident else "",
+             _span(launched, "{:.3g}") if launched else "", _span(flying) if flying else "",
+             _span([row["tensor_core_instructions"] for row in rows]), max(row.get("mbarriers", 0) for row in rows),
              " ".join(widths)]
         )  # fmt: skip
     return "\n".join(
@@ -161,13 +173,33 @@ def markdown(tables: Tables) -> str:
             "## Machine code at the catalogue's shapes",
             "",
             "A row: all shapes and launches of a kernel, forward or backward; spills are the most of any, in bytes.",
+            "Warps launched: over all multiprocessors of the largest chip of the kind, those that leave at once too.",
+            "Bytes in flight: asked of global memory before any of them is used, in the order of the PTX.",
             "",
             *_table(
                 ("op", "kernel", "dtype", "target", "variants", "registers", "spills", "shared", "occupancy",
-                 "tensor-core instr.", "access widths"), machine
+                 "blocks an SM", "warps launched an SM", "bytes in flight a warp", "tensor-core instr.",
+                 "mbarrier waits", "access widths"), machine
             ),
+            *_host(),
         ]
     )  # fmt: skip
+
+
+def _host() -> list[str]:
+    """What `python -m bench.host_path --json bench/results/host_path.json` kept."""
+    if not HOST.exists():
+        return []
+    found = json.loads(HOST.read_text())
+    rows = [[row["name"], row["launches"], f"{row['us']:.1f}", f"{row['first us']:.1f}"] for row in found["rows"]]
+    return [
+        "## Host microseconds a call",
+        "",
+        f"On a driver that returns at once (`python -m bench.host_path`): {found['machine']}, torch {found['torch']}.",
+        "`first`: a call that no plan is found for.",
+        "",
+        *_table(("call", "launches", "repeated", "first"), rows),
+    ]
 
 
 def plot(tables: Tables, path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +45,71 @@ def guard(check: str, subject: str, function: Callable[[], str]) -> Result:
         status, detail = "FAILED", f"{type(error).__name__}: {error}"
         traceback.print_exc(file=sys.stderr)
     return Result(check, subject, status, detail, time.perf_counter() - start)
+
+
+COMPILERS = 16  # processes at most
+COMPILE_SECONDS = 150
+
+
+def compilation(device: str, pattern: str) -> Iterator[Result]:
+    """Triton's kernels compiled by several processes into its cache on disk, where the other checks find them.
+
+    One after the other they would take most of the time that there is. Whatever fails here fails again in its check.
+    """
+    from ..testing.cases import all_cases
+
+    subject = "Triton kernels"
+    if not any(pattern in case.title for case in all_cases(large=device == "cuda")):
+        return
+    if device == "cpu":
+        yield Result("compilation", subject, "skipped", "no GPU")
+        return
+    count = min(COMPILERS, os.cpu_count() or 1)
+    arguments = [f"{i}, {count}, {device!r}, {pattern!r}" for i in range(count)]
+    code = "from ivl_kernels.commands._gpu_checks import compile_share; compile_share({})"
+    start = time.perf_counter()
+    running = [_python([], code.format(a)) for a in arguments]
+    ended = [_finish(process, start + COMPILE_SECONDS) for process in running]
+    late = sum(code is None for code, _ in ended)
+    detail = f"{count} processes" + (f", {late} not done in {COMPILE_SECONDS} s" if late else "")
+    yield Result("compilation", subject, "ok", detail, time.perf_counter() - start)
+
+
+def compile_share(index: int, count: int, device: str, pattern: str) -> None:
+    """Run every count-th case from `index` on, in each dtype; what it raises is the checks' to tell."""
+    import torch
+
+    from ..testing.cases import Numbers, all_cases, cast, forward_backward
+
+    large = device == "cuda"
+    chosen = [(c, d) for c in all_cases(large=large) for d in FLOAT_NAMES if d != "float64" and pattern in c.title]
+    for case, dtype in chosen[index::count]:
+        with contextlib.suppress(Exception):
+            inputs = cast(case.inputs(Numbers()), getattr(torch, dtype), device)
+            with contextlib.suppress(Exception):
+                forward_backward(case, inputs, "triton")
+            with torch.no_grad():
+                case.call(inputs, "")  # few tokens have kernels of their own where no gradient is wanted
+
+
+def _python(before: list[str], code: str, **settings: str) -> subprocess.Popen[str]:
+    """This Python with this package, as a process of its own that runs `code`."""
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [*before, sys.executable, "-c", code]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def _finish(process: subprocess.Popen[str], until: float) -> tuple[int | None, str]:
+    """Exit status and output; None: it was not done by then and was ended, with what it started."""
+    try:
+        output, _ = process.communicate(timeout=max(0.1, until - time.perf_counter()))
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
 
 
 def correctness(device: str, pattern: str) -> Iterator[Result]:
@@ -249,37 +316,38 @@ def _huge_experts(device: str, elements: int = 2**31, width: int = 4096, inner: 
     return f"{gate_up.numel()} elements"
 
 
+SANITIZER_SECONDS = 150  # importing torch under the tool takes most of it
+
+
 def sanitizer(device: str, pattern: str) -> Iterator[Result]:
-    """The CUDA C++ kernels under compute-sanitizer."""
+    """The CUDA C++ kernels under compute-sanitizer, its tools at the same time.
+
+    Without torch's caching allocator, which would hide an access past a tensor's end.
+    """
     from .. import _cuda
 
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    why = "no GPU" if device == "cpu" else _cuda.problem() or (None if tool else "compute-sanitizer is not on PATH")
+    code = "from ivl_kernels.commands._gpu_checks import run_cuda_kernels; run_cuda_kernels()"
+    start, running = time.perf_counter(), {}
     for mode in ("memcheck", "racecheck", "initcheck"):
         subject = f"compute-sanitizer {mode}"
         if pattern not in subject:
             continue
-        why = "no GPU" if device == "cpu" else _cuda.problem() or (None if tool else "compute-sanitizer is not on PATH")
         if why or tool is None:
             yield Result("sanitizer", subject, "skipped", why or "")
             continue
-        start = time.perf_counter()
-        try:
-            status, detail = _sanitize(tool, mode)
-        except subprocess.TimeoutExpired as error:
-            status, detail = "skipped", f"not done in {error.timeout:.0f} s"
-        yield Result("sanitizer", subject, status, detail, time.perf_counter() - start)
-
-
-def _sanitize(tool: str, mode: str) -> tuple[str, str]:
-    """Status and detail. Without torch's caching allocator, which would hide an access past a tensor's end."""
-    code = "from ivl_kernels.commands._gpu_checks import run_cuda_kernels; run_cuda_kernels()"
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [tool, "--tool", mode, "--error-exitcode", "3", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=settings)
-    if done.returncode == 0:
-        return "ok", "clean"
-    return "FAILED", f"exit status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+        before = [tool, "--tool", mode, "--error-exitcode", "3"]
+        running[subject] = _python(before, code, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for subject, process in running.items():
+        status, output = _finish(process, start + SANITIZER_SECONDS)
+        took = time.perf_counter() - start
+        if status is None:
+            yield Result("sanitizer", subject, "skipped", f"not done in {SANITIZER_SECONDS} s", took)
+        elif status == 0:
+            yield Result("sanitizer", subject, "ok", "clean", took)
+        else:
+            yield Result("sanitizer", subject, "FAILED", f"exit status {status}: {output[-2000:]}", took)
 
 
 def run_cuda_kernels() -> None:
@@ -323,4 +391,4 @@ def model(device: str, pattern: str) -> Iterator[Result]:
         yield guard("model", f"{subject}, {family} language model", check)
 
 
-CHECKS = (correctness, graphs, devices, huge, model, sanitizer)
+CHECKS = (compilation, correctness, graphs, devices, huge, model, sanitizer)

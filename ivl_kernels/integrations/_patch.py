@@ -19,6 +19,7 @@ from ._report import PatchReport, Row, failure
 # this package with an `ADAPTER`.
 ADAPTERS: tuple[str, ...] = (
     "vision", "loss", "flash", "experts", "rope", "v2pe", "attention", "cache", "norms", "mlp", "linear", "packed",
+    "graphs",
 )  # fmt: skip
 
 

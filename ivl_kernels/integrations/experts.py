@@ -60,6 +60,8 @@ def _tensor_problem(name: str, tensor: Any, first: torch.Tensor | None = None) -
         return f"{name} is {tensor.dtype}: quantised experts are served by their own kernels"
     if first is not None and (tensor.dtype, tensor.device) != (first.dtype, first.device):
         return f"{name} is {tensor.dtype} on {tensor.device}, others are {first.dtype} on {first.device}"
+    if tensor.dim() > 1 and not tensor.is_contiguous():
+        return f"{name} is not contiguous: it would be copied at every call"
     return ""
 
 
@@ -210,7 +212,10 @@ def _matrices(block: Any) -> tuple[list[list[nn.Parameter]], str]:
                 return lists, f"{path} has a bias"
             if first is None:
                 first = weight
-            elif type(weight) is not nn.Parameter or weight.dtype != first.dtype or weight.device != first.device:
+            elif (
+                type(weight) is not nn.Parameter or weight.dtype != first.dtype or weight.device != first.device
+                or not weight.is_contiguous()
+            ):  # fmt: skip
                 return lists, not_plain(layer, nn.Linear, path) or _tensor_problem(path, weight, first)
             matrices.append(weight)
     why = watched(block.experts) or class_changed(nn.Linear) or _tensor_problem("experts.0.gate_proj.weight", first)

@@ -258,6 +258,33 @@ def test_stacked_changed_later(family, served):
     assert refused.state == "refused" and "Int8Tensor" in refused.detail and fine.state == "patched"
 
 
+def transposed(parameter):
+    return nn.Parameter(parameter.detach().mT.contiguous().mT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transposed_weights_are_upstreams(family, served):
+    """They would be copied at every call: of all experts."""
+    model, ids = language_model(family), tokens()
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    handle = patch(model, **MOE)
+    if isinstance(first, nn.ModuleList):
+        first, second = first[1].down_proj, second[0].gate_proj
+    name = "weight" if isinstance(first, nn.Linear) else "down_proj"
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert served() == 2
+        setattr(first, name, transposed(getattr(first, name)))
+        close(model(ids).logits, plain)
+        assert served() == 1 and "is not contiguous" in rows(handle)[0].detail and "cpu (" in rows(handle)[1].detail
+        setattr(second, name, transposed(getattr(second, name)))
+        close(model(ids).logits, plain)
+    handle.undo()
+    with pytest.warns(PatchWarning, match="nothing was patched"):
+        refused = rows(patch(model, **MOE))
+    assert all(row.state == "refused" and "is not contiguous" in row.detail for row in refused)
+
+
 class Double(nn.Module):
     def forward(self, x):
         return 2 * x

@@ -62,6 +62,8 @@ def serve(model):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "flash"])
 def test_serving_compiles_nothing_new(name):
+    if name == "qwen3_moe" and transformers.__version__.startswith("4."):
+        pytest.skip("4.57 keeps a list of experts, which no GPU kernel serves")
     model = build(name)
     ivl_kernels.patch(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -9,7 +9,7 @@ from ivl_kernels import _cuda
 from ivl_kernels.ops import pixel_shuffle_mlp, v2pe_rope, v2pe_rope_
 from tests.simulator.gpu import far, simulated_gpu
 
-projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.config")
+projector = importlib.import_module("ivl_kernels.ops.pixel_shuffle_mlp.triton")
 BF16 = torch.bfloat16
 
 
@@ -69,7 +69,7 @@ def test_router_linears():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("implicit", [False, True])
 def test_projector(axis, implicit, monkeypatch):
-    monkeypatch.setattr(projector, "IMPLICIT_TILES", {2: 1000 * implicit})
+    monkeypatch.setattr(projector, "implicit", lambda *args: implicit)
     torch.manual_seed(0)
     x, norm = torch.randn(3, 17, 8).to(BF16), (torch.rand(32).to(BF16), torch.rand(32).to(BF16))
     layers = [[torch.randn(16, 32).to(BF16) / 6, torch.randn(16, 16).to(BF16) / 4], [torch.rand(16).to(BF16)] * 2]

@@ -378,8 +378,20 @@ def test_strided_inputs(backend, gpt_oss):
     case.ids, case.hidden, case.weights = spread(case.ids), spread(case.hidden), spread(case.weights)
     if gpt_oss:
         case.gate_up_bias, case.down_bias = spread(case.gate_up_bias), spread(case.down_bias)
-    case.gate_up, case.down = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (case.gate_up, case.down))
     torch.testing.assert_close(case.run(backend), expected)
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_matrices_that_would_be_copied_at_every_call(name):
+    case = make()
+    setattr(case, name, getattr(case, name).mT.contiguous().mT)
+    with pytest.raises(ValueError, match=rf"{name}: got .* with strides \[\d+, 1, \d+\], expected contiguous memory"):
+        case.run()
+    gate, up, down = ([m.contiguous() for m in t] for t in (*make().gate_up.chunk(2, 1), make().down))
+    (gate if name == "gate_up" else down)[2] = (gate if name == "gate_up" else down)[2].mT.contiguous().mT
+    listed = "gate" if name == "gate_up" else "down"
+    with pytest.raises(ValueError, match=rf"{listed}\[2\]: got .*, expected contiguous memory"):
+        moe_experts_list(case.hidden, case.ids, case.weights, gate, up, down)
 
 
 @BACKENDS

@@ -7,11 +7,15 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+from bench.inspect import machine
+from ivl_kernels._targets import TARGETS
 from ivl_kernels.ops import pixel_shuffle_mlp
 from ivl_kernels.ops.pixel_shuffle_mlp import config
 from ivl_kernels.ops.pixel_shuffle_mlp import triton as kernels
 from ivl_kernels.ops.pixel_shuffle_mlp.op import Projector, ProjectorBackward, ProjectorInto
-from ivl_kernels.testing import MODELS
+from ivl_kernels.testing import MODELS, assert_accurate
+from ivl_kernels.testing.cases import Numbers, cast
+from ivl_kernels.testing.cases import pixel_shuffle_mlp as cases
 from tests.ops.test_pixel_shuffle_mlp import check, flat, make
 from tests.simulator import aot
 from tests.simulator.gpu import OLD_TRITON, Tf32Products, simulated_gpu
@@ -25,9 +29,18 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(params=[True, False], ids=["implicit", "rows"])
 def implicit(request, monkeypatch):
     """Whether the first GEMM gathers and normalises its own operand."""
-    limit = 1000 if request.param else 0
-    monkeypatch.setattr(config, "IMPLICIT_TILES", {2: limit, 4: limit})
+    monkeypatch.setattr(kernels, "implicit", lambda *args: request.param)
     return request.param
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+def test_what_it_is_compared_with_computes_the_same(merge):
+    """Our pass over the rows and torch's products: a peer of the benchmark, on GPUs only."""
+    v = cases.inputs(Numbers(torch.float64), merge, 3, 8, (12 * merge**2, 20, 28))
+    low = cast(v, torch.bfloat16, "cpu")
+    with simulated_gpu(), torch.no_grad():
+        got = cases.row_pass_and_products(low, merge)
+    assert_accurate(got, cases.plain(cast(low, torch.float64, "cpu"), merge), cases.plain(low, merge))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -147,6 +160,45 @@ def _launches(target, dtype=torch.bfloat16):
         ]
         found.setdefault(str(key), launch)
     return found
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["hidden layer", "scattered rows"])
+@pytest.mark.parametrize("target", [90, 100])
+def test_two_blocks_share_a_multiprocessor(target, rows):
+    """The product of 13 tiles of InternVL3.5-8B: registers, shared memory and, on 100, tensor memory."""
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, chosen, K, N = empty(13, 1025, 1024), empty(13, dtype=torch.int64), 4096, 4096
+    weights, biases = [empty(N, K), empty(N, N)], [empty(N), empty(N)]
+    a = Projector(x, empty(K), empty(K), weights, biases, 2, 32, 32, 1, False, 1e-5, None)
+    with (
+        mock.patch.object(kernels, "capability", lambda tensor: target),
+        mock.patch.object(torch, "addmm"),
+        aot.compiling(target, make=lambda launch: launch) as log,
+    ):
+        if rows:
+            kernels.pixel_shuffle_mlp_into_(ProjectorInto(empty(3328, N), chosen, a))
+        else:
+            kernels.pixel_shuffle_mlp(a)
+    launch = log[-1]
+    assert launch.fn.__name__ == "pixel_shuffle_mlp_linear_kernel" and not launch.constants["IMPLICIT"]
+    assert ("starts" in launch.constants) != rows and launch.options["num_stages"] == 3
+    compiled, threads = launch.compile(), 32 * launch.options["num_warps"]
+    share = machine.occupancy(target, threads, compiled.registers, compiled.shared)
+    assert share * TARGETS[target].threads / threads == 2 and compiled.spills == 0
+    if target == 100:
+        assert 2 * int(re.search(r"tcgen05\.alloc.*, (\d+);", compiled.asm)[1]) <= 512
+
+
+def test_implicit_only_where_it_wins():
+    """Normalising each operand tile again: up to the column tiles that docs count; in 16 bits never on 90 and 100."""
+    for target in (80, 90, 100):
+        for columns in (128, 256, 257, 1024):
+            taken = config.implicit(columns, dict(BN=128), 2, target)
+            assert taken == (columns <= 256 and target == 80)
+        assert config.implicit(448, dict(BN=64), 4, target) and not config.implicit(449, dict(BN=64), 4, target)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Launchers may be given meta tensors of any size; nothing runs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -86,7 +87,7 @@ def _signature(fn, bound, amd):
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that is not made: the kernel, and all that its machine code depends on."""
+    """A launch that is not made: the kernel, all that its machine code depends on, and the grid, if that is known."""
 
     fn: Any
     target: int | str
@@ -94,11 +95,12 @@ class Launch:
     constants: dict[str, Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
+    grid: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
         """Alike for launches that share their machine code."""
-        return f"{self.fn.__module__}.{self.fn.__name__} {list(vars(self).values())[1:]}"
+        return f"{self.fn.__module__}.{self.fn.__name__} {list(vars(self).values())[1:-1]}"
 
     def compile(self) -> Compiled:
         from triton.backends.compiler import GPUTarget
@@ -138,7 +140,7 @@ def compiling(target, log=None, make=Launch.compile):
     log = [] if log is None else log
 
     def run(self, *args, grid, warmup=False, **kwargs):
-        log.append(make(launch(self, target, *args, **kwargs)))
+        log.append(make(dataclasses.replace(launch(self, target, *args, **kwargs), grid=tuple(grid))))
 
     hip = "stands in" if isinstance(target, str) else torch.version.hip
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "hip", hip):

@@ -82,9 +82,18 @@ def empty_gradients(b: AttentionBackward) -> Gradients:
     return Gradients(a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape), a.v.new_empty(a.v.shape), sinks)
 
 
-_attention = Op("attention", Attention, Attended, key="q", implementations=_BACKENDS, fake=empty_attended)
+# The longest sequence is read where it is not given, and in float32 every offset.
+_attention = Op(
+    "attention", Attention, Attended, key="q", reads_host=True, implementations=_BACKENDS, fake=empty_attended
+)
 _backward = Op(
-    "attention_backward", AttentionBackward, Gradients, key="q", implementations=_BACKENDS, fake=empty_gradients
+    "attention_backward",
+    AttentionBackward,
+    Gradients,
+    key="q",
+    reads_host=True,
+    implementations=_BACKENDS,
+    fake=empty_gradients,
 )
 
 

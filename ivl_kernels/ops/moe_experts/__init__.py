@@ -40,8 +40,8 @@ def moe_experts(
         ids: [S, k] int64 or int32 expert ids. An id outside 0 to E - 1 (expert parallelism uses E) contributes zero.
         weights: [S, k] routing weights, any floating dtype.
         gate_up: [E, 2I, H] with the gate rows first ("concatenated"), or [E, H, 2I] with columns g0, u0, g1, u1, ...
-            ("interleaved", GPT-OSS); the dtype of `hidden`.
-        down: [E, H, I] ("concatenated") or [E, I, H] ("interleaved"); the dtype of `hidden`.
+            ("interleaved", GPT-OSS); the dtype of `hidden`, contiguous.
+        down: [E, H, I] ("concatenated") or [E, I, H] ("interleaved"); the dtype of `hidden`, contiguous.
         gate_up_bias: [E, 2I] in the order of gate_up's rows or columns, or None.
         down_bias: [E, H] or None.
         gate_up_scales, down_scales: of matrices in few bits, which are read as they are stored. Those are rows of
@@ -88,7 +88,7 @@ def moe_experts_list(
 
     Args:
         hidden, ids, weights: as in `moe_experts`.
-        gate, up: E tensors [I, H] each, the dtype of `hidden`; non-contiguous ones are copied.
+        gate, up: E tensors [I, H] each, the dtype of `hidden`, contiguous.
         down: E tensors [H, I].
         backend: force a backend; only the C++ kernels and the reference serve lists. On a GPU stack the experts once
             and call `moe_experts`: the reference stacks them at every call and waits for the device.

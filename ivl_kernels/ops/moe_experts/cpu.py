@@ -33,7 +33,7 @@ def _matrices(a: Experts) -> tuple[Tensor | None, ...]:
 
 
 def _lists(a: ExpertsList) -> tuple[list[Tensor], ...]:
-    return tuple([t.contiguous() for t in each] for each in (a.gate, a.up, a.down))
+    return a.gate, a.up, a.down
 
 
 def _options(a: Experts) -> tuple[bool, float, float, bool]:

@@ -218,13 +218,22 @@ _few = Op(
     fake=lambda a: a.hidden.new_empty(a.hidden.shape),
 )
 
-_list = Op("moe_experts_list", ExpertsList, Output, key="hidden", implementations=_LIST_BACKENDS, fake=empty_output)
+_list = Op(
+    "moe_experts_list",
+    ExpertsList,
+    Output,
+    key="hidden",
+    reads_host=True,  # the reference does, which alone serves GPUs
+    implementations=_LIST_BACKENDS,
+    fake=empty_output,
+)
 
 _list_backward = Op(
     "moe_experts_list_backward",
     ListBackward,
     ListGradients,
     key="hidden",
+    reads_host=True,
     implementations=_LIST_BACKENDS,
     fake=empty_list_gradients,
 )
@@ -305,6 +314,8 @@ def _check_weights(
         named = []
     else:
         check_shape("down", down, (experts, width, inner) if rows else (experts, inner, width))
+        for name, tensor in named:
+            _check_in_order(name, tensor)
     if gate_up_bias is not None:
         check_shape("gate_up_bias", gate_up_bias, (experts, double))
         named.append(("gate_up_bias", gate_up_bias))
@@ -314,6 +325,14 @@ def _check_weights(
     for name, tensor in named:
         check_same(name, tensor, "hidden", hidden)
     return experts
+
+
+def _check_in_order(name: str, matrices: Tensor) -> None:
+    if not matrices.is_contiguous():
+        raise ValueError(
+            f"{name}: got {describe(matrices)} with strides {list(matrices.stride())}, expected contiguous memory: a "
+            "copy at every call would cost more than the experts do; call .contiguous() once"
+        )
 
 
 def _check_scales(name: str, values: Tensor, scales: Tensor | None, shape: tuple[int | str, int | str, int]) -> None:
@@ -396,6 +415,8 @@ def moe_experts_list(
             if tensor.shape != shape or tensor.dtype != hidden.dtype or tensor.device != hidden.device:
                 check_shape(f"{name}[{e}]", tensor, shape)
                 check_same(f"{name}[{e}]", tensor, "hidden", hidden)
+            if not tensor.is_contiguous():
+                _check_in_order(f"{name}[{e}]", tensor)
     permutation, inverse, _, offsets, _ = moe_dispatch(Sorting(ids, len(gate), 0), backend)
     a = ExpertsList(hidden, weights, permutation, inverse, offsets, gate, up, down)
     return _differentiable_list(a, backend).out

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._gpu import capability
+from ..._gpu import capability, multiprocessors
 from ..._targets import limits
 from ..._triton import cdiv, next_power_of_2
 from ..common.matmul import flags
@@ -32,7 +32,12 @@ from .triton_backward import (
     moe_experts_down_backward_kernel,
     moe_experts_weight_grad_kernel,
 )
-from .triton_forward import moe_experts_combine_kernel, moe_experts_gate_up_kernel, moe_experts_rows_kernel
+from .triton_forward import (
+    moe_experts_combine_kernel,
+    moe_experts_gate_up_kernel,
+    moe_experts_rows_kernel,
+    moe_experts_rows_persistent_kernel,
+)
 
 
 def _pipeline(rows: int, columns: int, steps: int, depth: int, itemsize: int, target: int) -> tuple[int, int]:
@@ -122,6 +127,14 @@ def _rows(
     height, num_tiles = _plan(rows.shape[0], weights.shape[0])
     config = gemm_config(height, N, K, rows.element_size(), target, stored=bool(a.format))
     operands, described = triton_described.in_order(rows, weights, config, along_k, a.format, target)
+    if described and triton_described.persistent(rows.shape[0], weights.shape[0], K, config):
+        programs = min(multiprocessors(rows, target), *_grid(num_tiles, N, config))
+        options = {key: value for key, value in options.items() if key not in ("FORMAT", "TALL")}
+        moe_experts_rows_persistent_kernel[(programs,)](
+            operands[0], operands[-1], bias, out, a.offsets, a.tiles, num_tiles, K=K, N=N, ALONG_K=along_k,
+            E_POW2=next_power_of_2(weights.shape[0]), **config | options,
+        )  # fmt: skip
+        return
     moe_experts_rows_kernel[_grid(num_tiles, N, config)](
         *operands, scales, bias, out, a.offsets, a.tiles, num_tiles, K=K, N=N, STEP_K=1 if along_k else N,
         STEP_N=K if along_k else 1, DESCRIBED=described, **config | options,

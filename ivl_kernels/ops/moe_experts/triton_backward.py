@@ -105,7 +105,7 @@ def moe_experts_down_backward_kernel(
     BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end, n = tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
+    expert, first, end, n = tile(tl.program_id(0), tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
     if expert == E:
         return
     for part in tl.static_range(3):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..._triton import Described
 
 TARGETS = (90, 100)
 TALL = 128  # rows of a tile whose operands are worth a bulk copy
@@ -38,6 +39,16 @@ def in_order(
     return [*(_matrix(rows, config["BM"] >> part, config["BK"]) for part in range(3)), columns], True
 
 
+def persistent(slots: int, experts: int, inner: int, config: dict[str, Any]) -> bool:
+    """Whether a program computes tile after tile at full height, rather than one as short as its rows.
+
+    About 5 steps' time of a tile's beginning and end is hidden behind its neighbours, and 48 rows an expert are
+    computed in vain; twice that must be won, since the estimate is one.
+    """
+    steps = -(-inner // config["BK"])
+    return 5 * slots > 96 * experts * (steps + 5)
+
+
 def _serves(weights: Tensor, config: dict[str, Any], stored: str, target: int) -> bool:
     """Whether tiles are tall, and all steps in the weights' memory are multiples of 16 bytes."""
     return (
@@ -51,7 +62,7 @@ def _serves(weights: Tensor, config: dict[str, Any], stored: str, target: int) -
     )
 
 
-def _columns(weights: Tensor, config: dict[str, Any], along_k: bool) -> TensorDescriptor | None:
+def _columns(weights: Tensor, config: dict[str, Any], along_k: bool) -> Described | None:
     """Of weights [E, N, K] (along_k) by [BN, BK], or [E, K, N] by [BK, BN]; None: a step would cross experts."""
     if not along_k and weights.shape[1] % config["BK"]:
         return None
@@ -59,16 +70,17 @@ def _columns(weights: Tensor, config: dict[str, Any], along_k: bool) -> TensorDe
     return _matrix(weights.flatten(0, 1), *sides)
 
 
-def _pairs(weights: Tensor, config: dict[str, Any], concatenated: bool) -> TensorDescriptor | None:
+def _pairs(weights: Tensor, config: dict[str, Any], concatenated: bool) -> Described | None:
     """Of gates and ups: [E, 2I, H] with all gates first (concatenated), as gate, up, gate, up; or [E, H, 2I]."""
     if not concatenated:
         return _columns(weights, config | dict(BN=2 * config["BN"]), False)
     experts, twice, width = weights.shape
     half = twice // 2
     # Every row, and the one that is I rows further: for a gate's row, its up.
-    shape, strides = [experts * twice - half, 2, width], [width, half * width, 1]
-    return TensorDescriptor(weights, shape, strides, [config["BN"], 2, config["BK"]])
+    shape, strides = (experts * twice - half, 2, width), (width, half * width, 1)
+    return Described(weights, shape, strides, (config["BN"], 2, config["BK"]))
 
 
-def _matrix(tensor: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))
+def _matrix(tensor: Tensor, *block: int) -> Described:
+    rows, width = tensor.shape
+    return Described(tensor, (rows, width), (width, 1), block)

@@ -81,7 +81,7 @@ def moe_experts_gate_up_kernel(
     BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr, DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end, n = tile(tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
+    expert, first, end, n = tile(tl.program_id(0), tiles, offsets, num_tiles, E, tl.cdiv(I, BN), BM, GROUP)
     if expert == E:
         return
     for part in tl.static_range(3):
@@ -132,7 +132,7 @@ def moe_experts_rows_kernel(
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, TALL: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end, n = tile(tiles, offsets, num_tiles, E, tl.cdiv(N, BN), BM, GROUP)
+    expert, first, end, n = tile(tl.program_id(0), tiles, offsets, num_tiles, E, tl.cdiv(N, BN), BM, GROUP)
     if expert == E:
         return
     for part in tl.static_range(3):
@@ -147,6 +147,34 @@ def moe_experts_rows_kernel(
                 rows, w, scales, bias, out, expert, first, end, n, K, N, STEP_K, STEP_N,
                 BM // 4 * 2**part, BN, BK, FORMAT, TALL, DESCRIBED, PRECISION, UPCAST,
             )  # fmt: skip
+
+
+@Kernel
+@triton.jit(do_not_specialize=["num_tiles"])
+def moe_experts_rows_persistent_kernel(
+    a, w,  # tensor descriptors as of `moe_experts_rows_kernel`, of rows only by all of a tile's
+    bias, out, offsets, tiles, num_tiles,
+    E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr, N: tl.constexpr, ALONG_K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program computes tile after tile, all at full height: copies for the next begin before the last is stored."""
+    each = tl.arange(0, E_POW2)
+    begins = tl.load(offsets + each, mask=each < E, other=0)
+    listed = tl.sum(tl.cdiv(tl.load(offsets + each + 1, mask=each < E, other=0) - begins, BM))
+    NUM_N: tl.constexpr = (N + BN - 1) // BN
+    for pid in tl.range(tl.program_id(0), tl.cdiv(listed, GROUP) * GROUP * NUM_N, tl.num_programs(0), flatten=True):
+        expert, first, end, n = tile(pid, tiles, offsets, num_tiles, E, NUM_N, BM, GROUP)
+        acc = described_product(
+            a, first, None, w, expert, n, N, K, BM, BN, BK, ALONG_K, False, "box", PRECISION, UPCAST
+        )
+        row = first + tl.arange(0, BM)
+        column = n * BN + tl.arange(0, BN)
+        inside = column < N
+        if bias is not None:
+            acc += tl.load(bias + expert * N + column, mask=inside & (expert < E), other=0.0).to(tl.float32)[None, :]
+        live = (row < end) & (expert < E)
+        at = out + row.to(tl.int64)[:, None] * N + column[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
 @Kernel

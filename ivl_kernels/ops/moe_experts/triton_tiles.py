@@ -10,13 +10,12 @@ from .triton_formats import of_expert, stored_tile
 
 
 @triton.jit
-def tile(tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """This program's expert (E: nothing to do), first row, end row and column tile.
+def tile(pid, tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Expert (E: nothing to do), first row, end row and column tile of program `pid`.
 
     GROUP row tiles go through the column tiles together: neighbours in time read the same weights. The grid is padded
     to whole groups.
     """
-    pid = tl.program_id(0)
     inside = pid % (GROUP * NUM_N)
     t = pid // (GROUP * NUM_N) * GROUP + inside % GROUP
     expert = tl.load(tiles + 2 * t, mask=t < num_tiles, other=E)

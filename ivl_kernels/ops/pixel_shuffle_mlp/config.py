@@ -6,8 +6,12 @@ from ..._targets import limits
 from ..._triton import next_power_of_2
 
 
-def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int) -> dict:
-    """Tile sizes of `pixel_shuffle_mlp_linear_kernel`: the largest tile that still gives most multiprocessors one."""
+def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int, keep: bool = False) -> dict:
+    """Tile sizes of `pixel_shuffle_mlp_linear_kernel`: the largest tile that still gives most multiprocessors one.
+
+    Three stages where two blocks then share a multiprocessor: one computes while the other is in its epilogue. Not
+    where the largest tiles `keep` the sums for a backward, which takes the registers of two.
+    """
     # Three tf32 products need the registers of a wider tile; 64 x 128 spills on gfx942.
     shapes = [(64, 64)] if itemsize == 4 else [(128, 128), (64, 128), (64, 64)] if target else [(128, 128), (64, 64)]
     enough = 0.75 * limits(target).multiprocessors
@@ -20,20 +24,25 @@ def gemm_config(rows: int, columns: int, depth: int, itemsize: int, target: int)
     limit = limits(target).pipeline
     while BK > 16 and limit // ((BM + BN) * BK * itemsize) < 2:
         BK //= 2
-    stages = 2 if target == 0 else max(2, min(4, limit // ((BM + BN) * BK * itemsize)))
-    warps = 8 if BM * BN >= 128 * 128 else 4
+    stage, large = (BM + BN) * BK * itemsize, BM * BN >= 128 * 128
+    of_two = (limits(target).shared // 2 - 1024) // stage
+    stages = 2 if target == 0 else max(2, min(4, limit // stage, 4 if of_two < 3 or large and keep else of_two))
+    warps = 8 if large else 4
     return dict(BM=BM, BN=BN, BK=BK, GROUP=8, num_warps=warps, num_stages=stages)
 
 
-IMPLICIT_TILES = {2: 8, 4: 16}  # by bytes of an element
+IMPLICIT_TILES = {2: 2, 4: 7}  # by bytes of an element
 
 
-def implicit(columns: int, config: dict, itemsize: int) -> bool:
+def implicit(columns: int, config: dict, itemsize: int, target: int) -> bool:
     """Whether normalising every operand tile again costs less than writing the normalised rows once.
 
-    Each element costs about 4 instructions for every column tile of the first layer, or its bytes to memory once.
+    Each element costs 8 to 11 instructions (float32: 5) for every column tile of the first layer, or its bytes to
+    memory once. Tensor cores of Hopper and later would wait for those instructions at any number of column tiles,
+    except for float32's three products.
     """
-    return -(-columns // config["BN"]) <= IMPLICIT_TILES[itemsize]
+    waits = target in (90, 100) and itemsize < 4
+    return not waits and -(-columns // config["BN"]) <= IMPLICIT_TILES[itemsize]
 
 
 def row_config(rows: int, features: int, channels: int, itemsize: int, target: int, tensors: int) -> dict:

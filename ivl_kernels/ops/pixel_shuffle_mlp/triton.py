@@ -342,6 +342,14 @@ def _shuffle_norm(a: Projector, stats: Tensor | None, values: Tensor | None, cou
     )  # fmt: skip
 
 
+def shuffled_rows(a: Projector) -> Tensor:
+    """The shuffled and normalised rows, without the products; for who has them from elsewhere."""
+    values = a.x.new_empty(a.selected * a.cells, a.features)
+    if len(values):
+        _shuffle_norm(_contiguous(a), None, values, len(values))
+    return values
+
+
 def _linear(
     a: Projector, layer: int, values: Tensor, stats: Tensor | None, out: Tensor, starts: Tensor | None,
     pre: Tensor | None, activate: bool, config: dict[str, Any],
@@ -365,8 +373,9 @@ def _project(out: Tensor, starts: Tensor | None, a: Projector) -> Tensor:
     a = _contiguous(a)
     x, target, size = a.x, capability(a.x), a.x.element_size()
     result = out if out.stride(1) == 1 else out.contiguous()
-    configs = [gemm_config(rows, w.shape[0], w.shape[1], size, target) for w in a.weights]
-    gather = len(a.weights) > 1 and implicit(a.weights[0].shape[0], configs[0], size)
+    shapes = [(w.shape[0], w.shape[1], a.keep and w is not a.weights[-1]) for w in a.weights]
+    configs = [gemm_config(rows, N, K, size, target, keep) for N, K, keep in shapes]
+    gather = len(a.weights) > 1 and implicit(a.weights[0].shape[0], configs[0], size, target)
     stats = x.new_empty(rows, 2, dtype=torch.float32) if gather else None
     values = x.new_empty(0 if gather else rows, a.features)
     _shuffle_norm(a, stats, None if gather else values, rows)
