@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ivl_kernels import _library
+from ivl_kernels._plan import unplanned
 from ivl_kernels._triton import _kind
 from ivl_kernels.ops import moe_dispatch
 from ivl_kernels.ops.moe_experts.triton_forward import moe_experts_gate_up_kernel as gate_up_kernel
@@ -182,6 +183,18 @@ def test_launches_find_their_compiled_kernel_again():
         True,
     ]
     assert [m[4] for m in maps] == [[64, 2, 64], [128, 64], [64, 64], [32, 64], [64, 64]]
+
+
+def test_tensor_maps_that_the_driver_refuses(monkeypatch):
+    """Threads copy what it does not describe: gates and ups in turns."""
+    case = make(tokens=70, width=64, inner=64, experts=1, top_k=1, dtype=BF16)
+    monkeypatch.setattr(described, "_ACCEPTED", {})
+    with idle_gpu() as idle, unplanned():
+        fill = mock.Mock(side_effect=[RuntimeError("invalid argument"), *[()] * 4])
+        idle.utils.fill_tma_descriptor_tiled = fill
+        case.run()
+    assert fill.call_count == 5  # the first asked, the others for the product of rows
+    assert list(described._ACCEPTED.values()) == [False]
 
 
 def test_planned_calls():

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from triton.runtime.driver import driver
 
+from ... import _gpu
 from ..._triton import Described
 
 TARGETS = (90, 100)
@@ -78,7 +80,30 @@ def _pairs(weights: Tensor, config: dict[str, Any], concatenated: bool) -> Descr
     half = twice // 2
     # Every row, and the one that is I rows further: for a gate's row, its up.
     shape, strides = (experts * twice - half, 2, width), (width, half * width, 1)
-    return Described(weights, shape, strides, (config["BN"], 2, config["BK"]))
+    found = Described(weights, shape, strides, (config["BN"], 2, config["BK"]))
+    return found if _accepted(found) else None
+
+
+_ACCEPTED: dict[Any, bool] = {}
+
+
+def _accepted(described: Described) -> bool:
+    """Whether the driver makes this tensor map: its strides do not ascend, as CUDA's documentation has them."""
+    key, stand_in = described[1:], _gpu.standing()
+    if key not in _ACCEPTED:
+        if not described.memory.is_cuda and (stand_in is None or stand_in.kind != "idle"):
+            return True
+        bytes_16_bits, swizzled_128, unsigned_16_bits = 2, 3, 1
+        sides = (list(side) for side in (described.block_shape, described.shape, described.strides))
+        try:
+            driver.active.utils.fill_tma_descriptor_tiled(
+                described.data_ptr(), swizzled_128, bytes_16_bits, unsigned_16_bits, *sides, 0
+            )
+        except (RuntimeError, AttributeError, TypeError):  # the latter two: another Triton's driver
+            _ACCEPTED[key] = False
+        else:
+            _ACCEPTED[key] = True
+    return _ACCEPTED[key]
 
 
 def _matrix(tensor: Tensor, *block: int) -> Described:
