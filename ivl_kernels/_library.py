@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from . import _dispatch, _env, _gpu, _plan, _recording
 from ._dispatch import Implementation
@@ -98,15 +96,6 @@ def transformed() -> bool:
 def recorded() -> bool:
     """Whether a call is compiled, traced or transformed: it is upstream's code that is wanted then."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
-
-
-def counted() -> bool:
-    """Whether somebody counts or changes what torch is asked for, as profilers of operations do."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    # A default device is of no concern to who makes tensors like those he was given.
-    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() > 0 else ()
-    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _plain(values: Iterable[Any]) -> bool:

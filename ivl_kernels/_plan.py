@@ -20,7 +20,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import _dispatch, _env, _gpu, _recording
@@ -38,10 +41,19 @@ _SEEN = "called once"
 PLANS: dict[str, dict[Any, Any]] = {}
 
 
+def counted() -> bool:
+    """Whether somebody counts or changes what torch is asked for, as profilers of operations do."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    # A default device is of no concern to who makes tensors like those he was given.
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() > 0 else ()
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
 def watched() -> bool:
     """Whether anybody but autograd sees the calls of operators: modes, transforms, traces, profilers."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        counted()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
@@ -146,7 +158,9 @@ def _describe(
             tensors.append(value)
             pointers.append(pointer)
         elif kind in VALUES:
-            key += (kind, value or repr(value))  # 0.0 is not -0.0
+            if value != value:  # no key finds a NaN again
+                return False
+            key += (kind, value or kind is float and repr(value))  # 0.0 is not -0.0
         elif isinstance(value, (list, tuple)):
             key += (kind, len(value))
             if not _describe(value, device, graded, key, tensors, pointers):
@@ -213,9 +227,11 @@ _EMPTY = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+_FACTORIES = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.full.default, _aten.zeros.default}
+# All but `as_strided`, which counts from where the storage begins.
 _VIEWS = {
     _aten._unsafe_view.default: _aten._unsafe_view.default,
-    _aten.as_strided.default: torch.as_strided,
+    _aten.detach.default: Tensor.detach,
     _aten.expand.default: Tensor.expand,
     _aten.permute.default: torch.permute,
     _aten.select.int: torch.select,
@@ -248,8 +264,7 @@ _CALLS = {
     _aten.zero_.default: Tensor.zero_,
     _aten.zeros.default: _aten.zeros.default,
 }
-
-
+_KNOWN = {*_EMPTY, *_VIEWS, *_CALLS}
 _CONSTANTS = {torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_format}
 
 
@@ -296,6 +311,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function not in _KNOWN:  # in inference mode, what is made of others comes whole
+            with self:
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = function(*args, **kwargs)
         try:
             self._follow(function, args, kwargs, result)
@@ -304,10 +324,12 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _follow(self, function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if function in _FACTORIES and kwargs.get("dtype") is None:
+            raise _Unplannable(f"{function} has torch's default dtype")
         if function in _EMPTY:
             self.empty.add(self._add(result))
         elif function is _aten.detach.default and self._ref(args[0]).value >= self.inputs:
-            self._alias(result, self._ref(args[0]).value)
+            self._alias(result, self._ref(args[0]).value)  # autograd's, of every view
         elif function in _VIEWS:
             root = self.values[self._ref(args[0]).value].root
             outputs = (
@@ -425,7 +447,7 @@ def _compiled(recorder: Recorder, result: Any) -> FunctionType:
     for n in recorder.empty:
         if n in addressed and n not in tensors:
             scratch[n] = size
-            size += -(-values[n].tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            size += -(-values[n].tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
 
     def address(n: int) -> str:
         tensor, root, offset = values[n]
@@ -453,7 +475,7 @@ def _compiled(recorder: Recorder, result: Any) -> FunctionType:
     for n in sorted(recorder.empty & tensors):
         tensor = values[n].tensor
         shape, options = tuple(tensor.shape), f"dtype={text.of(tensor.dtype)}, device={device}"
-        if tensor.is_contiguous():
+        if tensor.stride() == make_contiguous_strides_for(shape):
             lines.append(f"v{n} = empty({shape}, {options})")
         else:
             lines.append(f"v{n} = strided({shape}, {tensor.stride()}, {options})")

@@ -43,6 +43,13 @@ class Described(NamedTuple):
         return self.memory if type(self.memory) is int else self.memory.data_ptr()
 
 
+def describable(target: int, *matrices: torch.Tensor) -> bool:
+    """Whether bulk copies (TMA) can bring parts of these contiguous matrices, and are worth it: in 16-bit types."""
+    return target in (90, 100) and all(
+        m.element_size() == 2 and m.shape[-1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices
+    )
+
+
 class Kernel:
     """A `triton.jit` function that is only launched; put above `@triton.jit`.
 

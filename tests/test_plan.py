@@ -1,5 +1,6 @@
 """Plans: repeated calls give the bits of the call as it is written, and nothing else finds a plan."""
 
+import contextlib
 import ctypes
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +184,14 @@ class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Functions(torch.overrides.TorchFunctionMode):
+    seen = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen += getattr(function, "namespace", "") == "ivl"
+        return function(*args, **(kwargs or {}))
+
+
 def test_who_looks_at_ops_sees_them():
     call = arguments()
     with idle_gpu():
@@ -195,6 +204,12 @@ def test_who_looks_at_ops_sees_them():
         with torch.profiler.profile() as profile:
             ops.rms_norm(**call)
         assert any("ivl::norm" in event.key for event in profile.key_averages())
+        with Functions() as functions:
+            ops.rms_norm(**call)
+        assert functions.seen == 1
+        with torch.device("cpu"):  # a default device changes nothing
+            ops.rms_norm(**call)
+        assert len(_plan.PLANS["ivl_kernels.ops.norm.op.norm"]) == known
         with torch.enable_grad():
             leaf = call["x"].clone().requires_grad_()
             assert ops.rms_norm(leaf, call["weight"]).requires_grad
@@ -232,6 +247,10 @@ def test_wrong_arguments_stay_wrong():
                 ops.rms_norm(call["x"], call["weight"].float())
             with pytest.raises(TypeError, match="x: got list"):
                 ops.rms_norm([1.0], call["weight"])
+            with pytest.raises(_dispatch.BackendError):
+                ops.rms_norm(**call, backend=repr(""))
+            ops.rms_norm(**call | {"eps": float("nan")})
+        assert len(_plan.PLANS["ivl_kernels.ops.norm.op.norm"]) == 1
 
 
 def test_in_place_is_known_to_autograd():
@@ -319,6 +338,64 @@ def test_calls_as_they_are_written():
     assert not any(_plan.PLANS.values())
 
 
+def test_memory_with_gaps():
+    @planned
+    def function(x):
+        apart, others, out = torch.empty_strided((3,), (64,), dtype=x.dtype), x.new_empty(64), x.new_empty(64)
+        fill(others, 5)
+        fill(apart[1], 9)
+        copy(others, out)
+        return out
+
+    with idle_gpu():
+        for _ in range(4):
+            assert function(torch.zeros(2, dtype=torch.int64)).tolist() == [5] * 64
+        assert made()
+
+
+def test_strides_of_sizes_that_are_1():
+    q, k = (torch.randn(1, 1, heads, 32).transpose(1, 2) for heads in (2, 1))
+    with idle_gpu():
+        for _ in range(4):
+            results = ops.v2pe_rope(q, k, cos=torch.zeros(1, 1, 32), sin=torch.zeros(1, 1, 32))
+            assert [t.stride() for t in results] == [q.stride(), k.stride()]
+        assert made()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_torch_makes_of_other_calls(mode):
+    """Whether or not they come in parts; detached parameters are arguments too."""
+    function = planned(lambda x, w: (x.t().contiguous().flatten(1), x.reshape(-1), x.to(w.dtype), w.detach(), w))
+    w = torch.nn.Parameter(torch.ones(2))
+    with idle_gpu(), mode():
+        for _ in range(4):
+            x = torch.randn(3, 4).double()[:, 1:]
+            transposed, flat, cast, detached, same = function(x, w)
+            assert torch.equal(transposed, x.t()) and torch.equal(flat, x.flatten()) and torch.equal(cast, x.float())
+            assert same is w and detached.data_ptr() == w.data_ptr() and not detached.requires_grad
+        assert made(), why()
+
+
+def test_after_an_error():
+    """In a recording: nothing is kept, and the next call is recorded."""
+    steps = itertools.count()
+
+    @planned
+    def function(x):
+        out = x.new_empty(3)
+        fill(out, 3)
+        if next(steps) == 1:
+            raise KeyError("the second")
+        return out
+
+    with idle_gpu():
+        for step in range(5):
+            with pytest.raises(KeyError) if step == 1 else contextlib.nullcontext():
+                assert function(torch.zeros(3, dtype=torch.int64)).tolist() == [3, 3, 3]
+            assert _recording.thread.recorder is None and torch._C._len_torch_dispatch_stack() == 0
+            assert len(made()) == (step >= 2)
+
+
 def test_results_are_new_memory():
     with idle_gpu():
         results = [shuffled(torch.arange(4), [torch.zeros(2), torch.arange(4)], 3) for _ in range(6)]
@@ -333,6 +410,8 @@ REFUSED = {
     "randint": lambda x: torch.randint(5, (3,)),
     "neither an argument nor made of them": lambda x: x.new_empty(4).copy_(TABLE),
     "a tensor is on meta": lambda x: x.new_empty(4, device="meta"),
+    "as_strided.default is called": lambda x: x.as_strided((2,), (1,), x.storage_offset() + 1),
+    "zeros.default has torch's default dtype": lambda x: torch.zeros(2, device=x.device),
     "result is a object": lambda x: object(),
 }
 

@@ -8,6 +8,7 @@ from triton import knobs
 
 from ivl_kernels import ops
 from ivl_kernels._triton import Kernel, cdiv, next_power_of_2
+from ivl_kernels.testing.cases import Numbers, all_cases, cast
 from tests.simulator.gpu import simulated_gpu
 from tests.simulator.idle import idle_gpu
 
@@ -78,6 +79,23 @@ def test_a_keyword_that_is_no_constant_is_left_to_triton():
             scale_kernel[(1,)](X, None, X, 5, 3, factor=factor, BLOCK=16, enable_fp_fusion=True)
             assert idle.last[-2] == factor
         assert len(scale_kernel._compiled) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_op_leaves_a_kernel_to_triton(dtype, monkeypatch):
+    first = Kernel._first
+
+    def kept(self, key, grid, args, constants):
+        compiled = first(self, key, grid, args, constants)
+        assert key in self._compiled, self.__name__
+        return compiled
+
+    monkeypatch.setattr(Kernel, "_first", kept)
+    with idle_gpu() as idle:
+        for case in all_cases():
+            if case.graph:
+                case.call(cast(case.inputs(Numbers()), dtype, "cpu"), "")
+        assert idle.launches > 40
 
 
 def test_a_kernel_is_its_function_in_all_else():

@@ -20,7 +20,8 @@ from torch import nn
 
 from .. import _cpu, ops
 from .._checks import KERNEL_FLOATS
-from .._library import counted, recorded
+from .._library import recorded
+from .._plan import counted
 from ..models.families import families_in, text_stacks
 from ..models.plain import watched
 from ..models.upstream import StandIn, class_of, code_of, forward_name, replaced_before, signature, uses

@@ -14,7 +14,8 @@ from torch import nn
 
 from .. import _cpu
 from .._checks import KERNEL_FLOATS
-from .._library import counted, recorded
+from .._library import recorded
+from .._plan import counted
 from ..models.families import Family, families_in, text_stacks
 from ..models.plain import class_changed
 from ..models.upstream import forward_name, replaced_before

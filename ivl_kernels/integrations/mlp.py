@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import _cpu, _gpu
 from .._checks import KERNEL_FLOATS
-from .._library import counted, recorded
+from .._library import recorded
+from .._plan import counted
 from ..models.plain import is_mlp
 from ..models.plain import mlp as layers_of
 from ..models.upstream import forward_name, replaced_before

@@ -8,7 +8,7 @@ from torch import nn
 
 import ivl_kernels
 from ivl_kernels import ops
-from ivl_kernels._library import counted
+from ivl_kernels._plan import counted
 from ivl_kernels.integrations import linear as adapter
 from ivl_kernels.integrations._patch import features
 from ivl_kernels.ops.linear import choice

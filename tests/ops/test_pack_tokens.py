@@ -377,9 +377,9 @@ def test_counters_of_triton():
     assert all(report.shared_races == 0 for report in log)
 
 
-@pytest.mark.parametrize("columns", [1023, 1024, 1025, 2500])
+@pytest.mark.parametrize("columns, target", [(1023, 80), (1024, 80), (1025, 80), (2500, 80), (2500, 90), (2500, 100)])
 @pytest.mark.parametrize("padding", ["left", "right", "none"])
-def test_rows_of_several_chunks(columns, padding):
+def test_rows_of_several_chunks(columns, target, padding):
     """Tiles that begin in one chunk and end in another, after rows with tiles of their own."""
     g = torch.Generator().manual_seed(columns)
     ids = torch.randint(20, 30, (3, columns), generator=g)
@@ -388,8 +388,9 @@ def test_rows_of_several_chunks(columns, padding):
     compress = torch.rand(9, generator=g) < 0.5
     options = dict(labels=ids + 1, tokens_per_tile=16, compressed_tokens=4, padding=padding, pad_id=3)
     expected = pack_tokens(ids, compress, TOKEN, **options, backend="reference")
-    with simulated_gpu(), poisoned():
+    with simulated_gpu(target=target) as log, poisoned():
         got = pack_tokens(ids, compress, TOKEN, **options, backend="triton")
+    assert len(log) == 4 and all(report.shared_races == 0 for report in log)
     for name in ("ids", "attention_mask", "position_ids", "kept", "keep", "lengths", "labels", "tile_rows"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
 

@@ -161,6 +161,26 @@ def _launches(target, dtype=torch.bfloat16):
     return found
 
 
+def test_bulk_copies_bring_large_tiles(newer_gpu, monkeypatch):
+    """The same bits as without, of sizes that no tile or step divides: sums kept for a backward, and scattered rows."""
+    x, *norm, weights, biases = make(3, (8, 8), 40, (136, 72), 2, 0, torch.bfloat16)
+    large = dict(BM=128, BN=128, BK=64, GROUP=8, num_warps=8, num_stages=3)
+    monkeypatch.setattr(kernels, "gemm_config", lambda *sizes: large)
+    a = Projector(x, *norm, weights, biases, 2, 8, 8, 0, False, 1e-5, None, keep=True)
+    results = []
+    for bulk in (True, False):
+        if not bulk:
+            monkeypatch.setattr(kernels, "describable", lambda *operands: False)
+        out = torch.zeros(60, 72, dtype=torch.bfloat16)
+        with simulated_gpu(check_uninit="strict") as log:
+            pre = kernels.pixel_shuffle_mlp_into_(ProjectorInto(out, torch.tensor([40, 0, 17]), a))
+        results.append((out, pre))
+        linears = [r for r in log if r.kernel == "pixel_shuffle_mlp_linear_kernel"]
+        assert len(linears) == 2 and all((r.bulk_load_bytes > 0) == bulk for r in linears)
+        assert all(r.shared_races == 0 and r.uninit_shared_reads == 0 for r in linears)
+    assert all(map(torch.equal, *results)) and results[0][0].count_nonzero() > 3000
+
+
 @pytest.mark.parametrize("rows", [False, True], ids=["hidden layer", "scattered rows"])
 @pytest.mark.parametrize("target", [90, 100])
 def test_two_blocks_share_a_multiprocessor(target, rows):
@@ -186,6 +206,7 @@ def test_two_blocks_share_a_multiprocessor(target, rows):
     assert ("starts" in launch.constants) != rows and launch.options["num_stages"] == 3
     compiled, threads = launch.compile(), 32 * launch.options["num_warps"]
     assert machine.blocks(target, threads, compiled.registers, compiled.shared) == 2 and compiled.spills == 0
+    assert compiled.count(r"cp\.async\.bulk\.tensor") > 0 and compiled.count(r"cp\.async\.c[ag]\.") == 0
     if target == 100:
         assert 2 * int(re.search(r"tcgen05\.alloc.*, (\d+);", compiled.asm)[1]) <= 512
 
@@ -216,7 +237,7 @@ def test_compiles_ahead_of_time(target, dtype, monkeypatch):
         if isinstance(target, str):
             assert compiled.count(r"(global|buffer)_load_dwordx4") > 0, key
         elif linear:
-            assert compiled.count(r"cp\.async\.cg\.shared\.global|ld\.global\.v4|ld\.global\.L1") > 0, key
+            assert compiled.count(r"cp\.async\.(cg|bulk)\.|ld\.global\.v4|ld\.global\.L1") > 0, key
             assert compiled.count(r"st\.global\.v4|st\.global\.v2\.b64") > 0, key
             if not kwargs["IMPLICIT"]:  # there the row statistics are copied, 8 bytes each
                 assert compiled.count(r"cp\.async\.ca") == 0, key

@@ -12,9 +12,8 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from ... import _gpu
-from ..._triton import Described
+from ..._triton import Described, describable
 
-TARGETS = (90, 100)
 TALL = 128  # rows of a tile whose operands are worth a bulk copy
 
 
@@ -23,8 +22,9 @@ def gathered(
 ) -> tuple[list[Any], str]:
     """The operands of gate and up, and which of them are described: "", "weights" or "all"."""
     gathers = target == 100
-    aligned = not gathers or hidden.shape[1] % 8 == 0 and hidden.data_ptr() % 16 == 0
-    pairs = _pairs(weights, config, concatenated) if aligned and _serves(weights, config, stored, target) else None
+    pairs = None
+    if _serves(weights, config, stored) and describable(target, weights, *([hidden] if gathers else [])):
+        pairs = _pairs(weights, config, concatenated)
     if pairs is None:
         return [hidden, weights], ""
     return ([_matrix(hidden, 1, config["BK"]), pairs], "all") if gathers else ([hidden, pairs], "weights")
@@ -34,8 +34,9 @@ def in_order(
     rows: Tensor, weights: Tensor, config: dict[str, Any], along_k: bool, stored: str, target: int
 ) -> tuple[list[Any], bool]:
     """The operands of a product of rows in expert order, whole, by halves and by quarters; and whether described."""
-    aligned = rows.shape[1] % 8 == 0 and rows.data_ptr() % 16 == 0
-    columns = _columns(weights, config, along_k) if aligned and _serves(weights, config, stored, target) else None
+    columns = None
+    if _serves(weights, config, stored) and describable(target, rows, weights):
+        columns = _columns(weights, config, along_k)
     if columns is None:
         return [rows, None, None, weights], False
     return [*(_matrix(rows, config["BM"] >> part, config["BK"]) for part in range(3)), columns], True
@@ -51,17 +52,8 @@ def persistent(slots: int, experts: int, inner: int, config: dict[str, Any]) -> 
     return 5 * slots > 96 * experts * (steps + 5)
 
 
-def _serves(weights: Tensor, config: dict[str, Any], stored: str, target: int) -> bool:
-    """Whether tiles are tall, and all steps in the weights' memory are multiples of 16 bytes."""
-    return (
-        target in TARGETS
-        and config["BM"] == TALL
-        and not stored
-        and weights.element_size() == 2
-        and weights.shape[2] % 8 == 0
-        and weights.data_ptr() % 16 == 0
-        and weights.shape[0] * weights.shape[1] < 2**31
-    )
+def _serves(weights: Tensor, config: dict[str, Any], stored: str) -> bool:
+    return config["BM"] == TALL and not stored and weights.shape[0] * weights.shape[1] < 2**31
 
 
 def _columns(weights: Tensor, config: dict[str, Any], along_k: bool) -> Described | None:

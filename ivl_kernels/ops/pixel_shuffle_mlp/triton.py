@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._gpu import capability
-from ..._triton import Kernel, cdiv
+from ..._triton import Described, Kernel, cdiv, describable
 from ..common.activations import gelu, gelu_slope
 from ..common.matmul import flags, operands
 from .config import gemm_config, implicit, row_config, slab_config
@@ -136,35 +136,41 @@ def pixel_shuffle_mlp_linear_kernel(
     a, tiles, stats, norm_weight, norm_bias, w, bias, out, starts, pre, M, stride_tile, stride_token, stride_out,
     stride_pre, C: tl.constexpr, MERGE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr,
     TRANSPOSED: tl.constexpr, CHOSEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, IMPLICIT: tl.constexpr,
-    GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIBED: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out = act(a w^T + bias): `a` is [M, K], or when IMPLICIT the tokens, gathered and normalised tile by tile.
 
+    DESCRIBED: a and w are tensor descriptors by [BM, BK] and [BN, BK], whose boxes bulk copies bring.
     pre: gets a w^T + bias, or None. starts: first row of `out` of each vision tile, or None.
     """
     NUM_N: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
     group = pid // (GROUP * NUM_N)
     height = min((M + BM - 1) // BM - group * GROUP, GROUP)
-    row = (group * GROUP + pid % (GROUP * NUM_N) % height) * BM + tl.arange(0, BM)
-    column = (pid % (GROUP * NUM_N) // height) * BN + tl.arange(0, BN)
+    first_row = (group * GROUP + pid % (GROUP * NUM_N) % height) * BM
+    first_column = (pid % (GROUP * NUM_N) // height) * BN
+    row = first_row + tl.arange(0, BM)
+    column = first_column + tl.arange(0, BN)
     # Rows and columns past the end compute on valid data and are not stored.
     row_in = tl.minimum(row, M - 1)
     column_in = column if N % BN == 0 else tl.minimum(column, N - 1)
-    w_rows = w + column_in.to(tl.int64)[None, :] * K
+    if not DESCRIBED:
+        w_rows = w + column_in.to(tl.int64)[None, :] * K
     if IMPLICIT:
         first = _first_patch(row_in, tiles, stride_tile, stride_token, MERGE, HEIGHT, WIDTH, SKIP, TRANSPOSED, CHOSEN)
         a_rows = a + first[:, None]
         mean = tl.load(stats + row_in.to(tl.int64) * 2)
         scale = tl.load(stats + row_in.to(tl.int64) * 2 + 1)
-    else:
+    elif not DESCRIBED:
         a_rows = a + row_in.to(tl.int64)[:, None] * K
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
         lanes = k + tl.arange(0, BK)
         inside = lanes < K
-        if IMPLICIT:
+        if DESCRIBED:
+            value = a.load([first_row, k])
+        elif IMPLICIT:
             feature, offset = _features(k, stride_token, C, MERGE, WIDTH, BK)
             if K % BK == 0:
                 value = tl.load(a_rows + offset[None, :])
@@ -181,7 +187,9 @@ def pixel_shuffle_mlp_linear_kernel(
             value = tl.load(a_rows + lanes[None, :])
         else:
             value = tl.load(a_rows + lanes[None, :], mask=inside[None, :], other=0.0)
-        if K % BK == 0:
+        if DESCRIBED:
+            other = tl.trans(w.load([first_column, k]))
+        elif K % BK == 0:
             other = tl.load(w_rows + lanes[:, None])
         else:
             other = tl.load(w_rows + lanes[:, None], mask=inside[:, None], other=0.0)
@@ -358,10 +366,14 @@ def _linear(
     rows, w, target = a.selected * a.cells, a.weights[layer], capability(a.x)
     source, x_strides = (a.x, (a.x.stride(0), a.x.stride(1))) if stats is not None else (values, (0, 0))
     N, K = w.shape
+    described = stats is None and config["BM"] * config["BN"] >= 128 * 128 and describable(target, values, w)
+    if described:
+        source = Described(values, (rows, K), (K, 1), (config["BM"], config["BK"]))
+        w = Described(w, (N, K), (K, 1), (config["BN"], config["BK"]))
     pixel_shuffle_mlp_linear_kernel[(cdiv(rows, config["BM"]) * cdiv(N, config["BN"]),)](
         source, a.tiles, stats, a.norm_weight, a.norm_bias, w, a.biases[layer], out, starts, pre, rows, *x_strides,
         out.stride(0), 0 if pre is None else pre.stride(0), **_geometry(a), K=K, N=N, IMPLICIT=stats is not None,
-        GELU=activate, **config, **flags(w.element_size(), target),
+        DESCRIBED=described, GELU=activate, **config, **flags(values.element_size(), target),
     )  # fmt: skip
 
 

@@ -327,11 +327,12 @@ def _weights(z: Tensor, u: Tensor, lse: Tensor, grad: Tensor | None, delta: Tens
     """Softmax weights [T, heads, rows], writing lse; with `grad` weights and gradients of the scores, given lse."""
     (tiles, rows, width), heads = z.shape, u.shape[1]
     config = scores_config(rows, width, tiles, z.element_size(), capability(z))
-    parts = cdiv(width, config["part_width"])
+    part_width = config.pop("part_width")
+    parts = cdiv(width, part_width)
     scores = u.new_empty(parts, tiles, heads, rows)
     slopes = None if grad is None else torch.empty_like(scores)
     tile_router_scores_kernel[cdiv(rows, config["BN"]), parts, tiles](
-        z, u, grad, scores, slopes, rows, width, z.stride(0), z.stride(1), u.stride(0), heads,
+        z, u, grad, scores, slopes, rows, width, z.stride(0), z.stride(1), u.stride(0), heads, part_width,
         HEADS=_head_block(heads), PRECISION=precision(z.dtype), enable_fp_fusion=True, **config,
     )  # fmt: skip
     tile_router_weights_kernel[(tiles * heads,)](

@@ -136,12 +136,13 @@ def few_rows_linear(a: FewRows) -> Tensor:
     each = outputs // groups
     bias = None if a.bias is None else a.bias.contiguous()
     config = linear_config(rows, groups, each, width)
-    splits = cdiv(width, config["split_width"])
+    blocks, split_width = config.pop("blocks"), config.pop("split_width")
+    splits = cdiv(width, split_width)
     out = x.new_empty(splits, rows, outputs)
     if rows:
-        tile_router_linear_kernel[groups * config["blocks"], splits, cdiv(rows, config["BM"])](
-            x, w, bias, out, rows, each, width, w.stride(0), outputs, PRECISION=precision(w.dtype),
-            enable_fp_fusion=True, **config,
+        tile_router_linear_kernel[groups * blocks, splits, cdiv(rows, config["BM"])](
+            x, w, bias, out, rows, each, width, w.stride(0), outputs, blocks, split_width,
+            PRECISION=precision(w.dtype), enable_fp_fusion=True, **config,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 
