@@ -45,9 +45,10 @@ def counted() -> bool:
     """Whether somebody counts or changes what torch is asked for, as profilers of operations do."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
+    if torch._C._len_torch_function_stack() == 0:
+        return False
     # A default device is of no concern to who makes tensors like those he was given.
-    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() > 0 else ()
-    return any(type(mode) is not DeviceContext for mode in modes)
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def watched() -> bool:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 
+from ivl_kernels import ops
 from ivl_kernels.flash import (
     Decisions,
     flash_inputs,
@@ -106,7 +107,14 @@ def test_the_preparation_reads_from_a_gpu_once():
             assert torch.equal(got.embeds, expected.embeds) and bool(text.any())
         with host_reads() as reads:  # those that must be seen
             int(vit[0, 0, 0]), bool(ids[0, 0]), ids[ids > 0], ids.nonzero(), ids.tolist(), ids[0, 0].item()
-        assert reads == ["__int__", "__bool__", "index", "nonzero", "tolist", "item"]
+            torch.where(ids > 0), torch.equal(ids, ids), torch.arange(ids[0, 0]), ids.to("cpu"), ids.to(ids.device)
+            ids.clone()[ids > 0] = 7
+            ones = torch.ones_like(ids[0])
+            ones.repeat_interleave(ones), ones.repeat_interleave(ones, output_size=len(ones))
+            ops.place_rows(torch.zeros(1, 2, 8), torch.tensor([[7, 0]]), torch.ones(1, 8), 7, backend="triton")
+        methods = ["__int__", "__bool__", "index", "nonzero", "tolist", "item"]
+        operators = ["nonzero", "equal", "_local_scalar_dense", "to", "index_put_", "repeat_interleave"]
+        assert reads == [*methods, *operators, "nonzero"]
 
 
 @torch.no_grad()

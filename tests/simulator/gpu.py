@@ -16,6 +16,7 @@ from ivl_kernels import _gpu
 from ivl_kernels.ops.token_packing import packed
 from tests.simulator import ptxsim
 from tests.simulator.ptxsim.frontend import compile_cuda
+from tests.simulator.reads import OnHost, reads
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = 80
@@ -52,62 +53,12 @@ def simulated_gpu(*, preferred: bool = False, target: int | None = None, **sim):
             yield log
 
 
-class OnHost(torch.Tensor):
-    """A tensor in the host's memory, while those of the simulated GPU are plain ones on the CPU."""
-
-
-READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
-
-
 @contextlib.contextmanager
 def host_reads():
-    """Inside `simulated_gpu(preferred=True)`: yields the names of what waited for the device, in order.
-
-    Methods of tensors, in ops or outside, and operators outside whose result's size depends on numbers.
-    """
-    seen, busy = [], []
-
-    def counting(name, method):
-        def read(self, *args, **options):
-            if not busy and type(self) is not OnHost:
-                seen.append(name)
-            busy.append(name)  # one method that calls another reads once
-            try:
-                return method(self, *args, **options)
-            finally:
-                busy.pop()
-
-        return read
-
-    def aside(function):
-        def run(*args, **options):
-            busy.append("simulator")
-            try:
-                return function(*args, **options)
-            finally:
-                busy.pop()
-
-        return run
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name, masks = function._schema.name.removeprefix("aten::"), args[1] if len(args) > 1 else ()
-            masked = name == "index" and any(t is not None and t.dtype == torch.bool for t in masks)
-            by_tensor = function is torch.ops.aten.repeat_interleave.Tensor
-            if not busy and (name in ("masked_select", "_unique2", "unique_dim") or masked or by_tensor):
-                seen.append(name)
-            return function(*args, **(kwargs or {}))
-
-    report_of = packed.report_of
-    with contextlib.ExitStack() as stack:
-        for name in READS:
-            method = getattr(torch.Tensor, name)
-            stack.enter_context(mock.patch.object(torch.Tensor, name, counting(name, method)))
-        for module, name in ((ptxsim, "run"), (ptxsim.frontend, "run_triton")):
-            stack.enter_context(mock.patch.object(module, name, aside(getattr(module, name))))
-        told = mock.patch.object(packed, "report_of", lambda *args: report_of(*args).as_subclass(OnHost))
-        stack.enter_context(told)
-        stack.enter_context(Sizes())
+    """Inside `simulated_gpu(preferred=True)`: yields the names of what waited for the device (`reads`), in order."""
+    seen, report_of = [], packed.report_of
+    on_host = mock.patch.object(packed, "report_of", lambda *args: report_of(*args).as_subclass(OnHost))
+    with on_host, reads(seen.append, aside=((ptxsim, "run"), (ptxsim.frontend, "run_triton"))):
         yield seen
 
 

@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 
 from ivl_kernels import _gpu
 from ivl_kernels.ops.token_packing import cuda, packed, triton
-from tests.simulator.gpu import READS
+from tests.simulator.reads import reads
 
 CAPABILITY = 90
 
@@ -78,15 +78,10 @@ def idle_gpu() -> Iterator[Idle]:
 
 @contextlib.contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Inside `idle_gpu`, where tensors only seem to be on a GPU: what would wait for the device raises."""
+    """Inside `idle_gpu`: what would wait for the device (`reads`) raises."""
 
-    def forbidden(name: str) -> Callable[..., Any]:
-        def raising(*args: Any, **options: Any) -> Any:
-            raise AssertionError(f"Tensor.{name} reads from the device")
+    def raising(name: str) -> None:
+        raise AssertionError(f"{name} reads from the device")
 
-        return raising
-
-    with contextlib.ExitStack() as stack:
-        for name in READS:
-            stack.enter_context(mock.patch.object(torch.Tensor, name, forbidden(name)))
+    with reads(raising):
         yield
