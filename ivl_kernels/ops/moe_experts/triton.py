@@ -66,7 +66,8 @@ def gemm_config(
         mixed: weights are float32 beside 16-bit rows, and rounded in registers.
     """
     wide = 2 if pairs else 1
-    width = 256 if target and itemsize < 4 and not mixed else 128 if target or not mixed else 64
+    plain = not mixed and not stored
+    width = (256 if itemsize < 4 and not mixed else 128) if target else 128 if plain else 64
     while width > 32 and width // 2 >= columns * wide:
         width //= 2
     if itemsize < 4:
