@@ -14,26 +14,28 @@ from typing import Any
 
 import torch
 
+from ivl_kernels._cuda_graph import recorded, waits
+
 WARM_UPS = 3  # calls on the stream that is captured, as torch's documentation wants them
-SLEEP = 200_000  # cycles, some 0.1 ms: the events and the replay are queued by then
+SLEEPS = (200_000, 2_000_000, 20_000_000)  # cycles, some 0.1 ms and more for graphs that take longer to queue
 L2_BYTES = 32 << 20  # at least
 
 
 def capture(call: Callable[[], Any], reset: Callable[[], None], cuda: Any = torch.cuda) -> tuple[Any, str]:
     """A CUDA graph of `call`, or None and why there is none: a call that waits for the device cannot be captured."""
-    side = cuda.Stream()
+    side, why = cuda.Stream(), ""
     side.wait_stream(cuda.current_stream())
     with cuda.stream(side):
         for _ in range(WARM_UPS):
             reset()
-            call()
+            why = waits(call, cuda)[1]
     cuda.current_stream().wait_stream(side)
+    if why:
+        return None, why
     reset()
     cuda.synchronize()
-    graph = cuda.CUDAGraph()
     try:
-        with cuda.graph(graph):
-            kept = call()
+        kept, graph = recorded(call, cuda)
     except Exception as error:
         text = str(error).strip().splitlines()
         return None, f"{type(error).__name__}: {text[0][:120] if text else ''}"
@@ -44,16 +46,20 @@ def capture(call: Callable[[], Any], reset: Callable[[], None], cuda: Any = torc
 
 
 def replay_ms(graph: Any, reset: Callable[[], None], flush: Callable[[], Any], cuda: Any = torch.cuda) -> float:
-    """GPU time of one replay, with nothing in the caches; the sleep hides the time that queueing takes."""
+    """GPU time of one replay, with nothing in the caches; a sleep hides the time that queueing takes."""
     start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-    reset()
-    flush()
-    cuda.synchronize()
-    cuda._sleep(SLEEP)
-    start.record()
-    graph.replay()
-    end.record()
-    cuda.synchronize()
+    for sleep in SLEEPS:
+        reset()
+        flush()
+        cuda.synchronize()
+        cuda._sleep(sleep)
+        start.record()
+        graph.replay()
+        end.record()
+        late = start.query()  # the GPU was there before the end of the queue was
+        cuda.synchronize()
+        if not late:
+            break
     return start.elapsed_time(end)
 
 

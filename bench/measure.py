@@ -279,6 +279,7 @@ def measure(work: Work, timings: dict[str, Timing], seconds: float, rounds: tupl
         _reset(work)
         work.variants[name]()
     one = _on_gpu(work, timings, names) if on_gpu() else _on_cpu(work, timings)
+    names = [name for name in names if not timings[name].failed]
     gc.collect()
     gc.disable()
     try:
@@ -317,6 +318,8 @@ def _on_gpu(
     graphs = {}
     for name in names:
         graphs[name], timings[name].waits = gpu_time.capture(work.variants[name], reset, cuda)
+        if graphs[name] is not None and name not in work.unchecked:
+            timings[name].failed = _replay_problem(work, name, graphs[name])
 
     def one(name: str) -> None:
         if graphs[name] is not None:
@@ -324,6 +327,25 @@ def _on_gpu(
         timings[name].wall.append(gpu_time.wall_ms(work.variants[name], reset, flush, cuda))
 
     return one
+
+
+def _replay_problem(work: Work, name: str, graph: Any) -> str:
+    """Whether a replay does not do what a call does, or "". Roughly: sums by atomics differ from run to run."""
+    call = work.variants[name]
+    _reset(work)
+    result = call()
+    inputs = {t.untyped_storage().data_ptr() for t in tensors(result)}
+    expected = [t.detach().clone() for t in tensors(work.select(result))]
+    for tensor in tensors(graph.kept):
+        if tensor.untyped_storage().data_ptr() not in inputs:
+            tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 0)
+    _reset(work)
+    graph.replay()
+    for mine, want in zip(tensors(work.select(graph.kept)), expected, strict=True):
+        near = 0.05 * want.abs().nan_to_num().amax().item() if want.is_floating_point() and want.numel() else 0
+        if not torch.allclose(mine.detach(), want, rtol=0, atol=near, equal_nan=True):
+            return "a replay of its CUDA graph gives something else than a call"
+    return ""
 
 
 def run_case(case: Case, quick: bool = False) -> dict[str, Any]:

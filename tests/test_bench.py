@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -209,7 +210,7 @@ class FakeGpu:
     """torch.cuda, as far as timing asks for it; keeps what was asked for, in order. A call takes 2 ms, a replay 1."""
 
     def __init__(self):
-        self.log, self.capturing, self.now = [], False, 0.0
+        self.log, self.capturing, self.now, self.late, self.mode = [], False, 0.0, [], 0
 
     def __getattr__(self, name):
         return lambda *args: self.log.append((name, *args))
@@ -228,8 +229,22 @@ class FakeGpu:
     def CUDAGraph(self):
         return SimpleNamespace(replay=lambda: self.work("replay", 1.0))
 
+    def is_available(self):
+        return True
+
+    def get_sync_debug_mode(self):
+        return 0
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    def set_stream(self, stream):
+        self.given_back = True
+
+    device_index, default_generators = 0, [SimpleNamespace(clone_state=lambda: 1, graphsafe_set_state=lambda state: 0)]
+
     @contextlib.contextmanager
-    def graph(self, graph):
+    def graph(self, graph, capture_error_mode):
         self.capturing = True
         try:
             yield
@@ -239,6 +254,7 @@ class FakeGpu:
     def Event(self, enable_timing):
         event = SimpleNamespace()
         event.record = lambda: (self.log.append("event"), setattr(event, "at", self.now))
+        event.query = lambda: bool(self.late and self.late.pop())
         event.elapsed_time = lambda end: end.at - event.at
         return event
 
@@ -246,8 +262,12 @@ class FakeGpu:
         self.log.append(name)
         self.now += ms
 
-    def call(self, name, waits=False):
+    def call(self, name, waits=""):
+        """waits: "seen" by torch or "hidden"."""
+
         def run():
+            if waits == "seen" and self.mode == "warn":
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
             if self.capturing and waits:
                 raise RuntimeError("operation not permitted when stream is capturing\nmore")
             self.work(name, 2.0)
@@ -258,22 +278,51 @@ class FakeGpu:
 
 def test_a_gpu_is_timed_by_replays_and_by_calls_that_find_it_idle():
     gpu = FakeGpu()
-    work = Work(
-        {"ours": gpu.call("ours"), "eager": gpu.call("eager", waits=True)}, reset=lambda: gpu.log.append("reset")
-    )
+    calls = {"ours": gpu.call("ours"), "eager": gpu.call("eager", "seen"), "peer": gpu.call("peer", "hidden")}
+    work = Work(calls, reset=lambda: gpu.log.append("reset"), unchecked=("ours",))
     timings = {name: Timing() for name in work.variants}
-    one = measure._on_gpu(work, timings, ["ours", "eager"], gpu, lambda: gpu.log.append("flush"))
-    assert timings["eager"].waits == "RuntimeError: operation not permitted when stream is capturing"
-    assert not timings["ours"].waits and gpu.log.count("ours") == gpu_time.WARM_UPS + 1
-    for name, replayed in (("ours", True), ("eager", False)):
+    one = measure._on_gpu(work, timings, list(calls), gpu, lambda: gpu.log.append("flush"))
+    assert timings["eager"].waits.startswith("it waits for the device") and "test_bench.py" in timings["eager"].waits
+    assert timings["peer"].waits == "RuntimeError: operation not permitted when stream is capturing"
+    assert gpu.mode == 0 and gpu.given_back and not timings["ours"].waits
+    assert [gpu.log.count(name) - gpu_time.WARM_UPS for name in calls] == [1, 0, 0]  # what torch sees is not captured
+    for name, replayed in (("ours", True), ("eager", False), ("peer", False)):
         del gpu.log[:]
         one(name)
-        queued = ["reset", "flush", ("synchronize",), ("_sleep", gpu_time.SLEEP), "event", "replay", "event"]
+        queued = ["reset", "flush", ("synchronize",), ("_sleep", gpu_time.SLEEPS[0]), "event", "replay", "event"]
         alone = ["reset", "flush", ("synchronize",), name, ("synchronize",)]
         assert gpu.log == ([*queued, ("synchronize",)] if replayed else []) + alone
-    assert timings["ours"].times == [1.0] and timings["eager"].times == []
+    assert timings["ours"].times == [1.0] and timings["eager"].times == timings["peer"].times == []
     ticks = iter([1.0, 1.002])
     assert gpu_time.wall_ms(gpu.call("x"), int, int, gpu, lambda: next(ticks)) == pytest.approx(2.0)
+
+
+def test_a_graph_that_takes_long_to_queue_is_waited_for():
+    """Else its time would be the time of queueing."""
+    gpu = FakeGpu()
+    gpu.late = [False, True]
+    assert gpu_time.replay_ms(gpu.CUDAGraph(), int, lambda: gpu.log.append("flush"), gpu) == 1.0
+    assert [each[1] for each in gpu.log if each[0] == "_sleep"] == list(gpu_time.SLEEPS[:2])
+    assert gpu.log.count("flush") == 2
+
+
+def test_a_replay_is_checked_before_it_is_timed():
+    x, kept = torch.arange(6.0).view(2, 3), torch.empty(2, 3)
+    x0 = x.clone()
+    writes = [lambda: None, lambda: kept.copy_(x + 2), lambda: kept.copy_(x + 1)]
+    for replay, wrong in zip(writes, (True, True, False)):
+        kept.copy_(x + 1)  # memory that a call has left may hold the result by chance
+        problem = measure._replay_problem(
+            Work({"ours": lambda: x + 1}), "ours", SimpleNamespace(kept=kept, replay=replay)
+        )
+        assert bool(problem) == wrong
+    for replay, wrong in ((lambda: None, True), (lambda: x.add_(1), False)):
+        work = Work({"ours": lambda: x.add_(1)}, reset=lambda: x.copy_(x0))
+        assert bool(measure._replay_problem(work, "ours", SimpleNamespace(kept=x, replay=replay))) == wrong
+    work = Work({"ours": lambda: (x + 1, torch.empty(9))}, select=lambda result: result[0])
+    graph = SimpleNamespace(kept=(kept, torch.empty(9)), replay=writes[2])
+    x.copy_(x0)
+    assert not measure._replay_problem(work, "ours", graph)
 
 
 def test_both_times_of_a_gpu_are_told():

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import json
 import os
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -199,8 +199,49 @@ def test_kernels_are_compiled_by_processes_that_share_the_cases(monkeypatch):
 def test_compilers_at_work():
     """The command that the processes run, on what needs no GPU."""
     code = "from ivl_kernels.commands._gpu_checks import compile_share; compile_share(0, 1, 'cpu', 'three rows, width')"
-    status, output = _gpu_checks._finish(_gpu_checks._python([], code), time.perf_counter() + 120)
+    ((status, output, _),) = _gpu_checks._pythons([([], code)], 120)
     assert status == 0, output
+
+
+def test_who_writes_much_is_not_held_up_by_who_is_late():
+    slow, much = "import time; time.sleep(60)", "print('x' * 2**20)"
+    (first, _, _), (second, output, _) = _gpu_checks._pythons([([], slow), ([], much)], 2)
+    assert first is None and second == 0 and len(output) == 2**20 + 1
+
+
+def test_processes_end_with_who_started_them(monkeypatch):
+    begun, popen = [], subprocess.Popen
+
+    def spy(*args, **kwargs):
+        begun.append(popen(*args, **kwargs))
+        begun[-1].wait = interrupted
+        return begun[-1]
+
+    def interrupted(*args):
+        del begun[-1].wait  # once
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    with pytest.raises(KeyboardInterrupt):
+        _gpu_checks._pythons([([], "import time; time.sleep(60)")], 60)
+    assert begun[0].returncode == -9
+
+
+def test_what_a_late_sanitizer_found_is_told(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '========= Invalid __global__ read of size 4 bytes'; exec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr("ivl_kernels._cuda.problem", lambda: None)
+    monkeypatch.setattr(_gpu_checks, "SANITIZER_SECONDS", 1)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (found,) = _gpu_checks.sanitizer("cuda", "memcheck")
+    assert found.status == "FAILED" and "Invalid __global__ read" in found.detail
+
+
+def test_compilers_that_break_off_are_told(monkeypatch):
+    monkeypatch.setattr(_gpu_checks, "_pythons", lambda commands, seconds: [(0, "", 1.0), (1, "no ivl_kernels", 1.0)])
+    (found,) = _gpu_checks.compilation("cuda", "rows")
+    assert "1 broke off: no ivl_kernels" in found.detail
 
 
 def test_compiling_fits_the_time():

@@ -10,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +69,11 @@ def compilation(device: str, pattern: str) -> Iterator[Result]:
     arguments = [f"{i}, {count}, {device!r}, {pattern!r}" for i in range(count)]
     code = "from ivl_kernels.commands._gpu_checks import compile_share; compile_share({})"
     start = time.perf_counter()
-    running = [_python([], code.format(a)) for a in arguments]
-    ended = [_finish(process, start + COMPILE_SECONDS) for process in running]
-    late = sum(code is None for code, _ in ended)
+    ended = _pythons([([], code.format(a)) for a in arguments], COMPILE_SECONDS)
+    late, broken = (sum(kind(status) for status, _, _ in ended) for kind in (lambda s: s is None, bool))
     detail = f"{count} processes" + (f", {late} not done in {COMPILE_SECONDS} s" if late else "")
+    if broken:
+        detail += f", {broken} broke off: {next(output for status, output, _ in ended if status)[-300:]}"
     yield Result("compilation", subject, "ok", detail, time.perf_counter() - start)
 
 
@@ -92,24 +94,42 @@ def compile_share(index: int, count: int, device: str, pattern: str) -> None:
                 case.call(inputs, "")  # few tokens have kernels of their own where no gradient is wanted
 
 
-def _python(before: list[str], code: str, **settings: str) -> subprocess.Popen[str]:
-    """This Python with this package, as a process of its own that runs `code`."""
+def _pythons(
+    commands: Sequence[tuple[list[str], str]], seconds: float, **settings: str
+) -> list[tuple[int | None, str, float]]:
+    """Processes of this Python with this package, all at once: each what stands before Python, and its code.
+
+    Returns:
+        Exit status, output and time of each; None for what was not done in these seconds. Those are ended, with what
+        they started, and all of them where this raises.
+    """
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [*before, sys.executable, "-c", code]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+    start, found = time.perf_counter(), []
+    with contextlib.ExitStack() as stack:
+        running = []
+        for before, code in commands:
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))  # a full pipe would hold its writer up
+            command = [*before, sys.executable, "-c", code]
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            stack.callback(_end, process)
+            running.append((process, output))
+        for process, output in running:
+            try:
+                status: int | None = process.wait(max(0.1, start + seconds - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                status = None
+            output.seek(0)
+            found.append((status, output.read(), time.perf_counter() - start))
+    return found
 
 
-def _finish(process: subprocess.Popen[str], until: float) -> tuple[int | None, str]:
-    """Exit status and output; None: it was not done by then and was ended, with what it started."""
-    try:
-        output, _ = process.communicate(timeout=max(0.1, until - time.perf_counter()))
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
+        process.wait()
 
 
 def correctness(device: str, pattern: str) -> Iterator[Result]:
@@ -153,6 +173,7 @@ def graphs(device: str, pattern: str) -> Iterator[Result]:
     """Capture in a CUDA graph, replay on new inputs, compare with a plain call."""
     import torch
 
+    from .. import _cuda_graph
     from ..testing.cases import Case, Numbers, all_cases, cast
 
     for case in all_cases(large=device == "cuda"):
@@ -172,9 +193,8 @@ def graphs(device: str, pattern: str) -> Iterator[Result]:
                 for _ in range(3):
                     case.call(inputs, "")
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = tree_leaves(case.call(inputs, ""))
+            results, graph = _cuda_graph.recorded(lambda: case.call(inputs, ""))
+            captured = tree_leaves(results)
             for old, new in zip(tree_leaves(inputs), tree_leaves(fresh)):
                 old.copy_(new)
             for out in captured:
@@ -317,6 +337,7 @@ def _huge_experts(device: str, elements: int = 2**31, width: int = 4096, inner: 
 
 
 SANITIZER_SECONDS = 150  # importing torch under the tool takes most of it
+FOUND = ("Invalid", "Error", "Uninitialized")  # begin what the tools report
 
 
 def sanitizer(device: str, pattern: str) -> Iterator[Result]:
@@ -329,23 +350,18 @@ def sanitizer(device: str, pattern: str) -> Iterator[Result]:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     why = "no GPU" if device == "cpu" else _cuda.problem() or (None if tool else "compute-sanitizer is not on PATH")
     code = "from ivl_kernels.commands._gpu_checks import run_cuda_kernels; run_cuda_kernels()"
-    start, running = time.perf_counter(), {}
-    for mode in ("memcheck", "racecheck", "initcheck"):
+    modes = [mode for mode in ("memcheck", "racecheck", "initcheck") if pattern in f"compute-sanitizer {mode}"]
+    if why or tool is None:
+        yield from (Result("sanitizer", f"compute-sanitizer {mode}", "skipped", why or "") for mode in modes)
+        return
+    commands = [([tool, "--tool", mode, "--error-exitcode", "3"], code) for mode in modes]
+    ended = _pythons(commands, SANITIZER_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for mode, (status, output, took) in zip(modes, ended):
         subject = f"compute-sanitizer {mode}"
-        if pattern not in subject:
-            continue
-        if why or tool is None:
-            yield Result("sanitizer", subject, "skipped", why or "")
-            continue
-        before = [tool, "--tool", mode, "--error-exitcode", "3"]
-        running[subject] = _python(before, code, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    for subject, process in running.items():
-        status, output = _finish(process, start + SANITIZER_SECONDS)
-        took = time.perf_counter() - start
-        if status is None:
-            yield Result("sanitizer", subject, "skipped", f"not done in {SANITIZER_SECONDS} s", took)
-        elif status == 0:
+        if status == 0:
             yield Result("sanitizer", subject, "ok", "clean", took)
+        elif status is None and not any(f"========= {word}" in output for word in FOUND):
+            yield Result("sanitizer", subject, "skipped", f"not done in {SANITIZER_SECONDS} s", took)
         else:
             yield Result("sanitizer", subject, "FAILED", f"exit status {status}: {output[-2000:]}", took)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import _cuda_graph
 from .._library import recorded
 from ..models.families import families_in, text_stacks
 from ..models.upstream import cache_of, forward_name
@@ -23,6 +24,8 @@ from ._report import failure
 
 MOST = 8  # kinds of step of a cache; beam search gives it other memory at every token
 _GRAPHS = "_ivl_graphs"  # of a cache
+_PLAIN = (bool, int, float, str)
+_ITS_PARTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _CACHE, _TENSOR = object(), object()  # stand among arguments and results for theirs
 
 
@@ -67,19 +70,45 @@ class _Step:
 
 def capture(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     """The result that `function` will have written, and what makes it write it: nothing runs yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    result, graph = _cuda_graph.recorded(function)
     return result, graph.replay
 
 
+def _plain(value: Any) -> Any:
+    """What of an attribute can be compared later: numbers, names, and dicts and lists of them."""
+    if isinstance(value, dict):
+        return [(key, _plain(each)) for key, each in value.items() if type(key) in _PLAIN]
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(each) for each in value]
+    return value if type(value) in _PLAIN else id(type(value))
+
+
+def _attributes(thing: Any) -> list[tuple[str, Any]]:
+    """Those that say yes: most are empty."""
+    found = ((k, v) for k, v in vars(thing).items() if isinstance(v, (*_PLAIN, dict, list, tuple, set)) and v)
+    return [(name, _plain(value)) for name, value in found if name not in _ITS_PARTS]
+
+
 def _described(model: Any) -> Any:
-    """What a recorded step depends on besides its inputs."""
-    parts = [
-        (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), id(m.__dict__.get("forward")))
-        for m in model.modules()
-    ]
+    """What a recorded step depends on besides its inputs; that an adapter is on is an attribute of a module."""
+    modules = list(model.modules())
+    configs = {id(config): config for m in modules if hasattr(config := m.__dict__.get("config"), "__dict__")}
+    parts = [(id(m), id(m.__dict__.get("forward")), _attributes(m)) for m in modules]
+    parts += [(key, 0, _attributes(config)) for key, config in configs.items()]
     return parts, [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+
+def _seen(model: nn.Module) -> str:
+    """Whose Python a replay would leave out: hooks of the modules below, or "".
+
+    transformers' own collect what the step returns.
+    """
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if name else ()
+        if any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks):
+            return f"{name} has hooks"
+    forward_hooks = torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks
+    return "there are global module hooks" if any(forward_hooks) else ""
 
 
 def problem(model: nn.Module) -> str:
@@ -111,7 +140,10 @@ def _split(kwargs: Mapping[str, Any], cache: Any) -> tuple[Any, list[Tensor], An
     leaves, shape = pytree.tree_flatten({name: _CACHE if value is cache else value for name, value in kwargs.items()})
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     plain = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    if any(type(leaf) not in (int, bool, float, str, type(None), object) for leaf in plain):
+    where = cache.layers[0].keys.device  # the host may look at what lies elsewhere
+    if any(type(leaf) not in (*_PLAIN, type(None), object) for leaf in plain) or any(
+        t.device != where for t in tensors
+    ):
         return None, tensors, None
     like = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
     memory = tuple(t.data_ptr() for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
@@ -136,7 +168,9 @@ def _forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) ->
     graphs = cache.__dict__.setdefault(_GRAPHS, _Graphs())
     if not _one_token(kwargs) or graphs.model is None:
         graphs.of(self)
-        graphs.why = problem(self)
+        graphs.why = problem(self) or _seen(self)
+        if graphs.why:
+            note(self, "graphs", graphs.why)
         return inner(self, **kwargs)
     if graphs.why or not _filled(cache):
         return inner(self, **kwargs)
@@ -147,8 +181,11 @@ def _forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) ->
         return inner(self, **kwargs)
     if key not in graphs.steps:  # runs once as it is: compiles, loads, and shows what it counts
         before = _numbers(cache)
-        result = inner(self, **kwargs)
+        result, waits = _cuda_graph.waits(lambda: inner(self, **kwargs))
         graphs.steps[key] = None
+        if waits:
+            _refuse(self, graphs, waits)
+            return result
         if _numbers(cache) != before:
             graphs.why = f"{type(cache).__name__} counts in Python what a replay would not count (sliding windows)"
         note(self, "graphs", graphs.why or "a step was run, to be recorded")
@@ -157,13 +194,17 @@ def _forward(inner: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) ->
     if step is None:
         try:
             step = graphs.steps[key] = _Step(lambda given: inner(self, **given), tensors, rest, cache)
-        except RuntimeError as error:  # such as a read from the device, which nothing can record
-            graphs.why = f"a step cannot be recorded: {failure(error)}"
-            note(self, "graphs", graphs.why)
-            warnings.warn(f"patch(graphs=True): {graphs.why}; it runs as it is", PatchWarning, stacklevel=2)
+        except RuntimeError as error:
+            _refuse(self, graphs, failure(error))
             return inner(self, **kwargs)
         note(self, "graphs", f"a step of {tuple(tensors[0].shape)} is recorded")
     return step(tensors, cache)
+
+
+def _refuse(model: Any, graphs: _Graphs, why: str) -> None:
+    graphs.why = f"a step cannot be recorded: {why}"
+    note(model, "graphs", graphs.why)
+    warnings.warn(f"patch(graphs=True): {graphs.why}; it runs as it is", PatchWarning, stacklevel=3)
 
 
 class GraphsAdapter(Adapter):

@@ -3,13 +3,14 @@
 import copy
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 import ivl_kernels
-from ivl_kernels import _library
+from ivl_kernels import _cuda_graph, _library
 from ivl_kernels.integrations import _patch, graphs
 from ivl_kernels.testing.cases import Numbers, all_cases, cast, forward_backward
 from tests.models import chat_inputs, chat_model, inputs, native_model
@@ -94,7 +95,9 @@ def test_recorded_steps_give_the_same_tokens(name, recorder):
     plain = generated(model, batch)
     handle = ivl_kernels.patch(model, **GRAPHS)
     assert torch.equal(generated(model, batch, **STATIC), plain)
-    assert (recorder.recorded, recorder.replayed) == (1, NEW - 2)  # the prompt gives the first, the second ran as it is
+    assert (recorder.recorded, recorder.replayed) == (1, NEW - 2), handle.note(
+        "graphs"
+    )  # the prompt gives the first, the second ran as it is
     assert "is recorded" in str(handle.report())
     assert torch.equal(generated(model, batch), plain) and recorder.recorded == 1  # a dynamic cache
     handle.undo()
@@ -133,7 +136,7 @@ def test_what_is_kept_of_a_step_stays(recorder):
 
 @torch.no_grad()
 def test_a_changed_model_is_recorded_again(recorder):
-    """Steps are of the model as it was at the prompt: other weights, other hooks."""
+    """Steps are of the model as it was at the prompt: other weights, an adapter that is on; none with hooks."""
     model, batch = build("qwen3")
     handle = ivl_kernels.patch(model, **GRAPHS)
     cache = transformers.StaticCache(config=model.config, max_cache_len=80)
@@ -156,13 +159,52 @@ def test_a_changed_model_is_recorded_again(recorder):
     model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight)
     torch.testing.assert_close(steps(), 2 * first)
     assert recorder.recorded == 2
-    model.lm_head.register_forward_hook(lambda module, args, out: out / 2)
+    model.lm_head = Adapted(model.lm_head)
+    torch.testing.assert_close(steps(), 2 * first)
+    model.lm_head.factors["default"] = 0.5
     torch.testing.assert_close(steps(), first)
-    assert recorder.recorded == 3
+    model.lm_head.disabled = True
+    torch.testing.assert_close(steps(), 2 * first)
+    model.config.get_text_config().changed = "by hand"
+    torch.testing.assert_close(steps(), 2 * first)
+    assert recorder.recorded == 6
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
+    torch.testing.assert_close(steps(), 2 * first)
+    assert recorder.recorded == 6 and len(seen) == 5 and handle.note("graphs") == "lm_head has hooks"
     assert copy.deepcopy(cache).__dict__[graphs._GRAPHS].steps == {}
     handle.undo()
-    torch.testing.assert_close(steps(), first)
-    assert recorder.recorded == 3
+    torch.testing.assert_close(steps(), 2 * first)
+    assert recorder.recorded == 6
+
+
+class Adapted(torch.nn.Module):
+    """As adapters have it: what is on is told by attributes."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.disabled, self.factors = base, False, {"default": 1.0}
+
+    def forward(self, hidden):
+        return self.base(hidden) * (1.0 if self.disabled else self.factors["default"])
+
+
+def test_a_step_that_waits_for_the_device_is_not_recorded(recorder, monkeypatch):
+    """Recording it would break off, and torch does not get over that."""
+    model, batch = build("qwen3")
+    plain = generated(model, batch)
+    handle = ivl_kernels.patch(model, **GRAPHS)
+    monkeypatch.setattr(_cuda_graph, "waits", lambda function: (function(), "it waits for the device (here)"))
+    with pytest.warns(_patch.PatchWarning, match="cannot be recorded: it waits for the device"):
+        assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False, **STATIC), plain)
+    assert recorder.recorded == 0 and "it waits for the device (here)" in handle.note("graphs")
+
+
+def test_what_the_host_may_look_at_is_not_an_input():
+    keys = torch.zeros(1, device="meta")
+    cache = SimpleNamespace(layers=[SimpleNamespace(keys=keys)])
+    assert graphs._split(dict(input_ids=keys), cache)[0] is not None
+    assert graphs._split(dict(input_ids=keys, position=torch.tensor([3])), cache)[0] is None
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(recorder, monkeypatch):

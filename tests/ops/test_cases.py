@@ -68,14 +68,17 @@ def test_compiles_to_one_graph(case):
 def test_elements_far_apart(case, backend, axis):
     """Kernels on floats that lie more than 2^31 elements apart give the bits that they give on dense ones."""
     near, count = inputs(case, torch.bfloat16), iter(range(1000))
+    dense = case.op.startswith("moe_experts")  # whose matrices are refused where they are not contiguous
 
     def spread(t):
         if not t.is_floating_point() or t.dim() <= axis or t.shape[axis] < 2:
             return t
+        if dense and t.dim() == 3:
+            return t
         return far(t, axis, next(count))
 
     there = tree_map(spread, near)
-    assert next(count) > 0 or all(t.dim() <= axis for t in tree_leaves(near) if t.is_floating_point())
+    assert next(count) > 0 or dense or all(t.dim() <= axis for t in tree_leaves(near) if t.is_floating_point())
     with simulated_gpu():
         expected, got = (forward_backward(case, v, backend) for v in (near, there))
     assert all(torch.equal(a, b) for a, b in zip(got, expected))

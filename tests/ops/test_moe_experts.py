@@ -459,7 +459,8 @@ def test_compiles(backend):
     [
         (dict(hidden=torch.zeros(11, 3, 24)), ValueError, r"hidden: .*expected shape \[S, H\]"),
         (dict(hidden=torch.zeros(11, 24, dtype=torch.int64)), TypeError, "hidden: .*expected dtype"),
-        (dict(hidden=torch.zeros(11, 24).bfloat16()), TypeError, "gate_up: .*expected the dtype of hidden"),
+        (dict(hidden=torch.zeros(11, 24).double()), TypeError, "gate_up: .*expected the dtype of hidden"),
+        (dict(down=torch.zeros(5, 16, 24).bfloat16()), TypeError, "down: .*expected the dtype of hidden"),
         (dict(ids=torch.zeros(10, 2, dtype=torch.int64)), ValueError, r"ids: .*expected shape \[11, k\]"),
         (dict(ids=torch.zeros(11, 2)), TypeError, "ids: .*expected dtype int64, int32"),
         (dict(weights=torch.zeros(11, 3)), ValueError, r"weights: .*expected shape \[11, 2\]"),

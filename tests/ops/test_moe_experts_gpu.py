@@ -306,6 +306,8 @@ def launch_on_meta(shape, tokens, target, monkeypatch, dtype=BF16, backward=True
     elif stored == "fp8":
         up, down = (meta(*t.shape, dtype=torch.float8_e4m3fn) for t in (up, down))
         scales = tuple(meta(E, -(-t.shape[1] // 128), -(-t.shape[2] // 128), dtype=FP32) for t in (up, down))
+    elif stored == "float32":
+        up, down = (meta(*t.shape, dtype=FP32) for t in (up, down))
     biases = (meta(E, 2 * I), meta(E, H)) if gpt_oss else (None, None)
     slots = tokens * K
     tensors = (
@@ -325,7 +327,7 @@ def launch_on_meta(shape, tokens, target, monkeypatch, dtype=BF16, backward=True
         a = Experts(*tensors, *options, backward)
         kernels.moe_experts(a)
         if backward:
-            needs = [True] * 2 + [not stored] * 2 + [gpt_oss] * 2
+            needs = [True] * 2 + [stored in ("", "float32")] * 2 + [gpt_oss] * 2
             kernels.moe_experts_backward(ExpertsBackward(meta(tokens, H), a, meta(slots, 2 * I), needs))
     return log
 
@@ -397,6 +399,43 @@ def test_experts_in_few_bits_compile_for(model, stored, tokens, target, backward
             "moe_experts_down_backward_kernel",
         ):
             assert kernel.count(TENSOR_CORES[target]) > 0, kernel.kernel
+
+
+@pytest.mark.parametrize(
+    "model, tokens, target, backward",
+    [
+        ("InternVL3.5-30B-A3B", 4096, 90, True),
+        ("InternVL3.5-30B-A3B", 64, 90, False),
+        ("InternVL3.5-30B-A3B", 4096, 80, True),
+        ("InternVL3.5-30B-A3B", 1024, 120, True),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 4096, 100, True),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 1024, 90, True),
+        ("InternVL3.5-GPT-OSS-20B-A4B", 1024, "gfx942", False),
+    ],
+)
+def test_float32_matrices_beside_16_bit_tokens_compile_for(model, tokens, target, backward, monkeypatch):
+    log = launch_on_meta(MODELS[model], tokens, target, monkeypatch, BF16, backward, "float32")
+    assert len(log) == (7 if backward else 3)
+    for kernel in log:
+        assert kernel.spills == 0 and kernel.shared <= SHARED_LIMIT[target], kernel.kernel
+        assert "combine" in kernel.kernel or kernel.count(TENSOR_CORES[target]) > 0, kernel.kernel
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("tokens, gpt_oss", [(140, False), (140, True), (40, False)])
+def test_float32_matrices_beside_16_bit_tokens(tokens, gpt_oss, target):
+    """As if they had been rounded before."""
+    case = make(tokens=tokens, width=72, inner=40, experts=2, top_k=1, gpt_oss=gpt_oss, dtype=BF16)
+    matrices = [torch.randn(t.shape) * t.float().std() for t in (case.gate_up, case.down)]
+    case.gate_up, case.down = (t.to(BF16) for t in matrices)
+    truth, plain = case.to(torch.float64).run("reference"), eager(case)
+    rounded = case.run("reference")
+    case.gate_up, case.down = matrices
+    assert torch.equal(case.run("reference"), rounded)
+    with simulated_gpu(target=target, preferred=True) as log:
+        out = case.run()
+    assert out.dtype == BF16 and len(log) == 4
+    assert_accurate(out, truth, plain)
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)

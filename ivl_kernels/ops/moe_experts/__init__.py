@@ -40,8 +40,9 @@ def moe_experts(
         ids: [S, k] int64 or int32 expert ids. An id outside 0 to E - 1 (expert parallelism uses E) contributes zero.
         weights: [S, k] routing weights, any floating dtype.
         gate_up: [E, 2I, H] with the gate rows first ("concatenated"), or [E, H, 2I] with columns g0, u0, g1, u1, ...
-            ("interleaved", GPT-OSS); the dtype of `hidden`, contiguous.
-        down: [E, H, I] ("concatenated") or [E, I, H] ("interleaved"); the dtype of `hidden`, contiguous.
+            ("interleaved", GPT-OSS); contiguous, the dtype of `hidden`, or float32 beside 16-bit tokens: rounded to
+            their dtype as it is read.
+        down: [E, H, I] ("concatenated") or [E, I, H] ("interleaved"); contiguous, the dtype of `gate_up`.
         gate_up_bias: [E, 2I] in the order of gate_up's rows or columns, or None.
         down_bias: [E, H] or None.
         gate_up_scales, down_scales: of matrices in few bits, which are read as they are stored. Those are rows of
@@ -56,8 +57,9 @@ def moe_experts(
 
     Returns:
         [S, H], dtype of `hidden`. Sums are in float32 (float64 for float64 inputs), each token's in the order of its
-        choices. Under `torch.autocast`, from 2 E slots on, everything is first cast to its dtype, as for linear layers;
-        with fewer that would read more weights than the product does.
+        choices. Under `torch.autocast`, from 2 E slots on, the products are of its dtype, as for linear layers; with
+        fewer they are of the weights'. float32 matrices are not copied: GPUs round a tile as they read it (the C++
+        kernels do hold a rounded copy, for the length of a call).
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option does not fit.

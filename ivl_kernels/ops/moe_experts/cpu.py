@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ... import _cpu
@@ -28,8 +29,8 @@ def _wanted(tensor: Tensor, need: bool) -> Tensor | None:
 
 
 def _matrices(a: Experts) -> tuple[Tensor | None, ...]:
-    tensors = (a.gate_up, a.down, a.gate_up_bias, a.down_bias, a.gate_up_scales, a.down_scales)
-    return tuple(_contiguous(t) for t in tensors)
+    matrices = (t.to(a.hidden.dtype) if a.mixed else t for t in (a.gate_up, a.down))  # the kernels read one dtype
+    return tuple(_contiguous(t) for t in (*matrices, a.gate_up_bias, a.down_bias, a.gate_up_scales, a.down_scales))
 
 
 def _lists(a: ExpertsList) -> tuple[list[Tensor], ...]:
@@ -52,11 +53,17 @@ def moe_experts(a: Experts) -> Output:
 def moe_experts_backward(b: ExpertsBackward) -> Gradients:
     a, result = b.forward, empty_gradients(b)
     weights = result.weights.float()
-    gradients = (_wanted(t, need and t.numel() > 0) for t, need in zip(result._replace(weights=weights), b.needs))
+    written = result._replace(weights=weights)
+    if a.mixed:
+        gate_up, down = (torch.empty_like(t, dtype=a.hidden.dtype) for t in (result.gate_up, result.down))
+        written = written._replace(gate_up=gate_up, down=down)
+    gradients = (_wanted(t, need and t.numel() > 0) for t, need in zip(written, b.needs))
     _cpu.op("moe_experts_backward")(
         b.grad.contiguous(), a.hidden.contiguous(), a.weights.float().contiguous(), a.permutation, a.inverse, a.offsets,
         *_matrices(a), b.pre, *_options(a), *gradients,
     )  # fmt: skip
+    if a.mixed:
+        result = result._replace(gate_up=written.gate_up.float(), down=written.down.float())
     return result._replace(weights=weights.to(a.weights.dtype))
 
 

@@ -64,6 +64,11 @@ class Experts(NamedTuple):
         return formats.format_of(self.gate_up)
 
     @property
+    def mixed(self) -> bool:
+        """float32 matrices beside 16-bit tokens, to whose dtype they are rounded as they are read."""
+        return self.gate_up.dtype == torch.float32 != self.hidden.dtype
+
+    @property
     def in_rows(self) -> bool:
         """The matrices are [E, 2I, H] and [E, H, I], not their transposes."""
         return bool(self.format) or not self.interleaved
@@ -316,6 +321,10 @@ def _check_weights(
         check_shape("down", down, (experts, width, inner) if rows else (experts, inner, width))
         for name, tensor in named:
             _check_in_order(name, tensor)
+        if gate_up.dtype == down.dtype == torch.float32 and hidden.element_size() == 2:
+            for name, tensor in named:
+                check_same(name, tensor, "hidden", hidden, dtype=False)
+            named = []
     if gate_up_bias is not None:
         check_shape("gate_up_bias", gate_up_bias, (experts, double))
         named.append(("gate_up_bias", gate_up_bias))
@@ -376,13 +385,15 @@ def moe_experts(
     dtype = autocast_dtype(hidden)
     if dtype is not None and ids.numel() >= 2 * gate_up.shape[0]:  # fewer slots would not read what a cast does
         hidden = hidden.to(dtype)
-        if not formats.format_of(gate_up):
+        # float32 ones are rounded by the tile: copies of all experts would be kept for the backward.
+        if not formats.format_of(gate_up) and gate_up.dtype != torch.float32:
             gate_up, down = gate_up.to(dtype), down.to(dtype)
         gate_up_bias, down_bias = (b if b is None else b.to(dtype) for b in (gate_up_bias, down_bias))
     experts = _check_weights(hidden, gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales, layout)
     tensors = (gate_up, down, gate_up_bias, down_bias, gate_up_scales, down_scales)
     options = (activation, float(alpha), float(limit), layout)
-    if _are_few(hidden, ids, backend) and not needs_grad((hidden, weights, *tensors)):
+    same = gate_up.dtype == hidden.dtype or bool(formats.format_of(gate_up))
+    if same and _are_few(hidden, ids, backend) and not needs_grad((hidden, weights, *tensors)):
         return _few(FewTokens(hidden, ids, weights, *tensors, *options), backend)
     tile = tile_rows(ids.numel(), experts)
     permutation, inverse, _, offsets, tiles = moe_dispatch(Sorting(ids, experts, tile), backend)

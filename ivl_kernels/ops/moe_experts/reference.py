@@ -73,7 +73,7 @@ def _matrices(a: Experts, expert: int) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(a.hidden.dtype, torch.float32)
         gate_up = formats.dequantise(a.gate_up[expert], a.gate_up_scales[expert], dtype)
         return gate_up.T, formats.dequantise(a.down[expert], a.down_scales[expert], dtype).T
-    both = _wide(a.gate_up[expert]), _wide(a.down[expert])
+    both = _wide(a.gate_up[expert].to(a.hidden.dtype)), _wide(a.down[expert].to(a.hidden.dtype))
     return both if a.interleaved else (both[0].T, both[1].T)
 
 

@@ -51,7 +51,7 @@ def _pipeline(rows: int, columns: int, steps: int, depth: int, itemsize: int, ta
 
 def gemm_config(
     rows: int, columns: int, inner: int, itemsize: int, target: int, *, pairs: bool = False, epilogue: bool = False,
-    stored: bool = False,
+    stored: bool = False, mixed: bool = False,
 ) -> dict:  # fmt: skip
     """Tile sizes of a grouped GEMM.
 
@@ -63,14 +63,16 @@ def gemm_config(
         target: `capability`.
         epilogue: pairs are in the epilogue only; the product has one column for both.
         stored: weights are in blocks of 32, whole ones of which are expanded.
+        mixed: weights are float32 beside 16-bit rows, and rounded in registers.
     """
     wide = 2 if pairs else 1
-    width = 256 if target and itemsize < 4 else 128
+    plain = not mixed and not stored
+    width = (256 if itemsize < 4 and not mixed else 128) if target else 128 if plain else 64
     while width > 32 and width // 2 >= columns * wide:
         width //= 2
     if itemsize < 4:
         # On 100 accumulators are not in registers; stored values are expanded in registers.
-        large = rows * width > (64 * 128 if target == 100 or stored else 64 * 256)
+        large = rows * width > (64 * 128 if target == 100 or stored or mixed else 64 * 256)
         # Small ones: registers spill before stages fit.
         depth = 128 // itemsize if limits(target).large else 64 // itemsize
     else:
@@ -79,7 +81,7 @@ def gemm_config(
             width = min(width, 64 * 128 // rows)
         large = rows * width >= 64 * 128 and target != 0
         depth = 128 // itemsize
-    depth, stages = _pipeline(rows, width, inner, depth, itemsize, target)
+    depth, stages = _pipeline(rows, 2 * width if mixed else width, inner, depth, itemsize, target)
     columns, least = width // wide, 32 if stored else 16
     columns = max(columns, least) if epilogue else columns
     return dict(BM=rows, BN=columns, BK=max(depth, least), GROUP=8, num_warps=8 if large else 4, num_stages=stages)
@@ -125,7 +127,7 @@ def _rows(
     """out [rows, N] = rows [rows, K], in expert order, times their experts' [E, N, K] (along_k) or [E, K, N]."""
     K, N = rows.shape[1], out.shape[1]
     height, num_tiles = _plan(rows.shape[0], weights.shape[0])
-    config = gemm_config(height, N, K, rows.element_size(), target, stored=bool(a.format))
+    config = gemm_config(height, N, K, rows.element_size(), target, stored=bool(a.format), mixed=a.mixed)
     operands, described = triton_described.in_order(rows, weights, config, along_k, a.format, target)
     if described and triton_described.persistent(rows.shape[0], weights.shape[0], K, config):
         programs = min(multiprocessors(rows, target), *_grid(num_tiles, N, config))
@@ -154,7 +156,7 @@ def moe_experts(a: Experts) -> Output:
     rows, num_tiles = _plan(S * K, E)
     common = flags(size, target) | dict(E=E, FORMAT=a.format, TALL=target >= 90)
     act = hidden.new_empty(S * K, I)
-    config = gemm_config(rows, I, H, size, target, pairs=True, stored=bool(a.format))
+    config = gemm_config(rows, I, H, size, target, pairs=True, stored=bool(a.format), mixed=a.mixed)
     operands, described = triton_described.gathered(hidden, gate_up, config, concatenated, a.format, target)
     moe_experts_gate_up_kernel[_grid(num_tiles, I, config)](
         *operands, gate_up_scales, gate_up_bias, act, result.pre if a.keep else None, a.permutation, a.offsets,
@@ -192,7 +194,7 @@ def moe_experts_backward(b: ExpertsBackward) -> Gradients:
 
     need_up, need_down = needs.gate_up or needs.gate_up_bias, needs.down or needs.down_bias
 
-    config = gemm_config(rows, I, H, size, target, pairs=True, epilogue=True, stored=bool(a.format))
+    config = gemm_config(rows, I, H, size, target, pairs=True, epilogue=True, stored=bool(a.format), mixed=a.mixed)
     # With more warps or stages ptxas takes so few registers that it spills.
     few_registers = target == 120 and common["PRECISION"] == "tf32"
     if few_registers:

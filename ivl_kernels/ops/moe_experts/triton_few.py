@@ -175,7 +175,8 @@ def down_config(columns: int, inner: int, itemsize: int, target: int, stored: bo
     """Long steps, since a program streams its columns of all experts; 16 columns where 32 leave too few programs."""
     width = 16 if 1024 <= columns < 32 * 128 else 32
     # Three tf32 products take registers.
-    depth = min(256 if itemsize == 2 else 64, max(32 if stored else 16, next_power_of_2(inner)))
+    longest = 64 if itemsize > 2 else 128 if stored and not target else 256
+    depth = min(longest, max(32 if stored else 16, next_power_of_2(inner)))
     depth, stages = _pipeline(ROWS.value, width, 4 * inner, depth, itemsize, target)
     return dict(BN=width, BK=depth, STAGES=stages, num_warps=2)
 

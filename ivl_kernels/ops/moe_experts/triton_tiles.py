@@ -27,6 +27,7 @@ def tile(pid, tiles, offsets, num_tiles, E: tl.constexpr, NUM_N: tl.constexpr, B
 @triton.jit
 def mma(a, b, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b; transposed when SWAP, which puts the weights on the tensor core's tall side (64 rows on Hopper)."""
+    b = b.to(a.dtype)  # float32 weights beside 16-bit rows
     a, b = operands(a, b, PRECISION, UPCAST)
     if SWAP:
         return tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
