@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._prims_common import make_contiguous_strides_for
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -43,10 +42,8 @@ PLANS: dict[str, dict[Any, Any]] = {}
 
 def counted() -> bool:
     """Whether somebody counts or changes what torch is asked for, as profilers of operations do."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch._C._len_torch_function_stack() == 0:
-        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() == 0:
+        return torch._C._len_torch_dispatch_stack() > 0
     # A default device is of no concern to who makes tensors like those he was given.
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
@@ -158,9 +155,7 @@ def _describe(
             key += (value.dtype, value.shape, value.stride(), pointer & 15, follows, value.is_inference())
             tensors.append(value)
             pointers.append(pointer)
-        elif kind in VALUES:
-            if value != value:  # no key finds a NaN again
-                return False
+        elif kind in VALUES and value == value:  # no key finds a NaN again
             key += (kind, value or kind is float and repr(value))  # 0.0 is not -0.0
         elif isinstance(value, (list, tuple)):
             key += (kind, len(value))
@@ -171,8 +166,7 @@ def _describe(
     return True
 
 
-class _Unplannable(Exception):
-    pass
+class _Unplannable(Exception): ...
 
 
 def _recorded(function: Callable[..., Any], args: Any, tensors: list[Tensor], device: torch.device) -> tuple[Any, Any]:
@@ -271,6 +265,10 @@ _CONSTANTS = {torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_
 
 class Recorder(TorchDispatchMode):
     """Follows one call of a function of `tensors`."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else torch imports its compiler, for seconds, at the first call
+        return False
 
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         super().__init__()
@@ -476,7 +474,7 @@ def _compiled(recorder: Recorder, result: Any) -> FunctionType:
     for n in sorted(recorder.empty & tensors):
         tensor = values[n].tensor
         shape, options = tuple(tensor.shape), f"dtype={text.of(tensor.dtype)}, device={device}"
-        if tensor.stride() == make_contiguous_strides_for(shape):
+        if tensor.stride() == torch.empty(shape, device="meta").stride():  # also where a size is 1
             lines.append(f"v{n} = empty({shape}, {options})")
         else:
             lines.append(f"v{n} = strided({shape}, {tensor.stride()}, {options})")

@@ -49,6 +49,21 @@ def test_import_of_the_ops_is_light():
     assert fresh(code).strip() == "set()"
 
 
+def test_the_first_plan_loads_nothing_of_weight():
+    """torch's compiler takes seconds, of whoever is served then."""
+    code = """
+import sys, torch
+from ivl_kernels import _plan, ops
+from tests.simulator.idle import idle_gpu
+with idle_gpu():
+    for _ in range(2):
+        ops.rms_norm(torch.zeros(3, 48), torch.ones(48))
+print(*(type(p).__name__ for plans in _plan.PLANS.values() for p in plans.values()))
+print({"torch._dynamo", "sympy"} & set(sys.modules))
+"""
+    assert fresh(code).split("\n")[:2] == ["function", "set()"]
+
+
 def test_public_names():
     for name in ivl_kernels.__all__:
         assert getattr(ivl_kernels, name) is not None

@@ -477,8 +477,7 @@ def test_on_a_cpu_nothing_is_planned():
     assert not any(_plan.PLANS.values())
 
 
-@pytest.mark.parametrize("name", ["rms_norm"])
-def test_compiled_graphs_hold_the_op(name):
+def test_compiled_graphs_hold_the_op():
     call = arguments()
     torch._dynamo.reset()
     compiled = torch.compile(lambda **a: ops.rms_norm(**a), fullgraph=True, backend="aot_eager")
