@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-_WAITS = "called a synchronizing CUDA operation"  # torch's words
+WAITS = "it waits for the device"
+_TORCH = "called a synchronizing CUDA operation"  # its words
 
 
 def waits(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, str]:
@@ -27,11 +28,11 @@ def waits(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, str
             result = function()
     finally:
         cuda.set_sync_debug_mode(before)
-    waited = [each for each in found if _WAITS in str(each.message)]
+    waited = [each for each in found if _TORCH in str(each.message)]
     for each in found:
         if each not in waited:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return result, f"it waits for the device ({waited[0].filename}:{waited[0].lineno})" if waited else ""
+    return result, f"{WAITS} ({waited[0].filename}:{waited[0].lineno})" if waited else ""
 
 
 def recorded(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, Any]:
