@@ -39,7 +39,7 @@ def recorded(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, 
     """What `function` will have returned, and the graph that computes it when it is replayed: nothing runs yet.
 
     Other threads may use the GPU meanwhile. What `function` raises is raised, not what ending its recording raises
-    then; the current stream and the generator are given back, which torch keeps as the recording had them.
+    then; the current stream and the generator are given back, where torch keeps them as the recording had them.
     """
     stream, graph, cause = cuda.current_stream(), cuda.CUDAGraph(), None
     try:
@@ -51,9 +51,22 @@ def recorded(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, 
                 raise
     except Exception:
         cuda.set_stream(stream)
-        generator = cuda.default_generators[stream.device_index]
-        generator.graphsafe_set_state(generator.clone_state())
+        _free(cuda.default_generators[stream.device_index])
         if cause is not None:
             raise cause from None
         raise
     return result, graph
+
+
+def _free(generator: torch.Generator) -> None:
+    """A generator that still waits for its recording to end gets a state of its own, with the same numbers to come."""
+    state = generator.get_state()
+    try:
+        _draw(generator)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    generator.set_state(state)
+
+
+def _draw(generator: torch.Generator) -> None:
+    torch.empty(1, device=generator.device).uniform_(generator=generator)

@@ -241,7 +241,7 @@ class FakeGpu:
     def set_stream(self, stream):
         self.given_back = True
 
-    device_index, default_generators = 0, [SimpleNamespace(clone_state=lambda: 1, graphsafe_set_state=lambda state: 0)]
+    device_index, default_generators = 0, [torch.Generator()]
 
     @contextlib.contextmanager
     def graph(self, graph, capture_error_mode):
