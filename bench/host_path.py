@@ -67,6 +67,9 @@ def eager() -> Iterator[tuple[str, Callable[[], Any]]]:
         lambda: apply_rotary_pos_emb(norm(q).transpose(1, 2), norm(k).transpose(1, 2), cos, cos),
     )
     yield "transformers: residual and RMSNorm", lambda: norm(x + x)
+    rows, weight, bias, out = (torch.zeros(*shape).bfloat16() for shape in ((48, 20), (28, 20), (28,), (48, 28)))
+    product = "torch: the projector's last product, which here the CPU computes"
+    yield product, lambda: torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def measure(calls: dict[str, Callable[[], Any]], idle: Idle, seconds: float) -> list[dict[str, Any]]:
