@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ivl_kernels.ops import embed_text
+from ivl_kernels.ops import embed_text, pack_tokens
 from ivl_kernels.testing import poisoned
 from tests.simulator.gpu import backends, simulated_gpu
 
@@ -67,3 +67,17 @@ def test_counters(backend, target):
     with simulated_gpu(target=target) as log:
         embed_text(ids, table, TOKEN, backend=backend)
     assert log[0].global_store_bytes == int((ids != TOKEN).sum()) * 1024 and log[0].store_efficiency == 1
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_an_id_outside_the_table_in_capacity_mode(backend):
+    """Nobody has read the ids when the text is embedded: a bad one is NaN, and the check names it."""
+    ids = torch.tensor([[1, 2**40, 3, -5, 11, 2]])
+    table, none = torch.randn(12, 16), torch.zeros(0, dtype=torch.bool)
+    with simulated_gpu():
+        packed = pack_tokens(ids, none, TOKEN, embedding=table, capacity=True, backend=backend)
+        text = [0, 2, 4, 5]
+        assert torch.equal(packed.embeds[0, text], table[ids[0, text]])
+        assert packed.embeds[0, [1, 3]].isnan().all()
+        with pytest.raises(ValueError, match=f"row 0 has id {2**40} at column 1, expected 0 to 11"):
+            packed.check()
