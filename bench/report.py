@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ivl_kernels._cuda_graph import WAITS
+
 OURS = "ours"
 CSV_COLUMNS = [
     "op", "name", "variant", "dtype", "median_ms", "q20_ms", "q80_ms", "min_ms", "rounds", "ratio", "ratio_q20",
@@ -27,6 +29,11 @@ def size_text(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+def waits_text(why: str) -> str:
+    """Why a variant has no graph, in short: recording may fail of other things, such as memory."""
+    return "waits for the GPU" if why.startswith(WAITS) else f"no CUDA graph ({why.split(':')[0]})"
+
+
 def ratio_text(variant: dict[str, Any]) -> str:
     if variant.get("failed"):
         return "failed"
@@ -34,7 +41,7 @@ def ratio_text(variant: dict[str, Any]) -> str:
     if "ratio" in variant:
         parts.append(f"{variant['ratio']:.2f} ({variant['ratio_q20']:.2f}-{variant['ratio_q80']:.2f})")
     elif variant.get("waits"):
-        parts.append("waits for the GPU")
+        parts.append(waits_text(variant["waits"]))
     if "wall_ratio" in variant:
         parts.append(f"a call {variant['wall_ratio']:.2f}")
     return ", ".join(parts)
@@ -44,7 +51,11 @@ def ours_text(ours: dict[str, Any]) -> str:
     text = f"{time_text(ours['median_ms'])} ({ours['q20_ms']:.3g}-{ours['q80_ms']:.3g})"
     if "wall_ms" not in ours:
         return text
-    return f"a call {text}, waits for the GPU" if ours["waits"] else f"{text}, a call {time_text(ours['wall_ms'])}"
+    return (
+        f"a call {text}, {waits_text(ours['waits'])}"
+        if ours["waits"]
+        else f"{text}, a call {time_text(ours['wall_ms'])}"
+    )
 
 
 def line(row: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-_WAITS = "called a synchronizing CUDA operation"  # torch's words
+WAITS = "it waits for the device"
+_TORCH = "called a synchronizing CUDA operation"  # its words
 
 
 def waits(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, str]:
@@ -27,18 +28,18 @@ def waits(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, str
             result = function()
     finally:
         cuda.set_sync_debug_mode(before)
-    waited = [each for each in found if _WAITS in str(each.message)]
+    waited = [each for each in found if _TORCH in str(each.message)]
     for each in found:
         if each not in waited:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return result, f"it waits for the device ({waited[0].filename}:{waited[0].lineno})" if waited else ""
+    return result, f"{WAITS} ({waited[0].filename}:{waited[0].lineno})" if waited else ""
 
 
 def recorded(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, Any]:
     """What `function` will have returned, and the graph that computes it when it is replayed: nothing runs yet.
 
     Other threads may use the GPU meanwhile. What `function` raises is raised, not what ending its recording raises
-    then; the current stream and the generator are given back, which torch keeps as the recording had them.
+    then; the current stream and the generator are given back, where torch keeps them as the recording had them.
     """
     stream, graph, cause = cuda.current_stream(), cuda.CUDAGraph(), None
     try:
@@ -50,9 +51,22 @@ def recorded(function: Callable[[], Any], cuda: Any = torch.cuda) -> tuple[Any, 
                 raise
     except Exception:
         cuda.set_stream(stream)
-        generator = cuda.default_generators[stream.device_index]
-        generator.graphsafe_set_state(generator.clone_state())
+        _free(cuda.default_generators[stream.device_index])
         if cause is not None:
             raise cause from None
         raise
     return result, graph
+
+
+def _free(generator: torch.Generator) -> None:
+    """A generator that still waits for its recording to end gets a state of its own, with the same numbers to come."""
+    state = generator.get_state()
+    try:
+        _draw(generator)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    generator.set_state(state)
+
+
+def _draw(generator: torch.Generator) -> None:
+    torch.empty(1, device=generator.device).uniform_(generator=generator)

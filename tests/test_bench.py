@@ -241,7 +241,7 @@ class FakeGpu:
     def set_stream(self, stream):
         self.given_back = True
 
-    device_index, default_generators = 0, [SimpleNamespace(clone_state=lambda: 1, graphsafe_set_state=lambda state: 0)]
+    device_index, default_generators = 0, [torch.Generator()]
 
     @contextlib.contextmanager
     def graph(self, graph, capture_error_mode):
@@ -329,12 +329,14 @@ def test_both_times_of_a_gpu_are_told():
     ours, peer, waiting = (
         measure.Timing(times=[1.0, 1.0], wall=[4.0, 4.0]),
         measure.Timing(times=[2.0, 2.0], wall=[5.0, 5.0]),
-        measure.Timing(wall=[8.0, 8.0], waits="RuntimeError: no"),
+        measure.Timing(wall=[8.0, 8.0], waits="it waits for the device (a.py:3)"),
     )
     rows = {name: measure._summary(t, ours) for name, t in (("ours", ours), ("peer", peer), ("loop", waiting))}
     assert report.ours_text(rows["ours"]) == "1 ms (1-1), a call 4 ms"
     assert report.ratio_text(rows["peer"]) == "2.00 (2.00-2.00), a call 1.25"
     assert report.ratio_text(rows["loop"]) == "waits for the GPU, a call 2.00" and "ratio" not in rows["loop"]
+    large = measure._summary(measure.Timing(wall=[8.0], waits="OutOfMemoryError: tried to allocate"), ours)
+    assert report.ratio_text(large) == "no CUDA graph (OutOfMemoryError), a call 2.00"
     waits = measure._summary(waiting, waiting)
     assert report.ours_text(waits) == "a call 8 ms (8-8), waits for the GPU"
     row = dict(op="toy", name="x", dtype="float32", floor_ms=0.5, bytes=1, flops=1, ok=True, variants=rows)

@@ -5,6 +5,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ivl_kernels import _cuda_graph
 
@@ -14,13 +15,8 @@ class Cuda:
 
     def __init__(self):
         self.stream, self.mode, self.options = SimpleNamespace(device_index=0), 0, {}
-        self.first, self.state = self.stream, "its own"
-        generator = SimpleNamespace(clone_state=lambda: "a copy", graphsafe_set_state=self.set_state)
-        self.default_generators = [generator]
+        self.first, self.default_generators = self.stream, [torch.Generator()]
         self.CUDAGraph = SimpleNamespace
-
-    def set_state(self, state):
-        self.state = state
 
     def is_available(self):
         return True
@@ -39,26 +35,45 @@ class Cuda:
 
     @contextlib.contextmanager
     def graph(self, graph, **options):
-        self.options, self.stream, self.state = options, SimpleNamespace(device_index=0), "recording"
+        self.options, self.stream = options, SimpleNamespace(device_index=0)
         try:
             yield
         except ValueError as error:
             raise RuntimeError("operation failed due to a previous error during capture") from error
-        self.stream, self.state = self.first, "its own"
+        self.stream = self.first
 
 
 def test_a_graph_is_recorded():
     cuda = Cuda()
     result, graph = _cuda_graph.recorded(lambda: 3, cuda)
-    assert result == 3 and isinstance(graph, SimpleNamespace) and cuda.state == "its own"
+    assert result == 3 and isinstance(graph, SimpleNamespace)
     assert cuda.options == {"capture_error_mode": "thread_local"}  # what other threads do breaks nothing
 
 
 def test_a_recording_that_breaks_off_gives_back_what_it_took():
     cuda = Cuda()
+    (generator,) = cuda.default_generators
+    before = generator.get_state()
     with pytest.raises(ValueError, match="the cause"):
         _cuda_graph.recorded(lambda: fail("the cause"), cuda)
-    assert cuda.stream is cuda.first and cuda.state == "a copy"
+    assert cuda.stream is cuda.first and torch.equal(generator.get_state(), before)
+
+
+def test_a_generator_is_freed_where_it_is_held(monkeypatch):
+    log = []
+    generator = SimpleNamespace(
+        get_state=lambda: "numbers", set_state=log.append, clone_state=lambda: "free", graphsafe_set_state=log.append
+    )
+    monkeypatch.setattr(_cuda_graph, "_draw", lambda generator: None)
+    _cuda_graph._free(generator)
+    assert log == ["numbers"]  # graphs of others share the state it has
+
+    def held(generator):
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(_cuda_graph, "_draw", held)
+    _cuda_graph._free(generator)
+    assert log == ["numbers", "free", "numbers"]
 
 
 def fail(text):

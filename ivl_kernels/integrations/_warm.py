@@ -69,17 +69,17 @@ class WarmUp:
 
 def warm_up(
     model: nn.Module,
-    tokens: Iterable[int] = TOKENS,
+    tokens: Iterable[int] | int = TOKENS,
     *,
-    batches: Iterable[int] = BATCHES,
-    tiles: Iterable[int] = TILES,
+    batches: Iterable[int] | int = BATCHES,
+    tiles: Iterable[int] | int = TILES,
 ) -> WarmUp:
     """Compile every variant of a Triton kernel that serving a patched model meets at these sizes.
 
     Args:
         model: after `patch`, on the device where it will serve, in the dtype that it will serve in.
-        tokens: lengths of prompts. Kernels depend on a length by whether 16 divides it and by a few thresholds, so that
-            the default serves all lengths up to 16,384.
+        tokens: lengths of prompts, or one. Kernels depend on a length by whether 16 divides it and by a few thresholds,
+            so that the default serves all lengths up to 16,384.
         batches: numbers of sequences that decode a token at once; the default serves numbers up to 256.
         tiles: image tiles of a prompt; the default serves numbers up to 13.
 
@@ -87,6 +87,7 @@ def warm_up(
         The compiled variants: kernel, configuration, seconds.
 
     Raises:
+        TypeError: something else than whole numbers.
         ValueError: a number below 1, or nothing in the model is patched.
 
     Upstream's own bodies run on zeros: of each decoder stack one layer of each kind, its attention only up to the
@@ -120,7 +121,11 @@ def warm_up(
     return WarmUp(tuple(Variant(*each) for each in found), time.perf_counter() - start)
 
 
-def _checked(name: str, values: Iterable[int]) -> Sequence[int]:
+def _checked(name: str, values: Iterable[int] | int) -> Sequence[int]:
+    values = list(values) if isinstance(values, Iterable) else [values]
+    for value in values:
+        if type(value) is not int:
+            raise TypeError(f"{name}: got {value!r}, expected whole numbers")
     values = sorted(set(values))
     if values and values[0] < 1:
         raise ValueError(f"{name}: got {values[0]}, expected numbers from 1 on")

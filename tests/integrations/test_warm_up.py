@@ -146,6 +146,9 @@ def test_wrong_input():
     for name in ("tokens", "batches", "tiles"):
         with pytest.raises(ValueError, match=f"{name}: got 0, expected numbers from 1 on"):
             ivl_kernels.warm_up(model, **{name: [4, 0]})
+        with pytest.raises(TypeError, match=f"{name}: got 2.5, expected whole numbers"):
+            ivl_kernels.warm_up(model, **{name: [4, 2.5]})
+        assert ivl_kernels.warm_up(model, **{name: 4}).why
 
 
 def test_who_listened_to_compilations_still_does():
