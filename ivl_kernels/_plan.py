@@ -103,8 +103,9 @@ def planned(function: F) -> F:
             return result
         result = function(*args)
         if plan is None:
-            if len(plans) >= MOST:
-                plans.pop([*plans][0], None)  # a list, as other threads may add
+            if len(plans) >= MOST:  # more, where it went while another thread recorded it
+                for old in [*plans][: 1 - MOST]:
+                    plans.pop(old, None)
             plans[found] = _SEEN
         return result
 

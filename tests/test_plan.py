@@ -364,20 +364,17 @@ def test_strides_of_sizes_that_are_1():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_what_torch_makes_of_other_calls(mode):
-    """Whether or not they come in parts; detached parameters are arguments too."""
     function = planned(lambda x, w: (x.t().contiguous().flatten(1), x.reshape(-1), x.to(w.dtype), w.detach(), w))
     w = torch.nn.Parameter(torch.ones(2))
     with idle_gpu(), mode():
         for _ in range(4):
-            x = torch.randn(3, 4).double()[:, 1:]
-            transposed, flat, cast, detached, same = function(x, w)
+            transposed, flat, cast, detached, same = function(x := torch.randn(3, 4).double()[:, 1:], w)
             assert torch.equal(transposed, x.t()) and torch.equal(flat, x.flatten()) and torch.equal(cast, x.float())
             assert same is w and detached.data_ptr() == w.data_ptr() and not detached.requires_grad
         assert made(), why()
 
 
-def test_after_an_error():
-    """In a recording: nothing is kept, and the next call is recorded."""
+def test_an_error_in_a_recording():
     steps = itertools.count()
 
     @planned
@@ -389,7 +386,7 @@ def test_after_an_error():
         return out
 
     with idle_gpu():
-        for step in range(5):
+        for step in range(4):
             with pytest.raises(KeyError) if step == 1 else contextlib.nullcontext():
                 assert function(torch.zeros(3, dtype=torch.int64)).tolist() == [3, 3, 3]
             assert _recording.thread.recorder is None and torch._C._len_torch_dispatch_stack() == 0
@@ -445,7 +442,11 @@ def test_plans_are_few(monkeypatch):
         for size in itertools.chain(range(1, 9), range(8, 4, -1)):
             for _ in range(3):
                 ops.rms_norm(torch.zeros(size, 48), torch.ones(48))
-        assert len(_plan.PLANS["ivl_kernels.ops.norm.op.norm"]) == 4
+        plans = _plan.PLANS["ivl_kernels.ops.norm.op.norm"]
+        assert len(plans) == 4
+        plans |= dict.fromkeys(range(8), "added by other threads")
+        ops.rms_norm(torch.zeros(9, 48), torch.ones(48))
+        assert len(plans) == 4
 
 
 def test_threads_share_plans():
