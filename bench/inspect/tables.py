@@ -191,7 +191,7 @@ def _host() -> list[str]:
     if not HOST.exists():
         return []
     found = json.loads(HOST.read_text())
-    rows = [[row["name"], row["launches"], f"{row['us']:.1f}", f"{row['first us']:.1f}"] for row in found["rows"]]
+    rows = [[row["name"], row["launches"], f"{row['us']:.1f}", f"{row['first us']:.1f}"] for row in found["calls"]]
     return [
         "## Host microseconds a call",
         "",
