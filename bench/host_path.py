@@ -109,7 +109,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['us']:8.1f} us  {row['first us']:8.1f} us  {row['launches']:3d} launches  {row['name']}")
     if args.json:
-        found = {"machine": environment()["device"], "capability": CAPABILITY, "torch": torch.__version__, "calls": rows}
+        setup = {"machine": environment()["device"], "capability": CAPABILITY, "torch": torch.__version__}
+        found = {**setup, "calls": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
