@@ -71,7 +71,7 @@ def test_rows_in_order(along_k, persistent, newer_gpu, monkeypatch):
     plan = moe_dispatch(ids, 4, tile=described.TALL, backend="reference")
     rows, weights = torch.randn(len(ids), K).bfloat16(), torch.randn(4, *((N, K) if along_k else (K, N))).bfloat16()
     monkeypatch.setattr(kernels, "_plan", lambda *args: (described.TALL, len(plan.tiles)))
-    a = SimpleNamespace(offsets=plan.offsets, tiles=plan.tiles, format="")
+    a = SimpleNamespace(offsets=plan.offsets, tiles=plan.tiles, format="", mixed=False)
 
     def run():
         out = rows.new_empty(len(rows), N)

@@ -438,6 +438,21 @@ def test_float32_matrices_beside_16_bit_tokens(tokens, gpt_oss, target):
     assert_accurate(out, truth, plain)
 
 
+@pytest.mark.parametrize("gpt_oss, target", [(False, 80), (True, 90), (False, 100)])
+def test_gradients_of_float32_matrices_beside_16_bit_tokens(gpt_oss, target):
+    """Those of matrices that were rounded before, but for the rounding of the matrices' own gradients."""
+    case = make(tokens=140, width=72, inner=40, experts=2, top_k=1, gpt_oss=gpt_oss, dtype=BF16)
+    with simulated_gpu(target=target, preferred=True) as log, poisoned():
+        expected = gradients(case, lambda leaves: leaves.run())
+        case.gate_up, case.down = case.gate_up.float(), case.down.float()
+        out, grads = gradients(case, lambda leaves: leaves.run())
+    assert len(log) == 16 and all(report.shared_races == 0 for report in log)
+    assert torch.equal(out, expected[0])
+    for got, same in zip(grads, expected[1]):
+        assert (got is None) == (same is None)
+        assert got is None or torch.equal(got.to(same.dtype), same)
+
+
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_configurations_fit(target, itemsize):
