@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
